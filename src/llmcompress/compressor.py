@@ -1,0 +1,192 @@
+"""The one interface that every strategy has, and what the runner hands to it.
+
+A strategy is a frozen pydantic model: its fields are its hyper-parameters, with ranges and descriptions, and it knows
+how to be written to a recipe and read back. It returns a model and nothing else; bytes, zeros and seconds are measured
+by the runner, never claimed by the strategy.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import ConfigError, did_you_mean
+from .registry import compressors
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .data import Example
+
+Need = Literal["data", "labels", "teacher", "tokenizer"]
+
+
+class Action(BaseModel, frozen=True, extra="forbid"):
+    """One line of a plan: a part of the model, what happens to it, or why it is left alone.
+
+    Attributes:
+        path: module or parameter path, as in `named_modules()`; `""` is the whole model.
+        does: what is done (`"int8 per channel"`), or None where the part is left alone.
+        reason: why it is left alone, or a remark on what is done.
+
+    Example:
+        >>> Action(path="lm_head", reason="tied to the embedding").touched
+        False
+    """
+
+    path: str
+    does: str | None = None
+    reason: str | None = None
+
+    @property
+    def touched(self) -> bool:
+        """Whether the part is changed."""
+        return self.does is not None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a structural step kept of one axis, so that a later step can line teacher and student up.
+
+    Attributes:
+        path: the module whose axis was cut (an MLP, a ModuleList of blocks).
+        axis: `"ffn"`, `"layers"`, and what later strategies add (`"heads"`, `"hidden"`, `"vocabulary"`).
+        kept: indices kept, ascending, in the numbering before the cut.
+        of: how many there were.
+    """
+
+    path: str
+    axis: str
+    kept: tuple[int, ...]
+    of: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a strategy may use beside the model.
+
+    Attributes:
+        data: training or calibration examples, or None.
+        tokenizer: turns their texts into tokens, or None.
+        teacher: the model as the caller passed it, before any step. Never change it.
+        history: what earlier steps cut, in order; a structural step appends to it.
+        seed: seeds everything random in the step.
+        device: where the model is and stays.
+        progress: whether progress bars are wanted.
+        told: findings of this step that no plan could foresee; see `tell`.
+    """
+
+    data: Sequence[Example] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher: PreTrainedModel | None = None
+    history: list[Cut] = field(default_factory=list)
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    progress: bool = True
+    told: list[Action] = field(default_factory=list)
+
+    def tell(self, action: Action) -> None:
+        """Put something found during the work into the report: a layer left after all, a remark, a warning."""
+        self.told.append(action)
+
+
+class Compressor(BaseModel, ABC):
+    """Base of all strategies.
+
+    A subclass declares its hyper-parameters as pydantic fields and implements `compress`. Instances are immutable,
+    comparable, and written to and read from plain dicts and YAML.
+
+    Raises:
+        ConfigError: on construction, where a field is out of range, unknown, or contradicts another one.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> lc.MagnitudePruning(sparsity=1.5)
+        Traceback (most recent call last):
+        llmcompress.errors.ConfigError: MagnitudePruning.sparsity must be in (0, 1), got 1.5.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the step cannot run without; asked before the first step of a pipeline runs."""
+        return frozenset()
+
+    @property
+    def terminal(self) -> bool:
+        """Whether no weight-changing step may follow, as after quantization."""
+        return False
+
+    @abstractmethod
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Compress `model` and return it; it may be changed in place, the runner made the copy."""
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Tell what `compress` would touch, and why it leaves the rest. Changes nothing."""
+        return [Action(path="", does=type(self).__name__)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `{"name": registry name, **fields}`, which `lc.compressors.create` turns back into an equal step."""
+        return {"name": compressors.name_of(type(self)), **self.model_dump(mode="json")}
+
+    def __str__(self) -> str:
+        changed = {key: value for key, value in self if value != type(self).model_fields[key].get_default()}
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """Turn pydantic's findings into lines of the house's form: who.what must be X, got Y."""
+    return " ".join(_explain_one(cls, dict(finding)) for finding in error.errors(include_url=False))
+
+
+def _explain_one(cls: type[BaseModel], finding: dict[str, Any]) -> str:
+    location: tuple[Any, ...] = finding["loc"]
+    name = str(location[0]) if location else ""
+    where = f"{cls.__name__}.{name}" if name else cls.__name__
+    got = reprlib.repr(finding.get("input"))
+    kind = finding["type"]
+    if kind == "extra_forbidden":
+        hint = did_you_mean(name, cls.model_fields) or "."
+        return f"{cls.__name__} has no field {name!r}{hint} Fields: {', '.join(cls.model_fields) or 'none'}."
+    if kind == "missing":
+        return f"{where} must be given: {cls.model_fields[name].description or 'it has no default'}"
+    if kind in {"value_error", "assertion_error"}:
+        detail = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        return detail if detail.startswith(cls.__name__) else f"{where}: {detail}"
+    interval = _interval(cls.model_fields[name].metadata) if name in cls.model_fields else None
+    if interval and kind in {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}:
+        return f"{where} must be in {interval}, got {got}."
+    if kind == "literal_error":
+        return f"{where} must be {finding['ctx']['expected']}, got {got}."
+    message = str(finding["msg"])
+    message = message.removeprefix("Input should be ").removeprefix("Value should be ")
+    return f"{where} must be {message[:1].lower()}{message[1:]}, got {got}."
+
+
+def _interval(metadata: Iterable[Any]) -> str | None:
+    """Write pydantic's bounds as an interval, `(0, 1)` or `[1, inf)`; None where there are none."""
+    low, high, left, right = "-inf", "inf", "(", ")"
+    for bound in metadata:
+        for attribute, value in vars(bound).items() if hasattr(bound, "__dict__") else _slots(bound):
+            if attribute in {"gt", "ge"}:
+                low, left = f"{value:g}", "(" if attribute == "gt" else "["
+            elif attribute in {"lt", "le"}:
+                high, right = f"{value:g}", ")" if attribute == "lt" else "]"
+    return None if (low, high) == ("-inf", "inf") else f"{left}{low}, {high}{right}"
+
+
+def _slots(bound: Any) -> Iterable[tuple[str, Any]]:
+    return [(name, getattr(bound, name)) for name in ("gt", "ge", "lt", "le") if hasattr(bound, name)]

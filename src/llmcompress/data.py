@@ -1,0 +1,189 @@
+"""Texts and labels from wherever the user has them, as a list of `Example`, and their tokens.
+
+One loader serves training, calibration and evaluation: Python lists, dicts, `datasets` objects, CSV, TSV, JSONL and TXT
+files, and names of data sets on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, MissingInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Label = int | float | str
+
+_TEXT = ("text", "sentence", "sentence1", "question1", "premise", "content", "review")
+_PAIR = ("pair", "text_pair", "sentence2", "question2", "hypothesis")
+_LABEL = ("label", "labels", "score", "class", "target")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text (or pair of texts) with its label, if it has one.
+
+    Attributes:
+        text: the text, or the first of a pair.
+        pair: the second text of a pair, or None.
+        label: a class index, a class name, a real-valued score, or None.
+    """
+
+    text: str
+    pair: str | None = None
+    label: Label | None = None
+
+
+def load_examples(source: Any, *, split: str = "train", name: str = "data") -> list[Example]:
+    """Read examples from a list, a `datasets` object, a file, or a data set on the hub.
+
+    Args:
+        source: a sequence of strings, of `(text, label)` tuples, of `Example`, of dicts (columns `text`/`sentence`/...,
+            `text_pair`/`sentence2`/..., `label`); a `datasets.Dataset`; a path to `.csv`, `.tsv`, `.jsonl` or `.txt`
+            (tables may lack a header: text first, label last); or the name of a hub data set.
+        split: which split of a hub data set or a `DatasetDict`.
+        name: what to call the argument in messages.
+
+    Raises:
+        MissingInputError: nothing was passed, or it holds no example.
+        ConfigError: a row has no text, or the file's kind is unknown.
+
+    Example:
+        >>> load_examples([("good", 1), {"sentence": "bad", "label": 0}])[1]
+        Example(text='bad', pair=None, label=0)
+    """
+    if source is None:
+        raise MissingInputError(f"{name} is missing; pass texts, rows, a file, or a datasets object.")
+    if isinstance(source, (str, Path)):
+        source = _read(source, split, name)
+    elif isinstance(source, Mapping):
+        if split not in source:
+            raise ConfigError(f"{name} has no split {split!r}; it has: {', '.join(map(str, source))}.")
+        source = source[split]
+    examples = [_example(row, index, name) for index, row in enumerate(source)]
+    if not examples:
+        raise MissingInputError(f"{name} is empty; pass at least one example.")
+    return examples
+
+
+def encode(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Tokenise each example by itself, unpadded, cut to `max_length` tokens.
+
+    Returns:
+        A dict of `input_ids`, `attention_mask` (and `token_type_ids` where the tokenizer has them) for each example.
+    """
+    rows = list(examples)
+    texts = [row.text for row in rows]
+    pairs = [row.pair or "" for row in rows] if any(row.pair is not None for row in rows) else None
+    encoded = tokenizer(texts, pairs, truncation=max_length is not None, max_length=max_length, padding=False)
+    return [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
+
+
+def token_stream(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, join: str = "\n\n"
+) -> list[int]:
+    """Join the texts and tokenise them once, without special tokens: the stream that windows are cut from."""
+    text = join.join(example.text for example in examples)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """Return how many tokens the model can take, or None where neither model nor tokenizer sets a limit."""
+    config = model.config.get_text_config()
+    limits = []
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa and its kin start counting positions behind the padding index, and lose those rows.
+        table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+        offset = getattr(table, "padding_idx", None)
+        limits.append(positions - offset - 1 if offset is not None else positions)
+    if tokenizer is not None and 0 < tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length)
+    return min(limits) if limits else None
+
+
+def _example(row: Any, index: int, name: str) -> Example:
+    if isinstance(row, Example):
+        return row
+    if isinstance(row, str):
+        return Example(row)
+    if isinstance(row, Mapping):
+        text, pair, label = (_first(row, columns) for columns in (_TEXT, _PAIR, _LABEL))
+        if isinstance(text, str):
+            return Example(text, pair if isinstance(pair, str) else None, label)
+        raise ConfigError(
+            f"{name}[{index}] must have a text in one of the columns {', '.join(_TEXT)}, got {sorted(row)}."
+        )
+    if isinstance(row, Sequence) and row and isinstance(row[0], str):
+        if len(row) == 2:
+            return Example(row[0], None, row[1])
+        if len(row) == 3:
+            return Example(row[0], row[1], row[2])
+    raise ConfigError(f"{name}[{index}] must be a text, (text, label), (text, pair, label) or a dict, got {row!r:.80}.")
+
+
+def _first(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
+    lowered = {str(key).lower(): value for key, value in row.items()}
+    return next((lowered[column] for column in columns if column in lowered), None)
+
+
+def _read(source: str | Path, split: str, name: str) -> Iterable[Any]:
+    path = Path(source)
+    if path.is_file():
+        kind = path.suffix.lower()
+        if kind in {".csv", ".tsv"}:
+            return _read_table(path, "\t" if kind == ".tsv" else ",")
+        if kind in {".jsonl", ".json"}:
+            return _read_json(path, name)
+        if kind == ".txt":
+            return [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        raise ConfigError(f"{name} must be a .csv, .tsv, .jsonl, .json or .txt file, got {path.name!r}.")
+    if path.suffix.lower() in {".csv", ".tsv", ".jsonl", ".json", ".txt"}:
+        raise MissingInputError(f"{name}: there is no file {str(path)!r}.")
+    import datasets
+
+    return datasets.load_dataset(str(source), split=split)
+
+
+def _read_json(path: Path, name: str) -> list[Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text)
+            return rows if isinstance(rows, list) else [rows]
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: {path.name} is not valid JSON at line {error.lineno}: {error.msg}.") from error
+
+
+def _read_table(path: Path, delimiter: str) -> list[Any]:
+    with path.open(encoding="utf-8", newline="") as file:
+        # Sentences of the GLUE tables hold bare quotation marks; only CSV quotes its fields.
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        rows = [row for row in csv.reader(file, delimiter=delimiter, quoting=quoting) if row]
+    if not rows:
+        return []
+    header = [cell.strip().lower() for cell in rows[0]]
+    if any(column in header for column in (*_TEXT, *_LABEL)):
+        return [
+            {key: _number(value) if key in _LABEL else value for key, value in zip(header, row, strict=False)}
+            for row in rows[1:]
+        ]
+    return [row[0] if len(row) == 1 else (*row[:-1], _number(row[-1])) for row in rows]
+
+
+def _number(text: str) -> Label:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
