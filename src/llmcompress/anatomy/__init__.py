@@ -1,0 +1,1 @@
+"""What a model is made of: blocks, layers, ties, sizes; and the surgery on them."""

@@ -1,0 +1,126 @@
+"""How big a model is: parameters, zeros, bytes in memory, bytes on disk; each measured, ties counted once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Footprint(BaseModel, frozen=True):
+    """Size of a model.
+
+    Example:
+        >>> from torch import nn
+        >>> footprint(nn.Linear(4, 3)).parameters
+        15
+    """
+
+    parameters: int = Field(description="weights the model has, whatever their encoding; tied ones once")
+    nonzero: int = Field(description="how many of them are not zero")
+    memory_bytes: int = Field(description="bytes of all tensors in memory, derived copies of packed weights included")
+    disk_bytes: int = Field(description="bytes of the safetensors file that save_pretrained writes")
+
+    @property
+    def zeros(self) -> float:
+        """Share of weights that are exactly zero, in [0, 1]."""
+        return 1 - self.nonzero / self.parameters if self.parameters else 0.0
+
+
+def footprint(model: nn.Module | PreTrainedModel) -> Footprint:
+    """Measure the size of `model`. Changes nothing, writes nothing."""
+    parameters = nonzero = 0
+    for tensor, logical in _weights(model):
+        parameters += logical
+        stored = int(torch.count_nonzero(tensor)) if tensor.device.type != "meta" else tensor.numel()
+        # A packed or coded weight has no zeros to be counted one by one.
+        nonzero += stored if tensor.numel() == logical else logical
+    return Footprint(
+        parameters=parameters,
+        nonzero=nonzero,
+        memory_bytes=_memory_bytes(model),
+        disk_bytes=disk_bytes(model),
+    )
+
+
+def disk_bytes(model: nn.Module) -> int:
+    """Predict the bytes of the safetensors file that holds the model's state, header included, without writing it.
+
+    Exact where `save_pretrained` stores tensors as they are in memory; where transformers renames or splits them (3-D
+    experts) the header differs by some bytes a tensor, the weights not at all.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    seen: set[tuple[int, torch.Size, torch.dtype]] = set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.dtype)
+        if key in seen:
+            continue
+        seen.add(key)
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_NAME.get(tensor.dtype, "F32"),
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + (length + 7) // 8 * 8 + offset
+
+
+_SAFETENSORS_NAME = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield each distinct weight tensor with the number of weights it stands for.
+
+    A module that stores a weight in another form says so by `coded_weights()`: a list of (tensor, weights it holds).
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        coded = dict((id(tensor), count) for tensor, count in getattr(module, "coded_weights", list)())
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            if id(tensor) in coded:
+                yield tensor, coded[id(tensor)]
+            elif isinstance(tensor, nn.Parameter):
+                # bitsandbytes keeps the shape that its packed bytes stand for in the quantization state.
+                shape = getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape)
+                yield tensor, int(torch.Size(shape).numel())
+            else:
+                continue
+            seen.add(id(tensor))
+
+
+def _memory_bytes(model: nn.Module) -> int:
+    total = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                total += tensor.numel() * tensor.element_size()
+        # Copies in another form (packed for a kernel) are no buffers, since they are never saved; they are memory.
+        total += int(getattr(module, "derived_bytes", int)())
+    return total

@@ -1,0 +1,1 @@
+"""Evaluation: quality, latency, memory and size, measured."""

@@ -1,0 +1,1 @@
+"""Pruning: weights or whole structures that go."""

@@ -1,0 +1,1 @@
+"""Reports: one JSON document, rendered as text, Markdown and HTML."""
