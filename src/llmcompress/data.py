@@ -95,6 +95,27 @@ def token_stream(
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def find_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, who: str
+) -> PreTrainedTokenizerBase:
+    """Return `tokenizer`, or else the one in the folder that `model` was loaded from.
+
+    Raises:
+        MissingInputError: there is neither; the message names `who` needs it.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    folder = Path(getattr(model.config, "_name_or_path", "") or "missing")
+    if (folder / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+    raise MissingInputError(
+        f"{who} needs a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...) "
+        f"(the model does not come from a local folder that holds one)."
+    )
+
+
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
     """Return how many tokens the model can take, or None where neither model nor tokenizer sets a limit."""
     config = model.config.get_text_config()

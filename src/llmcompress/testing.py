@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .anatomy.probe import probe_inputs as tiny_inputs
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["FAMILIES", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
 
 _SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SPREAD = {"initializer_range": 0.1}  # wide enough that a damaged weight moves the logits
@@ -130,17 +134,6 @@ def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FAMILIES[family]().eval()
-
-
-def tiny_inputs(model: PreTrainedModel, *, rows: int = 2, tokens: int = 12, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Return random token ids that `model` accepts, `rows` x `tokens`, with the decoder's for an encoder-decoder."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(4, vocabulary, (rows, tokens), generator=generator).to(model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids.flip(0)
-    return inputs
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
