@@ -46,7 +46,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - the table above is the single list of public names
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

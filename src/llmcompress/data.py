@@ -87,9 +87,7 @@ def encode(
     return [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
 
 
-def token_stream(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, join: str = "\n\n"
-) -> list[int]:
+def token_stream(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, join: str = "\n\n") -> list[int]:
     """Join the texts and tokenise them once, without special tokens: the stream that windows are cut from."""
     text = join.join(example.text for example in examples)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -53,7 +53,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _matrices(block: nn.Module) -> int:
-    linear = sum(isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "in_features") for module in block.modules())
+    linear = sum(
+        isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "in_features") for module in block.modules()
+    )
     return linear + sum(parameter.dim() == 3 for parameter in block.parameters())
 
 

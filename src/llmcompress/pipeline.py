@@ -1,0 +1,344 @@
+"""Chains of steps, and the runner: checks first, then one copy, then each step measured and recorded."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field, SerializeAsAny, field_validator
+from tqdm.auto import tqdm
+
+from .anatomy.footprint import footprint
+from .anatomy.probe import probe_inputs, probe_outputs
+from .checkpoint import load
+from .compressor import Action, Compressor, Context, Need
+from .data import Example, find_tokenizer, load_examples
+from .errors import (
+    ConfigError,
+    MissingInputError,
+    NothingToCompressError,
+    PipelineOrderError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from .registry import compressors, register
+from .result import Report, Result, StepRecord, library_versions
+from .resume import Stages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .evaluation.tasks import Task
+
+Step = Compressor | Mapping[str, Any] | str
+
+
+@register("pipeline")
+class Pipeline(Compressor):
+    """Steps run one after the other; itself a step, so pipelines nest.
+
+    Args:
+        steps: compressors, their dicts (`{"name": "magnitude_pruning", "sparsity": 0.5}`), or their names.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> chain = lc.Pipeline(steps=[lc.MagnitudePruning(sparsity=0.5), "dynamic_quantization"])
+        >>> [type(step).__name__ for step in chain.flatten()]
+        ['MagnitudePruning', 'DynamicQuantization']
+        >>> lc.Pipeline.from_dict(chain.to_dict()) == chain
+        True
+    """
+
+    steps: tuple[SerializeAsAny[Compressor], ...] = Field((), description="the steps, first to last")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _create(cls, steps: Any) -> Any:
+        if isinstance(steps, (Compressor, Mapping, str)):
+            steps = [steps]
+        if not isinstance(steps, Sequence):
+            raise ConfigError(f"Pipeline.steps must be a list of compressors, got {steps!r}.")
+        return tuple(step if isinstance(step, Compressor) else compressors.create(step) for step in steps)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Everything that any step needs."""
+        return frozenset().union(*(step.needs for step in self.steps))
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a step of the chain is terminal."""
+        return any(step.terminal for step in self.steps)
+
+    def flatten(self) -> list[Compressor]:
+        """Return the steps with nested pipelines unrolled.
+
+        Raises:
+            PipelineOrderError: a step follows a terminal one.
+        """
+        flat: list[Compressor] = []
+        for step in self.steps:
+            flat.extend(step.flatten() if isinstance(step, Pipeline) else [step])
+        for earlier, later in zip(flat, flat[1:], strict=False):
+            if earlier.terminal:
+                raise PipelineOrderError(
+                    f"{type(later).__name__} cannot follow {type(earlier).__name__}, whose weights are no longer float; "
+                    f"put {type(earlier).__name__} last."
+                )
+        return flat
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Concatenate the plans of the steps, each made on the model as it arrives."""
+        return [action for step in self.flatten() for action in step.plan(model, context)]
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Run the steps in order, unrecorded; `lc.compress` is the way that checks, measures and records."""
+        for step in self.flatten():
+            model = step.compress(model, context)
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as a plain dict."""
+        return {"name": compressors.name_of(type(self)), "steps": [step.to_dict() for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, recipe: Mapping[str, Any]) -> Pipeline:
+        """Build a pipeline from what `to_dict` returned, or from any single step's dict."""
+        step = compressors.create(recipe)
+        return step if isinstance(step, Pipeline) else cls(steps=(step,))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the recipe to a YAML file."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Pipeline:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            ConfigError: the file is absent, is no YAML, or has an unknown or wrong key.
+        """
+        try:
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no recipe {str(path)!r}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        return cls.from_dict(recipe)
+
+    def __str__(self) -> str:
+        return " -> ".join(str(step) for step in self.steps) or "Pipeline()"
+
+
+def compress(
+    model: PreTrainedModel | str | Path,
+    steps: Step | Sequence[Step],
+    *,
+    data: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task: Task | None = None,
+    seed: int = 0,
+    inplace: bool = False,
+    resume_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Run `steps` over a copy of `model`, measure each, and return the compressed model with its report.
+
+    Args:
+        model: a Hugging Face model, or a folder or hub name to load one from. It is never changed, and is the teacher
+            of distillation.
+        steps: one step or several: compressors, their names, or their dicts.
+        data: training or calibration examples; anything that `load_examples` takes.
+        tokenizer: for the texts of `data` and `task`; found in the model's folder if it came from one.
+        task: evaluated before the first and after each step, if given.
+        seed: seeds every step; the caller's random state is not touched.
+        inplace: compress `model` itself, without a copy; then there is no teacher.
+        resume_dir: folder where each finished stage is kept; a rerun with the same model, data, steps and seed
+            continues behind the last one.
+        progress: show progress bars.
+
+    Returns:
+        The result: `.model`, `.report`, `.save_pretrained(folder)`.
+
+    Raises:
+        CompressionError: one of its branches, before any work: wrong order, missing data, nothing to compress, a model
+            that is already quantized.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> from llmcompress.testing import tiny_model
+        >>> result = lc.compress(tiny_model("bert"), lc.MagnitudePruning(sparsity=0.5), progress=False)
+        >>> round(result.report.steps[0].footprint.zeros, 2) > 0.25
+        True
+    """
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    chain = Pipeline(steps=steps)  # type: ignore[arg-type]
+    flat = chain.flatten()
+    if not flat:
+        raise ConfigError("compress() must have at least one step, got none; pass steps=[lc.DynamicQuantization()].")
+    _refuse_quantized(model)
+    if resume_dir is not None and inplace:
+        raise ConfigError("compress() must have resume_dir or inplace=True, not both: a resumed stage is a new model.")
+    examples, tokenizer = _check_inputs(model, flat, data, tokenizer, task, inplace)
+    context = Context(
+        data=examples,
+        tokenizer=tokenizer,
+        teacher=None if inplace else model,
+        seed=seed,
+        device=model.device,
+        progress=progress,
+    )
+    for step in flat:
+        _plan(step, model, context)
+
+    training = model.training
+    report = Report(
+        model=type(model).__name__,
+        recipe=chain.to_dict(),
+        seed=seed,
+        versions=library_versions(),
+        base=footprint(model),
+        base_score=_score(task, model, tokenizer, progress),
+    )
+    stages = Stages(resume_dir, model, examples, seed) if resume_dir is not None else None
+    current = model if inplace else copy.deepcopy(model)
+    finite = _is_finite(current)
+    bar = tqdm(flat, desc="compress", unit="step", disable=not progress or len(flat) < 2, leave=False)
+    for step in bar:
+        bar.set_description(type(step).__name__)
+        if stages is not None and (stage := stages.find(step)) is not None:
+            current, record, cuts = stage
+            context.history.extend(cuts)
+            report.steps.append(record)
+            continue
+        cuts_before = len(context.history)
+        current, record = _run(step, current, context, task)
+        if finite and not _is_finite(current):
+            raise VerificationError(
+                f"{type(step).__name__} left {type(current).__name__} with NaN or infinite outputs; the result is "
+                f"withheld. Compress less, or leave layers out with skip=(...)."
+            )
+        report.steps.append(record)
+        if stages is not None:
+            stages.keep(current, record, context.history[cuts_before:])
+    current.train(training)
+    return Result(model=current, report=report, tokenizer=tokenizer)
+
+
+def _run(
+    step: Compressor, model: PreTrainedModel, context: Context, task: Task | None
+) -> tuple[PreTrainedModel, StepRecord]:
+    actions = _plan(step, model, context)
+    context.told.clear()
+    model.eval()
+    start = time.perf_counter()
+    with _seeded(context.seed):
+        model = step.compress(model, context)
+    seconds = time.perf_counter() - start
+    model.eval()
+    found = [*actions, *context.told]
+    record = StepRecord(
+        step=step.to_dict(),
+        seconds=seconds,
+        footprint=footprint(model),
+        touched=[action for action in found if action.touched],
+        left=[action for action in found if not action.touched],
+        score=_score(task, model, context.tokenizer, context.progress),
+    )
+    return model, record
+
+
+def _plan(step: Compressor, model: PreTrainedModel, context: Context) -> list[Action]:
+    actions = step.plan(model, context)
+    if not any(action.touched for action in actions):
+        reasons = sorted({action.reason or "" for action in actions})
+        raise NothingToCompressError(
+            f"{type(step).__name__} finds nothing to compress in {type(model).__name__}: "
+            f"{'; '.join(reasons) or 'its plan is empty'}."
+        )
+    return actions
+
+
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None or getattr(model, "is_quantized", False):
+        method = getattr(config, "quant_method", None) or "unknown method"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is already quantized ({getattr(method, 'value', method)}); "
+            f"start from the float model and put quantization last."
+        )
+
+
+def _check_inputs(
+    model: PreTrainedModel,
+    steps: Sequence[Compressor],
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: Task | None,
+    inplace: bool,
+) -> tuple[list[Example] | None, PreTrainedTokenizerBase | None]:
+    """Collect what the steps need, or say which step misses what."""
+    examples = load_examples(data) if data is not None else None
+    for step in steps:
+        who = type(step).__name__
+        if "data" in step.needs and examples is None:
+            raise MissingInputError(f"{who} needs data; pass data=[...], for instance 128 texts and a tokenizer.")
+        if "labels" in step.needs and examples is not None:
+            bare = next((index for index, example in enumerate(examples) if example.label is None), None)
+            if bare is not None:
+                raise MissingInputError(f"{who} needs labels, and data[{bare}] has none; pass (text, label) pairs.")
+        if "teacher" in step.needs and inplace:
+            raise MissingInputError(
+                f"{who} needs the original as teacher, which inplace=True overwrites; drop inplace."
+            )
+        if "tokenizer" in step.needs:
+            tokenizer = find_tokenizer(model, tokenizer, who=who)
+    if task is not None and getattr(task, "tokenizer", None) is None:
+        tokenizer = find_tokenizer(model, tokenizer, who=type(task).__name__)
+    if tokenizer is None:
+        # Nobody needs it now, but the saved folder is more useful with the tokenizer in it.
+        try:
+            tokenizer = find_tokenizer(model, who="save_pretrained")
+        except MissingInputError:
+            tokenizer = None
+    return examples, tokenizer
+
+
+def _score(task: Task | None, model: PreTrainedModel, tokenizer: Any, progress: bool) -> Any:
+    if task is None:
+        return None
+    from .evaluation.evaluate import evaluate
+
+    return evaluate(model, task, tokenizer=tokenizer, latency=False, progress=progress).scores[0]
+
+
+def _is_finite(model: PreTrainedModel) -> bool:
+    try:
+        outputs = probe_outputs(model, probe_inputs(model))
+    except (AttributeError, TypeError, ValueError):
+        return False  # no text model: there is no probe for it, and the strategies' own checks stand alone
+    return bool(torch.isfinite(outputs).all())
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Python, numpy and torch inside, and give the caller's random state back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

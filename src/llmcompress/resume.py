@@ -1,0 +1,82 @@
+"""Stages of a run kept on disk, so that a run that was killed continues where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .checkpoint import load, read_metadata, save
+from .compressor import Compressor, Cut
+from .errors import CheckpointError
+from .result import StepRecord, library_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .data import Example
+
+
+class Stages:
+    """Finished stages in one folder, each under a key that everything before it goes into.
+
+    The key of a stage hashes the weights and the config of the model, the data, the seed, the library versions and the
+    recipe so far: a changed recipe reuses its unchanged prefix and nothing else.
+
+    Args:
+        folder: where the stages are; made if absent.
+        model: the model that the run starts from.
+        data: the examples of the run.
+        seed: the seed of the run.
+    """
+
+    def __init__(self, folder: str | Path, model: PreTrainedModel, data: Sequence[Example] | None, seed: int) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._digest = hashlib.sha256(_fingerprint(model))
+        self._digest.update(json.dumps([asdict(example) for example in data or ()]).encode())
+        self._digest.update(json.dumps([seed, library_versions()]).encode())
+        self._count = 0
+        self._device = model.device
+
+    def find(self, step: Compressor) -> tuple[PreTrainedModel, StepRecord, list[Cut]] | None:
+        """Return model, record and cuts of the stage that ends with `step`, or None if it has not been finished.
+
+        Raises:
+            CheckpointError: the stage is there but damaged; delete its folder to compute it again.
+        """
+        stage = self._advance(step)
+        if not stage.exists():
+            return None
+        metadata = read_metadata(stage)
+        if "record" not in metadata:
+            raise CheckpointError(f"{stage} is no stage of a run (it has no record); delete it or pass another folder.")
+        cuts = [Cut(**{**cut, "kept": tuple(cut["kept"])}) for cut in metadata["cuts"]]
+        model = load(stage).to(self._device).eval()
+        return model, StepRecord.model_validate(metadata["record"]), cuts
+
+    def keep(self, model: PreTrainedModel, record: StepRecord, cuts: Sequence[Cut]) -> None:
+        """Write the stage that `find` last looked for, atomically."""
+        metadata = {"record": record.model_dump(mode="json"), "cuts": [asdict(cut) for cut in cuts]}
+        save(model, self._stage, metadata=metadata)
+
+    def _advance(self, step: Compressor) -> Path:
+        self._digest.update(json.dumps(step.to_dict(), sort_keys=True).encode())
+        name = step.to_dict()["name"]
+        self._stage = self._folder / f"{self._count:02d}-{name}-{self._digest.hexdigest()[:16]}"
+        self._count += 1
+        return self._stage
+
+
+def _fingerprint(model: PreTrainedModel) -> bytes:
+    """Hash the config and every weight of the model."""
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
