@@ -1,1 +1,1 @@
-"""Tasks: what a model is asked, and how its answers are scored."""
+"""What a model is asked to do, each task one file, registered by name in `llmcompress.tasks`."""

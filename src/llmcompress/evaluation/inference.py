@@ -1,0 +1,48 @@
+"""The state in which a model is measured: eval mode, no gradients, and everything as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in eval mode under `inference_mode`, then give every module its own train/eval mode back.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(model):
+        ...     print(model.training, torch.is_inference_mode_enabled())
+        False True
+        >>> [module.training for module in model.modules()]
+        [True, True, False]
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        # train() would also switch modules that the caller had frozen in eval mode.
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def threads_set_to(threads: int | None) -> Iterator[int]:
+    """Run with so many intra-op threads (None leaves them as they are), and yield the number in force."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,237 @@
+"""How long one forward pass takes: alone, or several models taking turns so that the machine's drift cancels."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from tqdm.auto import tqdm
+
+from ..anatomy.probe import probe_inputs
+from ..data import longest_input
+from ..errors import ConfigError, MissingInputError
+from .inference import evaluating, threads_set_to
+from .statistics import median_interval
+from .tasks.task import check_positive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A turn first lets the model find its weights in the caches that another model has just used, then is timed.
+_PASSES_A_TURN = 3
+_FEWEST_ROUNDS = 5
+
+
+class Latency(BaseModel, frozen=True, extra="forbid"):
+    """Time of one forward pass over a batch, all tokens at once (for a language model: the prefill)."""
+
+    batch_size: int = Field(description="rows of a batch")
+    tokens: int = Field(description="tokens a row")
+    median_ms: float = Field(description="median over all passes, in milliseconds")
+    mean_ms: float
+    p90_ms: float = Field(description="nine passes of ten are at most so long")
+    p99_ms: float
+    tokens_per_second: float = Field(description="batch_size * tokens over the median")
+    repeats: int = Field(description="timed passes")
+    warmup: int = Field(description="passes before them")
+    threads: int = Field(description="intra-op threads of torch")
+    dtype: str = Field(description="dtype of most floating-point weights; what a quantized layer computes in")
+    device: str
+    turns_ms: tuple[float, ...] = Field(description="median of each turn, in order; two turns make a round")
+
+
+class Speedup(BaseModel, frozen=True, extra="forbid"):
+    """How many times faster than the base, from turns taken in the order base, candidate, candidate, base."""
+
+    batch_size: int
+    tokens: int
+    ratio: float = Field(description="time of the base over time of the candidate, the median over all rounds")
+    low: float = Field(description="lower end of its 95 % interval")
+    high: float = Field(description="upper end of its 95 % interval")
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    *,
+    batch_size: int = 1,
+    tokens: int = 128,
+    warmup: int = 3,
+    seconds: float = 2.0,
+    threads: int | None = None,
+) -> Latency:
+    """Time the forward pass of `model` on random tokens.
+
+    Args:
+        model: any text model; its mode is given back.
+        batch_size: rows a batch, at least 1.
+        tokens: tokens a row, at most what the model can take.
+        warmup: passes before the first timed one.
+        seconds: how long to measure, at least five rounds of six passes whatever it says.
+        threads: intra-op threads of torch while it measures; None leaves them.
+
+    Raises:
+        ConfigError: a number is out of range, or the model cannot take so many tokens.
+
+    Example:
+        >>> import llmcompress.testing as lt
+        >>> found = measure_latency(lt.tiny_model("bert"), tokens=8, seconds=0.01)
+        >>> found.median_ms <= found.p90_ms <= found.p99_ms
+        True
+    """
+    models = {"model": model}
+    return measure_latencies(
+        models, batch_size=batch_size, tokens=tokens, warmup=warmup, seconds=seconds, threads=threads, progress=False
+    )["model"]
+
+
+def measure_latencies(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    batch_size: int = 1,
+    tokens: int = 128,
+    warmup: int = 3,
+    seconds: float = 2.0,
+    threads: int | None = None,
+    progress: bool = True,
+) -> dict[str, Latency]:
+    """Time several models in turns: a round goes through them in order and back again (ABBA).
+
+    A clock that slows down, or a neighbour that wakes up, so hits all of them alike, and `speedup` compares turns of
+    the same round. Arguments as `measure_latency`; `seconds` is for each model.
+
+    Raises:
+        MissingInputError: there is no model.
+        ConfigError: as `measure_latency`.
+    """
+    if not models:
+        raise MissingInputError("measure_latencies.models is empty; pass at least one model.")
+    check_positive("batch_size", batch_size)
+    check_positive("tokens", tokens)
+    check_positive("warmup", warmup, least=0)
+    check_positive("threads", threads)
+    for model in models.values():
+        most = longest_input(model)
+        if most is not None and tokens > most:
+            raise ConfigError(f"tokens must be at most {most} for {type(model).__name__}, got {tokens}.")
+    inputs = {name: _inputs(model, batch_size, tokens) for name, model in models.items()}
+    passes: dict[str, list[float]] = {name: [] for name in models}
+    turns: dict[str, list[float]] = {name: [] for name in models}
+
+    def take_turn(name: str) -> None:
+        with evaluating(models[name]):
+            _timed_pass(models[name], inputs[name])
+            times = [_timed_pass(models[name], inputs[name]) for _ in range(_PASSES_A_TURN)]
+        passes[name] += times
+        turns[name].append(statistics.median(times))
+
+    budget = seconds * len(models)
+    title = f"latency {batch_size}x{tokens}"
+    with (
+        threads_set_to(threads) as in_force,
+        tqdm(
+            total=1.0, desc=title, disable=not progress, leave=False, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
+        ) as bar,
+    ):
+        for name, model in models.items():
+            with evaluating(model):
+                for _ in range(warmup):
+                    _timed_pass(model, inputs[name])
+        begin, rounds = time.perf_counter(), 0
+        while rounds < _FEWEST_ROUNDS or time.perf_counter() - begin < budget:
+            for name in (*models, *reversed(models)):
+                take_turn(name)
+            rounds += 1
+            spent = max((time.perf_counter() - begin) / budget if budget else 1.0, 0.0)
+            bar.update(min(max(spent, 0.0), rounds / _FEWEST_ROUNDS, 1.0) - bar.n)
+
+    return {
+        name: _summary(passes[name], turns[name], model, batch_size, tokens, warmup, in_force)
+        for name, model in models.items()
+    }
+
+
+def speedup(base: Latency, candidate: Latency) -> Speedup:
+    """Compare two models that `measure_latencies` timed together.
+
+    Raises:
+        ConfigError: they were not measured on the same batch, or not in the same rounds.
+
+    Example:
+        >>> import llmcompress.testing as lt
+        >>> model = lt.tiny_model("bert")
+        >>> found = measure_latencies({"a": model, "b": model}, tokens=8, seconds=0.01, progress=False)
+        >>> faster = speedup(found["a"], found["b"])
+        >>> faster.low <= faster.ratio <= faster.high
+        True
+    """
+    ours, theirs = ((one.batch_size, one.tokens, len(one.turns_ms)) for one in (base, candidate))
+    if ours != theirs:
+        raise ConfigError(
+            f"base and candidate must be timed together, got (batch, tokens, turns) {ours} and {theirs}; "
+            "pass both to measure_latencies."
+        )
+    # A round is two turns of each model; their sum cancels a drift that is linear in time.
+    times = (np.asarray(one.turns_ms).reshape(-1, 2).sum(1) for one in (base, candidate))
+    ratios = np.divide(*times).tolist()
+    low, high = median_interval(ratios)
+    return Speedup(batch_size=base.batch_size, tokens=base.tokens, ratio=statistics.median(ratios), low=low, high=high)
+
+
+def _inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+    inputs = probe_inputs(model, rows=batch_size, tokens=tokens)
+    if model.config.is_encoder_decoder:
+        # The classifiers on top of encoder-decoders read the state at the end-of-text token.
+        end = model.config.get_text_config().eos_token_id
+        if any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__) and end is not None:
+            inputs["input_ids"][:, -1] = end
+            del inputs["decoder_input_ids"]
+    return inputs
+
+
+def _timed_pass(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
+    """Run one forward pass and return its milliseconds."""
+    _synchronize(model.device)
+    begin = time.perf_counter()
+    model(**inputs)
+    _synchronize(model.device)
+    return (time.perf_counter() - begin) * 1000
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _summary(
+    passes: list[float],
+    turns: list[float],
+    model: PreTrainedModel,
+    batch_size: int,
+    tokens: int,
+    warmup: int,
+    threads: int,
+) -> Latency:
+    p90, p99 = np.percentile(passes, [90, 99])
+    median = statistics.median(passes)
+    return Latency(
+        batch_size=batch_size,
+        tokens=tokens,
+        median_ms=median,
+        mean_ms=statistics.fmean(passes),
+        p90_ms=float(p90),
+        p99_ms=float(p99),
+        tokens_per_second=batch_size * tokens / median * 1000,
+        repeats=len(passes),
+        warmup=warmup,
+        threads=threads,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        turns_ms=tuple(turns),
+    )

@@ -1,0 +1,235 @@
+"""How well a model predicts running text: negative log-likelihood, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ...data import longest_input, token_stream
+from ...errors import CompressionError, ConfigError, MissingInputError
+from ...registry import tasks
+from ..inference import evaluating
+from .task import ExampleResult, Task, TaskScore, check_positive, check_vocabulary, unfit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Logits of one batch stay below this many numbers (512 MiB in float32), whatever the batch size asked for.
+_MOST_LOGITS = 2**27
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the token stream that goes through the model at once.
+
+    Attributes:
+        start: index of its first token in the stream.
+        end: index behind its last token.
+        new: index of its first token that no earlier window has scored.
+    """
+
+    start: int
+    end: int
+    new: int
+
+
+@tasks.register("language_modeling")
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LanguageModeling(Task):
+    """Negative log-likelihood of a running text under a causal language model.
+
+    The texts are joined, tokenised once, and cut into windows. A window may overlap the one before it; then only its
+    new tokens are scored, with the overlap as context. The first token of a window that has neither overlap nor BOS
+    has no context and is not scored. The rest at the end of the text is a shorter window.
+
+    Metrics: `nll` in nats a token; `perplexity`, its exponential; `bits_per_byte`, which is
+    nll / ln 2 * (tokens / UTF-8 bytes of the whole text), comparable between tokenizers.
+
+    Attributes:
+        window: tokens a window, BOS included, at least 2; at most what the model can take.
+        stride: tokens from the start of one window to that of the next; None sets windows side by side. A smaller
+            stride gives every token more context, and costs more time.
+        bos: whether a window begins with the tokenizer's BOS token: `"auto"` if the tokenizer itself puts it before a
+            text, `"always"`, or `"never"`.
+        join: what is put between two texts.
+        max_windows: score only so many, from the beginning.
+
+    Raises:
+        MissingInputError: there is no data, or fewer than two tokens of it.
+        ConfigError: a setting is out of range, or the window too long for the model.
+        UnsupportedModelError: the model is no causal language model.
+
+    Example:
+        >>> import llmcompress.testing as lt
+        >>> task = LanguageModeling(["the cat sat on the mat"] * 9, window=32, stride=16)
+        >>> score = task.evaluate(lt.tiny_model("llama"), lt.tiny_tokenizer(), progress=False)
+        >>> score.protocol["tokens_scored"], round(math.log(score.metrics["perplexity"]) - score.metrics["nll"], 6)
+        (213, 0.0)
+    """
+
+    window: int = 512
+    stride: int | None = None
+    bos: Literal["auto", "always", "never"] = "auto"
+    join: str = "\n\n"
+    max_windows: int | None = None
+
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+
+    def __post_init__(self) -> None:
+        check_positive("LanguageModeling.window", self.window, least=2)
+        check_positive("LanguageModeling.stride", self.stride)
+        check_positive("LanguageModeling.max_windows", self.max_windows)
+        if self.stride is not None and self.stride > self.window:
+            raise ConfigError(
+                f"LanguageModeling.stride must be at most the window ({self.window}), got {self.stride}: tokens "
+                "between two windows would never be scored."
+            )
+        if self.bos not in ("auto", "always", "never"):
+            raise ConfigError(f"LanguageModeling.bos must be 'auto', 'always' or 'never', got {self.bos!r}.")
+        super().__post_init__()
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that does not predict the next token."""
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise unfit(self, model, "a causal language model", "evaluate it with another task")
+        most = longest_input(model)
+        if most is not None and self.window > most:
+            raise ConfigError(
+                f"LanguageModeling.window must be at most {most} for {type(model).__name__}, got {self.window}."
+            )
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
+    ) -> TaskScore:
+        """Score `model`; see `Task.evaluate`."""
+        self.check(model)
+        check_positive("batch_size", batch_size)
+        bos = self._bos(tokenizer)
+        stream = token_stream(self.examples, tokenizer, join=self.join)
+        text_bytes = len(self.join.join(example.text for example in self.examples).encode())
+        if len(stream) + (bos is not None) < 2:
+            raise MissingInputError(
+                f"LanguageModeling.data must hold at least two tokens of text, got {len(stream)}; pass more text."
+            )
+        check_vocabulary([stream], model, tokenizer)
+        content = self.window - (bos is not None)
+        stride = min(self.stride or content, content)
+        windows = cut_windows(len(stream), content, stride)[: self.max_windows]
+        nlls = self._score(model, stream, windows, bos, batch_size, progress)
+
+        counts = [window.end - _first_scored(window, bos) for window in windows]
+        nll = math.fsum(nlls) / sum(counts)
+        return TaskScore(
+            task=self.name,
+            metrics={
+                "perplexity": math.exp(min(nll, 700.0)),
+                "nll": nll,
+                "bits_per_byte": nll / math.log(2) * len(stream) / text_bytes,
+            },
+            primary="perplexity",
+            higher_is_better=False,
+            fraction=False,
+            examples=tuple(
+                ExampleResult(score=value, weight=float(count)) for value, count in zip(nlls, counts, strict=True)
+            ),
+            protocol={
+                "data_sha256": self.data_hash,
+                "texts": len(self.examples),
+                "join": self.join,
+                "text_bytes": text_bytes,
+                "tokens": len(stream),
+                "tokens_scored": sum(counts),
+                "windows": len(windows),
+                "window": self.window,
+                "stride": stride,
+                "bos": "none" if bos is None else f"token {bos} before every window, not scored",
+                "batch_size": batch_size,
+            },
+        )
+
+    def _bos(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        token = tokenizer.bos_token_id
+        if self.bos == "never" or (self.bos == "auto" and token is None):
+            return None
+        if token is None:
+            raise ConfigError("LanguageModeling.bos='always' needs a tokenizer with a BOS token; this one names none.")
+        adds = self.bos == "always" or tokenizer("a")["input_ids"][:1] == [token]
+        return token if adds else None
+
+    def _score(
+        self,
+        model: PreTrainedModel,
+        stream: list[int],
+        windows: list[Window],
+        bos: int | None,
+        batch_size: int,
+        progress: bool,
+    ) -> list[float]:
+        """Return the summed negative log-likelihood of the new tokens of every window, in nats."""
+        tokens = torch.tensor(stream)
+        rows = max(1, min(batch_size, _MOST_LOGITS // (self.window * model.config.get_text_config().vocab_size)))
+        found: list[float] = []
+        bar = tqdm(total=len(windows), desc=self.name, unit="window", disable=not progress, leave=False)
+        with evaluating(model), bar:
+            for batch in _equal_lengths(windows, rows):
+                ids = torch.stack([tokens[window.start : window.end] for window in batch])
+                if bos is not None:
+                    ids = torch.cat([torch.full((len(batch), 1), bos), ids], dim=1)
+                ids = ids.to(model.device)
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+                # Position p of the logits predicts token p + 1 of the ids.
+                nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").cpu()
+                for i, window in enumerate(batch):
+                    new = window.end - _first_scored(window, bos)
+                    value = float(nll[i, -new:].double().sum())
+                    if not math.isfinite(value):
+                        raise CompressionError(
+                            f"{type(model).__name__} must return finite logits, got NaN or infinity in window "
+                            f"{len(found)} (tokens {window.start} to {window.end} of the text); the model is damaged, "
+                            "or its dtype too narrow: look at the step before this evaluation."
+                        )
+                    found.append(value)
+                bar.update(len(batch))
+        return found
+
+
+def cut_windows(tokens: int, length: int, stride: int) -> list[Window]:
+    """Cut `tokens` tokens into windows of `length` that begin every `stride` tokens; the last may be shorter.
+
+    Example:
+        >>> [(window.start, window.end, window.new) for window in cut_windows(10, 4, 3)]
+        [(0, 4, 0), (3, 7, 4), (6, 10, 7)]
+    """
+    windows: list[Window] = []
+    for start in range(0, tokens, stride):
+        scored = windows[-1].end if windows else 0
+        end = min(start + length, tokens)
+        # A single leftover token has no context inside its own window: nothing of it could be scored.
+        if end > scored and end - start > 1:
+            windows.append(Window(start, end, scored))
+        if end == tokens:
+            break
+    return windows or [Window(0, tokens, 0)]
+
+
+def _first_scored(window: Window, bos: int | None) -> int:
+    """Index of the first token of `window` that is new and has something before it."""
+    return max(window.new, window.start + (bos is None))
+
+
+def _equal_lengths(windows: list[Window], rows: int) -> Iterator[list[Window]]:
+    """Batch windows of one length: all but the last are, so that nothing is ever padded."""
+    batch: list[Window] = []
+    for window in windows:
+        if batch and (len(batch) == rows or window.end - window.start != batch[0].end - batch[0].start):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch

@@ -1,0 +1,81 @@
+"""Numbers as people read them: bytes, counts, ratios, scores."""
+
+from __future__ import annotations
+
+import math
+
+
+def bytes_text(count: float) -> str:
+    """Write bytes in decimal units, three digits.
+
+    Example:
+        >>> bytes_text(90_868_376), bytes_text(512)
+        ('90.9 MB', '512 B')
+    """
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"), " ")
+
+
+def count_text(count: float) -> str:
+    """Write a count with three digits.
+
+    Example:
+        >>> count_text(22_713_216)
+        '22.7 M'
+    """
+    return _scaled(count, ("", "k", "M", "B", "T"), " ").rstrip()
+
+
+def ratio_text(ratio: float) -> str:
+    """Write a ratio with two digits below ten.
+
+    Example:
+        >>> ratio_text(3.94), ratio_text(0.412), ratio_text(12.3)
+        ('3.9x', '0.41x', '12x')
+    """
+    if not math.isfinite(ratio):
+        return "-"
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x" if ratio >= 0.95 else f"{ratio:.2f}x"
+
+
+def milliseconds_text(value: float) -> str:
+    """Write milliseconds with three digits.
+
+    Example:
+        >>> milliseconds_text(19.23), milliseconds_text(552.4)
+        ('19.2 ms', '552 ms')
+    """
+    return f"{_three_digits(value)} ms"
+
+
+def score_text(value: float, *, fraction: bool) -> str:
+    """Write a score: per cent with one digit if it is a fraction, else four significant digits.
+
+    Example:
+        >>> score_text(0.8853, fraction=True), score_text(2.0789, fraction=False)
+        ('88.5 %', '2.079')
+    """
+    return f"{100 * value:.1f} %" if fraction else f"{value:.4g}"
+
+
+def change_text(value: float, base: float, *, fraction: bool) -> str:
+    """Write the change of a score: in points if it is a fraction, else in per cent of the base.
+
+    Example:
+        >>> change_text(0.882, 0.885, fraction=True), change_text(2.2, 2.0, fraction=False)
+        ('-0.3 points', '+10.0 %')
+    """
+    if fraction:
+        return f"{100 * (value - base):+.1f} points".replace("-0.0", "+0.0")
+    return f"{100 * (value / base - 1):+.1f} %".replace("-0.0 ", "+0.0 ") if base else "-"
+
+
+def _scaled(count: float, units: tuple[str, ...], space: str) -> str:
+    step = 0
+    # 999.5 would be rounded up to 1000 of the unit below.
+    while abs(count) >= 999.5 and step < len(units) - 1:
+        count, step = count / 1000, step + 1
+    return f"{count:.0f}{space}{units[step]}" if step == 0 else f"{_three_digits(count)}{space}{units[step]}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
