@@ -1,34 +1,20 @@
 """llmcompress: compress any Hugging Face model by strategies that compose, and prove what each step cost and gained.
 
-Importing the package imports no torch: every public name is loaded when it is first used.
+Importing the package imports no torch: every public name is loaded when it is first used. `__init__.pyi` tells type
+checkers and editors the same names.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .compressor import Action, Compressor, Context, Cut
-    from .errors import (
-        CheckpointError,
-        CompressionError,
-        ConfigError,
-        DuplicateNameError,
-        MissingInputError,
-        NothingToCompressError,
-        PipelineOrderError,
-        PluginError,
-        UnknownNameError,
-        UnsupportedModelError,
-        VerificationError,
-    )
-    from .registry import Registry, compressors, register, tasks
+from typing import Any
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "checkpoint": ("load",),
+    "comparison": ("Comparison", "compare"),
     "compressor": ("Action", "Compressor", "Context", "Cut"),
+    "data": ("Example", "load_examples"),
+    "distillation.distillation": ("KnowledgeDistillation",),
     "errors": (
         "CheckpointError",
         "CompressionError",
@@ -42,7 +28,15 @@ _HOME = {
         "UnsupportedModelError",
         "VerificationError",
     ),
+    "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "evaluation.tasks": ("LanguageModeling", "Task", "TextClassification"),
+    "pipeline": ("Pipeline", "compress"),
+    "pruning.magnitude": ("MagnitudePruning",),
+    "pruning.structured": ("StructuredPruning",),
+    "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
+    "quantization.dynamic": ("DynamicQuantization",),
     "registry": ("Registry", "compressors", "register", "tasks"),
+    "result": ("Report", "Result"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,11 +88,11 @@ class Pipeline(Compressor):
         flat: list[Compressor] = []
         for step in self.steps:
             flat.extend(step.flatten() if isinstance(step, Pipeline) else [step])
-        for earlier, later in zip(flat, flat[1:], strict=False):
+        for earlier, later in itertools.pairwise(flat):
             if earlier.terminal:
                 raise PipelineOrderError(
-                    f"{type(later).__name__} cannot follow {type(earlier).__name__}, whose weights are no longer float; "
-                    f"put {type(earlier).__name__} last."
+                    f"{type(later).__name__} cannot follow {type(earlier).__name__}, whose weights are no longer "
+                    f"float; put {type(earlier).__name__} last."
                 )
         return flat
 
@@ -324,7 +325,7 @@ def _score(task: Task | None, model: PreTrainedModel, tokenizer: Any, progress: 
 def _is_finite(model: PreTrainedModel) -> bool:
     try:
         outputs = probe_outputs(model, probe_inputs(model))
-    except (AttributeError, TypeError, ValueError):
+    except UnsupportedModelError:
         return False  # no text model: there is no probe for it, and the strategies' own checks stand alone
     return bool(torch.isfinite(outputs).all())
 

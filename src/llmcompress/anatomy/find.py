@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ _TOP_K = ("top_k", "num_experts_per_tok", "num_selected_experts", "moe_k", "moe_
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Return what `model` is made of: blocks, attentions, feed-forward networks, experts, norms, embeddings, head, ties.
+    """Return what `model` is made of: blocks with their attentions and networks, norms, embeddings, head, ties.
 
     Only reads the model; where projections are fused, a forward pass of one token measures their layout.
 
@@ -54,15 +54,15 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     if not stacks:
         lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack of blocks: looked for a ModuleList of equal modules with at least two "
-            f"weight matrices each, found {', '.join(lists) or 'no ModuleList'}."
+            f"{type(model).__name__} has no stack of blocks: looked for a ModuleList of equal modules with at least "
+            f"two weight matrices each, found {', '.join(lists) or 'no ModuleList'}."
         )
     layers = weight_layers(model)
     found = tuple(_stack_blocks(model, stack, layers) for stack in stacks)
     if not any(block.attentions or block.feed_forwards or block.experts for stack in found for block in stack):
         raise UnsupportedModelError(
-            f"the blocks of {type(model).__name__} ({', '.join(stack.path for stack in stacks)}) hold no attention and no "
-            f"feed-forward network that is known; their weights are: {', '.join(found[0][0].others) or 'none'}."
+            f"the blocks of {type(model).__name__} ({', '.join(stack.path for stack in stacks)}) hold no attention and "
+            f"no feed-forward network that is known; their weights are: {', '.join(found[0][0].others) or 'none'}."
         )
     head = model.get_output_embeddings()
     tokens = model.get_input_embeddings()
@@ -179,7 +179,7 @@ def _attention(
 def _output_of(
     parent: str, block: str, inputs: list[WeightLayer], layers: list[WeightLayer]
 ) -> tuple[str, WeightLayer | None]:
-    """Return the scope of an attention and its output projection: the one more matrix in the smallest enclosing module."""
+    """Return the scope of an attention and its output projection: the one more matrix in the smallest such module."""
     taken = {layer.path for layer in inputs}
     scope = parent
     while len(scope) > len(block):
@@ -201,7 +201,7 @@ def _feed_forwards(
     alone = [group[0] for group in groups.values() if len(group) == 1]
     gathered = {path: group for path, group in groups.items() if len(group) > 1}
     if len(alone) > 1:
-        gathered[os.path.commonprefix([f"{layer.path}." for layer in alone]).rpartition(".")[0]] = alone
+        gathered[_common_parent([layer.path for layer in alone])] = alone
     found: list[FeedForward] = []
     for path, group in gathered.items():
         twin = like.feed_forwards[len(found)] if like and len(found) < len(like.feed_forwards) else None
@@ -256,6 +256,11 @@ def _experts(model: PreTrainedModel, layers: list[WeightLayer]) -> list[Experts]
         router = _router(model, path, count)
         found.append(Experts(path, inner, count, _first_int(_TOP_K, _owners(model, path)), router))
     return found
+
+
+def _common_parent(paths: list[str]) -> str:
+    levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
 
 
 def _experts_layout(module: nn.Module) -> Any:

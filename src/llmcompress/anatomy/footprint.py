@@ -98,7 +98,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
     """
     seen: set[int] = set()
     for module in model.modules():
-        coded = dict((id(tensor), count) for tensor, count in getattr(module, "coded_weights", list)())
+        coded = {id(tensor): count for tensor, count in getattr(module, "coded_weights", list)()}
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None or id(tensor) in seen:
                 continue

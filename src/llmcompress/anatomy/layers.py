@@ -142,7 +142,7 @@ def select(
 
 
 def _matrices_of(module: nn.Module) -> list[tuple[str, Kind]]:
-    if type(module) is nn.Linear and module.weight.is_floating_point():
+    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
         return [("weight", "linear")]
     if isinstance(module, Conv1D):
         return [("weight", "conv1d")]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -14,13 +16,21 @@ if TYPE_CHECKING:
 def probe_inputs(model: PreTrainedModel, *, rows: int = 2, tokens: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random token ids of shape (rows, tokens) that `model` accepts, with the decoder's for an encoder-decoder.
 
-    Special tokens, where the config names them, are left out: a padding id in the middle would hide positions.
+    Special tokens, where the config names them, are left out (a padding id in the middle would hide positions), but
+    for the end-of-sequence token in the last place, where some classifiers look for it.
+
+    Raises:
+        UnsupportedModelError: the model does not read token ids.
     """
     config = model.config.get_text_config()
+    if not hasattr(config, "vocab_size"):
+        raise UnsupportedModelError(f"{type(model).__name__} reads no token ids; only text models can be probed.")
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
     allowed = torch.tensor([index for index in range(min(config.vocab_size, 1024)) if index not in special])
     generator = torch.Generator().manual_seed(seed)
     ids = allowed[torch.randint(len(allowed), (rows, tokens), generator=generator)].to(model.device)
+    if isinstance(config.eos_token_id, int) and config.eos_token_id < config.vocab_size and tokens > 1:
+        ids[:, -1] = config.eos_token_id
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(0)

@@ -52,7 +52,7 @@ def solve_config(
     chosen: dict[str, int] = {}
     tried = []
     for path, old in _sizes(model.config):
-        for new in [sizes[old]] if old in sizes else sorted(set(sizes.values())) if old is None else []:
+        for new in _candidates(old, sizes):
             tried.append(path)
             shapes = _build(model, {path: new})
             changed = {name for name in before if shapes is not None and shapes.get(name) != before[name]}
@@ -60,8 +60,8 @@ def solve_config(
                 chosen[path] = new
     if not chosen or _build(model, chosen) != target:
         raise UnsupportedModelError(
-            f"the {what} of {type(model).__name__} cannot be changed: no attribute of {type(model.config).__name__} gives "
-            f"{', '.join(f'{old} -> {new}' for old, new in sizes.items())} and leaves all else as it is "
+            f"the {what} of {type(model).__name__} cannot be changed: no attribute of {type(model.config).__name__} "
+            f"gives {', '.join(f'{old} -> {new}' for old, new in sizes.items())} and leaves all else as it is "
             f"(tried {', '.join(tried) or 'none: no attribute has that value'}); use another axis or strategy."
         )
     return chosen
@@ -99,6 +99,10 @@ def _sizes(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, in
             yield f"{prefix}{name}", value
         elif value is None and any(word in name for word in ("inner", "ffn", "intermediate")):
             yield f"{prefix}{name}", None
+
+
+def _candidates(old: int | None, sizes: Mapping[int, int]) -> list[int]:
+    return sorted(set(sizes.values())) if old is None else [sizes[old]] if old in sizes else []
 
 
 def _set(config: PreTrainedConfig, values: Mapping[str, int]) -> None:

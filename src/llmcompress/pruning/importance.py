@@ -12,8 +12,8 @@ from ..anatomy.surgery import fused_rows
 def channel_magnitude(feed_forward: FeedForward) -> torch.Tensor:
     """Return the L2 norm of each channel's group: its rows of up and gate, with biases, and its column of down.
 
-    The group is what goes and stays together (Fang et al., DepGraph, arXiv 2301.12900); each matrix is scaled by its own
-    norm first, so that the one with the larger weights does not decide alone.
+    The group is what goes and stays together (Fang et al., DepGraph, arXiv 2301.12900); each matrix is scaled by its
+    own norm first, so that the one with the larger weights does not decide alone.
 
     Returns:
         Shape (width,), or (experts, width).

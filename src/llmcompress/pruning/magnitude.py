@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @register("magnitude_pruning")
 class MagnitudePruning(Compressor):
-    """Set the weights of smallest absolute value to zero (arXiv 1506.02626), or all but N of every M (arXiv 2104.08378).
+    """Set the smallest weights to zero (Han et al., arXiv 1506.02626), or all but N of every M (arXiv 2104.08378).
 
     The zeros are exact and stay in the dense tensors: the model is neither smaller on disk nor faster by them alone.
     They are kept by a `KnowledgeDistillation` that follows.

@@ -95,8 +95,8 @@ class StructuredPruning(Compressor):
         unknown = next((network for network in networks if network.layout == "unknown"), None)
         if unknown is not None and model.device.type != "meta":
             raise UnsupportedModelError(
-                f"StructuredPruning cannot cut {unknown.path} of {type(model).__name__}: a probe did not find which rows of "
-                f"its fused gate and up projection form a channel."
+                f"StructuredPruning cannot cut {unknown.path} of {type(model).__name__}: a probe did not find which "
+                f"rows of its fused gate and up projection form a channel."
             )
         return body, {network.width: self._new_width(network.width) for network in networks}
 
@@ -129,8 +129,8 @@ class StructuredPruning(Compressor):
             )
         if not matches_config(model):
             raise VerificationError(
-                f"StructuredPruning: the pruned {type(model).__name__} has other shapes than its config tells; the result "
-                f"is withheld. Please report this model."
+                f"StructuredPruning: the pruned {type(model).__name__} has other shapes than its config tells; the "
+                f"result is withheld. Please report this model."
             )
 
 

@@ -1,0 +1,70 @@
+"""The public names, for type checkers and editors; `__init__.py` loads them lazily."""
+
+from .checkpoint import load as load
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .compressor import Action as Action
+from .compressor import Compressor as Compressor
+from .compressor import Context as Context
+from .compressor import Cut as Cut
+from .data import Example as Example
+from .data import load_examples as load_examples
+from .distillation.distillation import KnowledgeDistillation as KnowledgeDistillation
+from .errors import (
+    CheckpointError as CheckpointError,
+)
+from .errors import (
+    CompressionError as CompressionError,
+)
+from .errors import (
+    ConfigError as ConfigError,
+)
+from .errors import (
+    DuplicateNameError as DuplicateNameError,
+)
+from .errors import (
+    MissingInputError as MissingInputError,
+)
+from .errors import (
+    NothingToCompressError as NothingToCompressError,
+)
+from .errors import (
+    PipelineOrderError as PipelineOrderError,
+)
+from .errors import (
+    PluginError as PluginError,
+)
+from .errors import (
+    UnknownNameError as UnknownNameError,
+)
+from .errors import (
+    UnsupportedModelError as UnsupportedModelError,
+)
+from .errors import (
+    VerificationError as VerificationError,
+)
+from .evaluation.evaluate import Evaluation as Evaluation
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.tasks import (
+    LanguageModeling as LanguageModeling,
+)
+from .evaluation.tasks import (
+    Task as Task,
+)
+from .evaluation.tasks import (
+    TextClassification as TextClassification,
+)
+from .pipeline import Pipeline as Pipeline
+from .pipeline import compress as compress
+from .pruning.magnitude import MagnitudePruning as MagnitudePruning
+from .pruning.structured import StructuredPruning as StructuredPruning
+from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
+from .quantization.dynamic import DynamicQuantization as DynamicQuantization
+from .registry import Registry as Registry
+from .registry import compressors as compressors
+from .registry import register as register
+from .registry import tasks as tasks
+from .result import Report as Report
+from .result import Result as Result
+
+__version__: str
