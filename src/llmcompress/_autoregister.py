@@ -6,6 +6,7 @@ already, our method is entered at once; else a finder waits for the import, whoe
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -38,9 +39,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     try:
-        from .quantization.hf import register
-
-        register()
+        # Where that file is itself the one that imports transformers, it is found half done here and goes on after us.
+        importlib.import_module("llmcompress.quantization.hf")
     except Exception as error:
         # Whoever imports transformers may not need us at all: their import must not fail for our sake.
         warnings.warn(

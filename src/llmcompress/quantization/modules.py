@@ -1,0 +1,283 @@
+"""The layers of a quantized model: plain int8 tensors in the state dict, packed copies made on demand.
+
+The int8 weight and its scale are frozen parameters, not buffers, since transformers ties only parameters: a tied head
+then shares both with its embedding by the very mechanism that tied the float weight, through saving and loading.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CompressionError
+from . import kernels
+from .affine import quantize_rows
+from .kernels import Activations
+
+Spec = Mapping[str, Any]
+
+
+class QuantizedModule(nn.Module, ABC):
+    """A layer whose weight is stored in another form than float.
+
+    A subclass names its `scheme`, and can be built without weights from the float layer it replaces and the `spec`
+    found in a folder's config: that is all a new scheme needs in order to be saved and loaded.
+
+    Attributes:
+        scheme: the name under which `config.json` knows the class.
+        weight: int8 codes (rows, columns).
+        scale: float32 (rows,); what one step of a row's codes is worth. Keeps its dtype when the model is cast.
+    """
+
+    scheme: ClassVar[str]
+    weight: nn.Parameter
+    scale: nn.Parameter
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, module: nn.Module, spec: Spec) -> QuantizedModule:
+        """Build the layer that replaces `module`, on its device, with uninitialised weights."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Return what `from_spec` needs beside the float layer; JSON values, `scheme` included."""
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Quantize a float `weight` (rows, columns) into this layer."""
+        codes, scale = quantize_rows(weight)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
+        """Return each stored tensor with the number of weights it stands for; the scales stand for none."""
+        return [(self.weight, self.weight.numel()), (self.scale, 0)]
+
+    def derived_bytes(self) -> int:
+        """Return the bytes of copies made for a kernel, which are never saved."""
+        return 0
+
+    def _allocate(self, rows: int, columns: int, device: torch.device) -> None:
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(rows, dtype=torch.float32, device=device), requires_grad=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
+        exact = self.scale.data
+        super()._apply(fn, recurse)
+        # `model.to(torch.bfloat16)` casts every float tensor; a scale of 8 bits would double the error of the codes.
+        if self.scale.dtype != torch.float32:
+            self.scale.data = exact.to(self.scale.device)
+        return self
+
+
+class Int8Linear(QuantizedModule):
+    """A linear layer with int8 weights, one scale an output, and activations coded in 8 bits as they come.
+
+    Takes the place of `nn.Linear` and of transformers' `Conv1D`, whose weight is stored transposed here. The input may
+    have any float dtype; the product is computed in int8 and float32, and returned in the input's dtype. There is no
+    backward pass.
+
+    Args:
+        in_features: inputs.
+        out_features: outputs.
+        bias: whether there is one.
+        activations: what shares one scale: the whole input, or each row of it.
+        device: where the tensors are made; `"meta"` for loading.
+        dtype: of the bias.
+    """
+
+    scheme = "int8_linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        activations: Activations = "tensor",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activations: Activations = activations
+        self._allocate(out_features, in_features, torch.device(device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._packed: tuple[tuple[int, ...], Any] | None = None
+
+    @classmethod
+    def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Linear:
+        """Build an empty layer of the size of `module`, an `nn.Linear` or a `Conv1D`."""
+        weight = cast(torch.Tensor, module.weight)
+        rows, columns = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
+        return cls(
+            columns,
+            rows,
+            bias=module.bias is not None,
+            activations=spec["activations"],
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    @classmethod
+    def from_float(cls, module: nn.Module, activations: Activations = "tensor") -> Int8Linear:
+        """Quantize an `nn.Linear` or a `Conv1D`; its bias is shared, its weight is not kept.
+
+        Example:
+            >>> layer = Int8Linear.from_float(nn.Linear(4, 2))
+            >>> layer.weight.dtype, layer(torch.zeros(3, 4)).shape
+            (torch.int8, torch.Size([3, 2]))
+        """
+        layer = cls.from_spec(module, {"activations": activations})
+        weight = cast(torch.Tensor, module.weight)
+        layer.fill(weight.T if isinstance(module, Conv1D) else weight)
+        layer.bias = cast("nn.Parameter | None", module.bias)
+        return layer.train(module.training)
+
+    def spec(self) -> dict[str, Any]:
+        """Return the scheme and the grain of the activations."""
+        return {"scheme": self.scheme, "activations": self.activations}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `x` (..., in_features) to (..., out_features), in the dtype of `x`."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return _NoBackward.apply(x, self)
+        return self._product(x)
+
+    def derived_bytes(self) -> int:
+        """Return the bytes of fbgemm's packed copy, 0 before the first call."""
+        return kernels.packed_bytes(self.weight) if self._packed is not None else 0
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer."""
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, activations={self.activations!r}"
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() < 2:
+            return self._product(x.unsqueeze(0)).squeeze(0)
+        exact = x if x.dtype == torch.float32 else x.float()
+        weight, bias = self.weight, self.bias
+        if kernels.has_fbgemm(weight.device):
+            y = kernels.fbgemm_linear(exact, self._pack(weight, bias), bias, self.activations)
+        else:
+            y = kernels.torch_linear(exact, weight, self.scale, bias, self.activations)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _pack(self, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+        """Return the packed copy, made anew whenever a tensor was replaced or written to."""
+        scale = self.scale
+        state = (*_identity(weight), *_identity(scale), *(_identity(bias) if bias is not None else ()))
+        packed = self._packed
+        if packed is None or packed[0] != state:
+            # One assignment: another thread sees the old copy or the new one, whole.
+            packed = self._packed = (state, kernels.pack(weight, scale, bias, self.activations))
+        return packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+
+class Int8Embedding(QuantizedModule):
+    """An embedding table in int8 with one scale a row, returned in `output_dtype`.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: columns.
+        padding_idx: as in `nn.Embedding`; kept for the code of models that asks for it.
+        device: where the tensors are made; `"meta"` for loading.
+        dtype: of the vectors that are looked up; follows the model when that is cast.
+    """
+
+    scheme = "int8_embedding"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.output_dtype = dtype
+        self._allocate(num_embeddings, embedding_dim, torch.device(device))
+
+    @classmethod
+    def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Embedding:
+        """Build an empty table of the size of `module`, an `nn.Embedding`."""
+        weight = cast(torch.Tensor, module.weight)
+        padding = cast("int | None", module.padding_idx)
+        return cls(*weight.shape, padding_idx=padding, device=weight.device, dtype=weight.dtype)
+
+    @classmethod
+    def from_float(cls, module: nn.Embedding) -> Int8Embedding:
+        """Quantize an `nn.Embedding`.
+
+        Example:
+            >>> table = Int8Embedding.from_float(nn.Embedding(10, 4))
+            >>> table(torch.tensor([[1, 2, 3]])).shape
+            torch.Size([1, 3, 4])
+        """
+        table = cls.from_spec(module, {})
+        table.fill(module.weight)
+        return cast(Int8Embedding, table.train(module.training))
+
+    def spec(self) -> dict[str, Any]:
+        """Return the scheme; the sizes are those of the float layer."""
+        return {"scheme": self.scheme}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Map `ids` (...) to vectors (..., embedding_dim)."""
+        codes = F.embedding(ids, self.weight)
+        return (codes.to(torch.float32) * self.scale[ids].unsqueeze(-1)).to(self.output_dtype)
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
+        # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.scale.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+SCHEMES: dict[str, type[QuantizedModule]] = {cls.scheme: cls for cls in (Int8Linear, Int8Embedding)}
+"""Name in a folder's config -> class. A new way to store weights is one class and one entry here."""
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each value of `replacements` in every place where its key stands in `model`."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Runs forward as usual; says clearly what is missing where torch would return a silent zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
+        return layer._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise CompressionError(
+            "Int8Linear has no backward pass: a quantized model cannot be trained; train first and quantize last."
+        )
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
