@@ -7,6 +7,8 @@ checkers and editors the same names.
 from importlib import import_module
 from typing import Any
 
+from . import _autoregister
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -41,6 +43,8 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
+
+_autoregister.install()
 
 
 def __getattr__(name: str) -> Any:

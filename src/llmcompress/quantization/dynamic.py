@@ -37,8 +37,8 @@ class DynamicQuantization(Compressor):
     Attributes:
         bits: bits a weight; 8.
         embeddings: whether embeddings become int8 too. If not, a head tied to one stays in float with it.
-        activations: what shares one scale: `"tensor"`, the whole input of a layer, is the fastest; `"token"`, one a row,
-            costs some time, is more accurate, and keeps each row's result independent of the batch and its padding.
+        activations: what shares one scale: `"tensor"`, the whole input of a layer, is the fastest; `"token"`, each row,
+            costs some time, is more accurate, and keeps a row's result independent of the batch and its padding.
         targets: shell patterns of layers to quantize (`"*.q_proj"`); None takes all.
         skip: patterns of layers to leave in float; they win over `targets`.
 

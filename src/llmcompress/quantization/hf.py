@@ -57,7 +57,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
                     f"list of modules, got {dict(group)!r:.200}; the file is damaged."
                 )
         # transformers writes the attributes of this object to config.json, no more and no less.
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.format_version = format_version
         self.groups = [{**group, "modules": list(group["modules"])} for group in groups]
 
@@ -88,6 +88,8 @@ class LLMCompressConfig(QuantizationConfigMixin):
 
 class LLMCompressQuantizer(HfQuantizer):
     """Puts our modules into an empty model, and checks after loading that each of them was filled."""
+
+    quantization_config: LLMCompressConfig
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""

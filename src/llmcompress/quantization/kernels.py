@@ -24,7 +24,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @cache
 def activation_bits() -> int:
-    """Return 8, or 7 on x86 CPUs without VNNI: there fbgemm adds pairs of products in 16 bits, which 8 bits overflow."""
+    """Return 8, or 7 on x86 CPUs without VNNI, where fbgemm adds pairs of products in 16 bits, which 8 would overflow."""
     return 8 if torch.cpu._is_vnni_supported() else 7
 
 
@@ -53,7 +53,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, a
 
 
 def packed_bytes(weight: torch.Tensor) -> int:
-    """Estimate the memory of a packed copy: the codes, and per output a scale, a zero point, a column sum and a bias."""
+    """Estimate the memory of a packed copy: the codes; for each output a scale, zero point, column sum and bias."""
     return weight.numel() + 16 * weight.shape[0]
 
 
