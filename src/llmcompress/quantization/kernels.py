@@ -24,7 +24,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @cache
 def activation_bits() -> int:
-    """Return 8, or 7 on x86 CPUs without VNNI, where fbgemm adds pairs of products in 16 bits, which 8 would overflow."""
+    """Return 8, or 7 on x86 CPUs without VNNI, where fbgemm adds pairs of products in 16 bits: 8 would overflow."""
     return 8 if torch.cpu._is_vnni_supported() else 7
 
 

@@ -1,0 +1,229 @@
+"""Folders on disk: written whole or not at all, and checked before they are believed.
+
+A folder is what transformers' `save_pretrained` writes, and `llmcompress.json` beside it: the format version, the size
+and SHA-256 of each weight file, and what the caller adds (recipe, versions, seed, scores). Weights are safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METADATA_FILE = "llmcompress.json"
+FORMAT_VERSION = 1
+_OWN_KEYS = ("format_version", "files", "weights")
+_CHUNK = 1 << 20
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Write `model` to `folder`: first beside it, then in one step into its place.
+
+    Args:
+        model: a transformers model, quantized or not.
+        folder: where to; made if absent. An earlier checkpoint of this library is replaced, anything else is refused.
+        tokenizer: written beside the model, if there is one.
+        metadata: JSON values for `llmcompress.json`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder holds files that no checkpoint wrote, or `metadata` is no JSON or uses the names
+            `format_version`, `files`, `weights`. Nothing is changed then.
+    """
+    folder = Path(folder)
+    taken = [key for key in _OWN_KEYS if key in metadata]
+    if taken:
+        raise CheckpointError(f"metadata must not use the key {taken[0]!r}, which {METADATA_FILE} keeps for itself.")
+    try:
+        extra = json.loads(json.dumps(dict(metadata), allow_nan=True))
+    except TypeError as error:
+        raise CheckpointError(f"metadata must hold JSON values only: {error}.") from error
+    _refuse_foreign(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
+    try:
+        draft.mkdir()
+        model.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        weights = {path.name: _fingerprint(path) for path in sorted(draft.glob("*.safetensors"))}
+        files = sorted(path.name for path in draft.iterdir())
+        content = {"format_version": FORMAT_VERSION, "files": files, "weights": weights, **extra}
+        (draft / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _put_in_place(draft, folder)
+    finally:
+        if draft.exists():
+            shutil.rmtree(draft)
+    return folder
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Read `llmcompress.json`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a newer version of the library wrote it.
+    """
+    path = Path(folder) / METADATA_FILE
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"{folder} must be a folder that save_pretrained of a result wrote; there is no such folder."
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {METADATA_FILE}: it is not a checkpoint of llmcompress. A plain Hugging Face folder is read "
+            "by transformers' AutoModel classes."
+        )
+    content = _read_json(path)
+    version = content.get("format_version")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} must have a format_version, got {version!r}; the file is damaged: save again.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}; it was written by a newer "
+            "llmcompress: upgrade it with pip."
+        )
+    return content
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Check every file of a checkpoint, the weights by their SHA-256, and return its metadata.
+
+    Raises:
+        CheckpointError: not a checkpoint, a newer format, or a file that is missing or damaged; names the file.
+    """
+    folder = Path(folder)
+    content = read_metadata(folder)
+    weights, files = content.get("weights"), content.get("files")
+    if not isinstance(weights, dict) or not isinstance(files, list):
+        raise CheckpointError(f"{folder / METADATA_FILE} must list files and weights; it is damaged: save again.")
+    for name in files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; copy the folder again, or save the model again.")
+    for name, known in weights.items():
+        found = _fingerprint(folder / name)
+        if found != known:
+            raise CheckpointError(
+                f"{folder / name} is damaged: it must have {known.get('bytes')} bytes with SHA-256 "
+                f"{str(known.get('sha256')):.12}..., got {found['bytes']} bytes with {found['sha256']:.12}...; copy the "
+                "folder again, or save the model again."
+            )
+    _read_json(folder / "config.json")
+    return content
+
+
+def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Read a checkpoint after checking it; plain `from_pretrained` reads the same folder without the check.
+
+    Args:
+        folder: a folder that `save` wrote.
+        model_class: a model or auto class; None takes the class the model had when it was saved.
+
+    Returns:
+        The model in eval mode, in the dtype it was saved in, on the CPU.
+
+    Raises:
+        CheckpointError: the folder fails `verify`, or its weights do not fill the model.
+    """
+    import transformers
+
+    from .quantization import hf  # noqa: F401 - makes the method known, however this file came to be imported
+
+    folder = Path(folder)
+    verify(folder)
+    chosen: Any = model_class
+    if chosen is None:
+        names = _read_json(folder / "config.json").get("architectures") or [None]
+        chosen = getattr(transformers, str(names[0]), None)
+        if chosen is None:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: transformers {transformers.__version__} has no class {names[0]!r}; upgrade "
+                "it, or pass model_class."
+            )
+    try:
+        model, info = chosen.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing and model_class is None:
+        raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; save the model again.")
+    return model
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise unless `folder` is absent, empty, or holds nothing but what an earlier `save` wrote."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} must be a folder, got a file; choose another name.")
+    found = sorted(path.name for path in folder.iterdir())
+    if not found:
+        return
+    if METADATA_FILE not in found:
+        raise CheckpointError(
+            f"{folder} is not empty and not a checkpoint of llmcompress (it holds {found[0]!r}); choose another folder."
+        )
+    known = {METADATA_FILE, *read_metadata(folder).get("files", ())}
+    foreign = [name for name in found if name not in known]
+    if foreign:
+        raise CheckpointError(
+            f"{folder} holds {foreign[0]!r}, which no checkpoint wrote and replacing the folder would delete; move it "
+            "away or choose another folder."
+        )
+
+
+def _put_in_place(draft: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(draft, folder)
+        return
+    # A folder cannot replace one that holds files: the old one steps aside first, and comes back if that fails.
+    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    os.replace(folder, old)
+    try:
+        os.replace(draft, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); it is damaged: save the model again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}; save the model again.")
+    return content
