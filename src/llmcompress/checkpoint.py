@@ -1,7 +1,7 @@
 """Folders on disk: written whole or not at all, and checked before they are believed.
 
-A folder is what transformers' `save_pretrained` writes, and `llmcompress.json` beside it: the format version, the size
-and SHA-256 of each weight file, and what the caller adds (recipe, versions, seed, scores). Weights are safetensors only.
+A folder is what transformers' `save_pretrained` writes, and `llmcompress.json` beside it: the format version, size and
+SHA-256 of each weight file, and what the caller adds (recipe, versions, seed, scores). Weights are safetensors only.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no {METADATA_FILE}: it is not a checkpoint of llmcompress. A plain Hugging Face folder is read "
-            "by transformers' AutoModel classes."
+            f"{folder} has no {METADATA_FILE}: it is not a checkpoint of llmcompress. A plain Hugging Face folder is "
+            "read by transformers' AutoModel classes."
         )
     content = _read_json(path)
     version = content.get("format_version")
@@ -121,9 +121,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
         found = _fingerprint(folder / name)
         if found != known:
             raise CheckpointError(
-                f"{folder / name} is damaged: it must have {known.get('bytes')} bytes with SHA-256 "
-                f"{str(known.get('sha256')):.12}..., got {found['bytes']} bytes with {found['sha256']:.12}...; copy the "
-                "folder again, or save the model again."
+                f"{folder / name} is damaged: it must have {_told(known)}, got {_told(found)}; copy the folder again or "
+                "save the model again."
             )
     _read_json(folder / "config.json")
     return content
@@ -215,6 +214,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def _told(fingerprint: Mapping[str, Any]) -> str:
+    return f"{fingerprint.get('bytes')} bytes with SHA-256 {str(fingerprint.get('sha256'))[:12]}..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class DynamicQuantization(Compressor):
             key = id(layer.weight)
             replacement = self._quantize(layer.module)
             if key in shared:
-                replacement.weight, replacement.scale = shared[key].weight, shared[key].scale
+                replacement.tie(shared[key])
             shared.setdefault(key, replacement)
             replace_modules(model, {layer.module: replacement})
         mark_quantized(model)

@@ -120,19 +120,24 @@ class LLMCompressQuantizer(HfQuantizer):
                 if module is not None:
                     replacements[module] = SCHEMES[group["scheme"]].from_spec(module, group)
         replace_modules(model, replacements)
-        tie_scales(model)
+        for target, source in model.all_tied_weights_keys.items():
+            tied, partner = (model.get_submodule(key.rpartition(".")[0]) for key in (target, source))
+            if isinstance(tied, QuantizedModule) and isinstance(partner, QuantizedModule) and target.endswith("weight"):
+                tied.tie(partner)
         # A base model read from a folder with a head (or the reverse) has other paths than the folder.
         self.quantization_config = LLMCompressConfig.of(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path, module in model.named_modules():
-            for name, tensor in module.named_parameters(recurse=False):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None:
+                    continue
                 if isinstance(module, QuantizedModule):
                     if not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(
                             f"model.safetensors has no {path}.{name}; the folder is damaged: save the model again."
                         )
-                elif not tensor.is_floating_point():
+                elif isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
                     raise CheckpointError(
                         f"model.safetensors holds codes for {path}.{name}, but quantization_config in config.json does "
                         "not name that module; the file was edited or is damaged: save the model again."
@@ -143,7 +148,6 @@ def mark_quantized(model: PreTrainedModel) -> None:
     """Put a model that was quantized in memory in the state in which `from_pretrained` would have left it."""
     from transformers import PreTrainedModel
 
-    tie_scales(model)
     config = LLMCompressConfig.of(model)
     model.config.quantization_config = config
     model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
@@ -152,33 +156,6 @@ def mark_quantized(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
-
-
-def tie_scales(model: PreTrainedModel) -> None:
-    """Tell transformers that where two quantized modules are tied by their weight, their scales are tied too."""
-    for _, part in model.named_modules():
-        known = getattr(part, "all_tied_weights_keys", None)
-        if not known:
-            continue
-        scales = {
-            f"{target.removesuffix('weight')}scale": f"{source.removesuffix('weight')}scale"
-            for target, source in known.items()
-            if target.endswith(".weight") and all(_is_quantized(part, key) for key in (target, source))
-        }
-        part.all_tied_weights_keys = {**known, **scales}
-        # Only what this part declares itself is its own to declare; a part of it declares the rest.
-        own = {target: source for target, source in scales.items() if _declares(part, target)}
-        if own:
-            part._tied_weights_keys = {**part._tied_weights_keys, **own}
-
-
-def _declares(part: PreTrainedModel, target: str) -> bool:
-    weight = f"{target.removesuffix('scale')}weight"
-    return weight in part.get_expanded_tied_weights_keys(all_submodels=False)
-
-
-def _is_quantized(part: nn.Module, key: str) -> bool:
-    return isinstance(part.get_submodule(key.rpartition(".")[0]), QuantizedModule)
 
 
 def _find(model: PreTrainedModel, path: str) -> nn.Module | None:

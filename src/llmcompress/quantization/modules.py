@@ -1,7 +1,8 @@
 """The layers of a quantized model: plain int8 tensors in the state dict, packed copies made on demand.
 
-The int8 weight and its scale are frozen parameters, not buffers, since transformers ties only parameters: a tied head
-then shares both with its embedding by the very mechanism that tied the float weight, through saving and loading.
+The int8 weight is a frozen parameter, not a buffer, since transformers ties only parameters: a head then shares it with
+its embedding by the very mechanism that tied the float weight, through saving and loading. The scale is a buffer, since
+transformers takes a model's dtype from its first float parameter; a tied layer has none and reads its partner's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ class QuantizedModule(nn.Module, ABC):
 
     scheme: ClassVar[str]
     weight: nn.Parameter
-    scale: nn.Parameter
+    scale: torch.Tensor
+
+    def __init__(self, rows: int, columns: int, device: torch.device | str) -> None:
+        super().__init__()
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", torch.empty(rows, dtype=torch.float32, device=device))
+        self._partner: tuple[QuantizedModule] | None = None
 
     @classmethod
     @abstractmethod
@@ -50,30 +58,36 @@ class QuantizedModule(nn.Module, ABC):
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantize a float `weight` (rows, columns) into this layer."""
-        codes, scale = quantize_rows(weight)
+        codes, self.scale = quantize_rows(weight)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def tie(self, partner: QuantizedModule) -> None:
+        """Share the weight and the scale of `partner`; the state dict then holds the scale once, under the partner."""
+        self.weight = partner.weight
+        self._buffers.pop("scale", None)
+        # In a tuple, the partner does not become a submodule of this layer.
+        self._partner = (partner,)
 
     def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
-        """Return each stored tensor with the number of weights it stands for; the scales stand for none."""
-        return [(self.weight, self.weight.numel()), (self.scale, 0)]
+        """Return each stored tensor with the number of weights it stands for."""
+        return [(self.weight, self.weight.numel())]
 
     def derived_bytes(self) -> int:
         """Return the bytes of copies made for a kernel, which are never saved."""
         return 0
 
-    def _allocate(self, rows: int, columns: int, device: torch.device) -> None:
-        codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(rows, dtype=torch.float32, device=device), requires_grad=False)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
-        exact = self.scale.data
+        exact = self._buffers.get("scale")
         super()._apply(fn, recurse)
         # `model.to(torch.bfloat16)` casts every float tensor; a scale of 8 bits would double the error of the codes.
-        if self.scale.dtype != torch.float32:
-            self.scale.data = exact.to(self.scale.device)
+        if exact is not None and self.scale.dtype != exact.dtype:
+            self.scale = exact.to(self.scale.device)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scale" and self._partner is not None:
+            return self._partner[0].scale
+        return super().__getattr__(name)
 
 
 class Int8Linear(QuantizedModule):
@@ -104,11 +118,10 @@ class Int8Linear(QuantizedModule):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
+        super().__init__(out_features, in_features, device)
         self.in_features = in_features
         self.out_features = out_features
         self.activations: Activations = activations
-        self._allocate(out_features, in_features, torch.device(device))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._packed: tuple[tuple[int, ...], Any] | None = None
 
@@ -207,12 +220,11 @@ class Int8Embedding(QuantizedModule):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
+        super().__init__(num_embeddings, embedding_dim, device)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.output_dtype = dtype
-        self._allocate(num_embeddings, embedding_dim, torch.device(device))
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Embedding:
@@ -249,7 +261,7 @@ class Int8Embedding(QuantizedModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
         # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.scale.device)).dtype
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.weight.device)).dtype
         return super()._apply(fn, recurse)
 
 
