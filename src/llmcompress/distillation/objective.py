@@ -1,0 +1,104 @@
+"""The loss of one batch: soft, hard and hidden-state parts, weighted; normalised by counts of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .batches import IGNORED, Head
+from .losses import cross_entropy, forward_kl, hidden_state_error, squared_error
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`alpha` x soft + (1 - `alpha`) x hard + `hidden` x hidden states.
+
+    Attributes:
+        head: what the logits are; from `head_of`.
+        temperature: of the soft loss.
+        alpha: weight of the soft loss against the hard one, in [0, 1].
+        hidden: weight of the hidden states' error, averaged over the layers that are compared.
+        layers: for each stack, which teacher hidden state each student block should put out; from `layer_map`.
+        classes: compare only the first so many classes: the tokens that are real where vocabularies are padded to
+            different sizes. None compares all.
+    """
+
+    head: Head
+    temperature: float = 1.0
+    alpha: float = 1.0
+    hidden: float = 0.0
+    layers: Sequence[tuple[int, ...]] = field(default_factory=tuple)
+    classes: int | None = None
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Return how many targets, input tokens and decoder tokens of `batch` count: what the parts are divided by.
+
+        The counts of the batches that make one optimizer step are added, over accumulation steps and processes.
+        """
+        target = self._target_mask(batch)
+        masks = self._token_masks(batch)
+        return torch.stack([target.sum(), masks[0].sum(), masks[-1].sum()])
+
+    def __call__(self, student: Any, teacher: Any, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            student: the student's outputs: `.logits`, and with `hidden` its hidden states.
+            teacher: the teacher's, on the same device.
+            batch: from `collate`.
+            counts: from `counts`, added up over the global batch.
+        """
+        mask, count = self._target_mask(batch), counts[0]
+        ours, theirs = self._logits(student), self._logits(teacher)
+        loss = ours.new_zeros((), dtype=torch.float32)
+        if self.alpha > 0:
+            loss = loss + self.alpha * self._soft(ours, theirs, mask, count)
+        if self.alpha < 1:
+            loss = loss + (1 - self.alpha) * self._hard(ours, batch["labels"], mask, count)
+        if self.hidden > 0:
+            loss = loss + self.hidden * self._hidden(student, teacher, batch, counts)
+        return loss
+
+    def _logits(self, outputs: Any) -> torch.Tensor:
+        logits = outputs.logits[..., : self.classes]
+        return logits[:, :-1] if self.head == "causal_lm" else logits
+
+    def _target_mask(self, batch: Batch) -> torch.Tensor:
+        if self.head == "causal_lm":
+            # Position i is asked for token i + 1, so the first token is no target and the last position asks nothing.
+            return batch["labels"][:, 1:] != IGNORED
+        if self.head == "seq2seq_lm":
+            return batch["labels"] != IGNORED
+        ids = batch["input_ids"]
+        return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+
+    def _token_masks(self, batch: Batch) -> list[torch.Tensor]:
+        inputs = batch["attention_mask"].bool()
+        return [inputs, batch["labels"] != IGNORED] if self.head == "seq2seq_lm" else [inputs]
+
+    def _soft(self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        if self.head == "regression":
+            return squared_error(ours.squeeze(-1), theirs.squeeze(-1), mask=mask, count=count)
+        return forward_kl(ours, theirs, temperature=self.temperature, mask=mask, count=count)
+
+    def _hard(self, ours: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        if self.head == "regression":
+            return squared_error(ours.squeeze(-1), labels, mask=mask, count=count)
+        labels = labels[:, 1:] if self.head == "causal_lm" else labels
+        return cross_entropy(ours, labels, mask=mask, count=count)
+
+    def _hidden(self, student: Any, teacher: Any, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
+        names = ["encoder_hidden_states", "decoder_hidden_states"] if self.head == "seq2seq_lm" else ["hidden_states"]
+        errors = []
+        for name, mask, count, layers in zip(names, self._token_masks(batch), counts[1:], self.layers, strict=False):
+            ours, theirs = getattr(student, name)[1:], getattr(teacher, name)
+            errors += [
+                hidden_state_error(state, theirs[layer], mask=mask, count=count)
+                for state, layer in zip(ours, layers, strict=True)
+            ]
+        return torch.stack(errors).mean()
