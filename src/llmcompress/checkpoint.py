@@ -121,8 +121,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
         found = _fingerprint(folder / name)
         if found != known:
             raise CheckpointError(
-                f"{folder / name} is damaged: it must have {_told(known)}, got {_told(found)}; copy the folder again or "
-                "save the model again."
+                f"{folder / name} is damaged: it must have {_told(known)}, got {_told(found)}; copy the folder again, "
+                "or save the model again."
             )
     _read_json(folder / "config.json")
     return content
@@ -144,6 +144,7 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     import transformers
 
     from .quantization import hf  # noqa: F401 - makes the method known, however this file came to be imported
+    from .quantization.bitsandbytes import keep_exact
 
     folder = Path(folder)
     verify(folder)
@@ -165,6 +166,7 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     missing = sorted(info["missing_keys"])
     if missing and model_class is None:
         raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; save the model again.")
+    keep_exact(model)
     return model
 
 

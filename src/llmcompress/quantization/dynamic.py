@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
 from ..compressor import Action, Compressor, Context
-from ..errors import CompressionError, NothingToCompressError, UnsupportedModelError
+from ..errors import NothingToCompressError
 from ..registry import register
+from .checks import refuse_nonfinite, refuse_quantized
 from .hf import mark_quantized
 from .modules import Int8Embedding, Int8Linear, QuantizedModule, replace_modules
 
@@ -78,11 +78,7 @@ class DynamicQuantization(Compressor):
             CompressionError: a weight is NaN or infinite; nothing is changed then.
         """
         chosen, left = self._choose(model)
-        for layer in chosen:
-            if not torch.isfinite(layer.weight).all():
-                raise CompressionError(
-                    f"{layer.name}.weight must be finite, got NaN or infinity; repair the model first."
-                )
+        refuse_nonfinite(chosen)
         shared: dict[int, QuantizedModule] = {}
         for layer in chosen:
             key = id(layer.weight)
@@ -106,12 +102,7 @@ class DynamicQuantization(Compressor):
         return Action(path=layer.name, does=does, reason=f"shared with {layer.tied_to}" if layer.tied_to else None)
 
     def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
-        method = getattr(model, "quantization_method", None)
-        if method is not None or getattr(model.config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is already quantized ({method or 'config.quantization_config is set'}); "
-                f"{type(self).__name__} needs the float model."
-            )
+        refuse_quantized(model, type(self).__name__)
         kinds: tuple[Kind, ...] = ("linear", "conv1d", *(("embedding",) if self.embeddings else ()))
         chosen, left = select(
             model,

@@ -1,0 +1,191 @@
+"""Weights in bitsandbytes' 4-bit or 8-bit formats, as transformers knows them: the folder needs no llmcompress."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ..anatomy.layers import WeightLayer, select, weight_layers
+from ..compressor import Action, Compressor, Context
+from ..errors import NothingToCompressError, PluginError, VerificationError
+from ..registry import register
+from .checks import refuse_nonfinite, refuse_quantized
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+# BitsAndBytesConfig has no field for the block size, and bitsandbytes' own default is this one.
+_BLOCK = 64
+# The CPU kernels of bitsandbytes work on so many outputs at a time, and stop at a layer that they do not divide.
+_OUTPUTS = 32
+
+
+@register("bitsandbytes_quantization")
+class BitsAndBytesQuantization(Compressor):
+    """Store the linear layers of the blocks in a format of bitsandbytes; needs `pip install 'llmcompress[bnb]'`.
+
+    The result is transformers' own: `config.quantization_config` is a `BitsAndBytesConfig`, and the folder loads by
+    plain `from_pretrained` wherever bitsandbytes is installed. Made for GPUs. On a CPU the model becomes smaller but
+    slower: measure it before you deploy it there.
+
+    Left in float, and told: heads, embeddings, 3-D experts (bitsandbytes skips those without a word), modules that
+    transformers keeps in float32, and for 4 bits layers whose sizes the kernels do not divide.
+
+    Attributes:
+        kind: `"nf4"`, 4 bits with levels at the quantiles of a normal distribution; `"fp4"`, 4-bit floats; `"int8"`,
+            LLM.int8(), 8 bits with outlier columns multiplied in 16 bits.
+        double_quant: whether the scales of 4-bit blocks are quantized too, which saves about 0.4 bits a weight.
+        compute_dtype: the dtype 4-bit weights are expanded to for the product; None takes the model's.
+        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        skip: patterns of layers to leave in float; they win over `targets`.
+
+    Source:
+        Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314; Dettmers et al. 2022 (LLM.int8()),
+        https://arxiv.org/abs/2208.07339.
+
+    Example:
+        >>> from llmcompress.compressor import Context
+        >>> from llmcompress.testing import tiny_model
+        >>> model = BitsAndBytesQuantization().compress(tiny_model("llama"), Context())
+        >>> type(model.model.layers[0].mlp.up_proj).__name__
+        'Linear4bit'
+    """
+
+    kind: Literal["nf4", "fp4", "int8"] = Field("nf4", description="the format of the weights")
+    double_quant: bool = Field(False, description="whether the scales of 4-bit blocks are quantized too")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype that 4-bit weights are expanded to; None takes the model's"
+    )
+    targets: tuple[str, ...] | None = Field(None, description="patterns of layers to quantize; None takes the blocks'")
+    skip: tuple[str, ...] = Field((), description="patterns of layers to leave in float")
+
+    @property
+    def terminal(self) -> bool:
+        """Coded weights cannot be pruned or trained further."""
+        return True
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Name each layer that is quantized, and why each other one is left; on a CPU, say that it will be slow."""
+        chosen, left = self._choose(model)
+        does = f"bitsandbytes {self.kind}"
+        actions = [Action(path=layer.name, does=does) for layer in chosen] + left
+        if model.device.type == "cpu":
+            actions.append(_SLOW)
+        return actions
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Return a new model with the layers quantized, built from the weights of `model`.
+
+        Raises:
+            PluginError: bitsandbytes is not installed.
+            UnsupportedModelError: the model is already quantized.
+            NothingToCompressError: no layer is chosen.
+            CompressionError: a weight is NaN or infinite.
+        """
+        chosen, left = self._choose(model)
+        refuse_nonfinite(chosen)
+        names = {layer.path for layer in chosen}
+        result = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(model.config),
+            state_dict=model.state_dict(),
+            quantization_config=self._config(model, names),
+            dtype=model.dtype,
+            device_map={"": model.device},
+        )
+        _refuse_difference(result, names)
+        if result.can_generate():
+            result.generation_config = copy.deepcopy(model.generation_config)
+        result.config.name_or_path = model.config.name_or_path
+        keep_exact(result)
+        for action in left:
+            context.tell(action)
+        return result.train(model.training)
+
+    def _config(self, model: PreTrainedModel, names: set[str]) -> BitsAndBytesConfig:
+        from transformers import BitsAndBytesConfig
+        from transformers.pytorch_utils import Conv1D
+
+        # Said module by module: what transformers would leave of its own accord differs from version to version.
+        linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        return BitsAndBytesConfig(
+            load_in_4bit=self.kind != "int8",
+            load_in_8bit=self.kind == "int8",
+            llm_int8_skip_modules=[path for path in linear if path not in names],
+            bnb_4bit_quant_type=self.kind if self.kind != "int8" else "fp4",
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.compute_dtype or str(model.dtype).removeprefix("torch."),
+        )
+
+    def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
+        who = type(self).__name__
+        if find_spec("bitsandbytes") is None:
+            raise PluginError(f"{who} needs the package bitsandbytes; run: pip install 'llmcompress[bnb]'.")
+        refuse_quantized(model, who)
+        chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=("linear", "conv1d"))
+        tied = {id(layer.weight) for layer in weight_layers(model) if layer.tied_to is not None}
+        kept, told = [], list(left)
+        for layer in chosen:
+            reason = "tied to another layer" if id(layer.weight) in tied else self._why_float(model, layer)
+            if reason is None:
+                kept.append(layer)
+            else:
+                told.append(Action(path=layer.name, reason=reason))
+        if not kept:
+            why = "; ".join(f"{action.path}: {action.reason}" for action in told[:4])
+            raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
+        return kept, told
+
+    def _why_float(self, model: PreTrainedModel, layer: WeightLayer) -> str | None:
+        """Say why a layer that was asked for cannot be quantized, or None."""
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        if not should_convert_module(layer.path, list(model._keep_in_fp32_modules or ())):
+            return "transformers keeps it in float32"
+        inputs = layer.weight.shape[layer.input_axis]
+        outputs = layer.weight.shape[1 - layer.input_axis]
+        if self.kind != "int8" and inputs % _BLOCK:
+            return f"its {inputs} inputs are no multiple of bitsandbytes' block of {_BLOCK}"
+        if self.kind != "int8" and outputs % _OUTPUTS:
+            return f"its {outputs} outputs are no multiple of {_OUTPUTS}, as the CPU kernels of bitsandbytes need"
+        return None
+
+
+_SLOW = Action(path="", reason="bitsandbytes is made for GPUs: on this CPU expect a smaller but slower model")
+
+
+def _refuse_difference(result: PreTrainedModel, names: set[str]) -> None:
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    found = {path for path, module in result.named_modules() if isinstance(module, kinds)}
+    if found != names:
+        odd = sorted(found ^ names)
+        raise VerificationError(f"transformers did not quantize the layers it was told to; first difference: {odd[0]}.")
+
+
+def keep_exact(model: nn.Module) -> None:
+    """Keep the scales of the 4-bit layers as they are now, and put them back whenever the state dict is taken.
+
+    Call it before the first forward pass. On a CPU with AVX-512 BF16, bitsandbytes (0.50.2) repacks a layer at its first
+    pass and rounds its scales to bfloat16; when the state dict is taken it packs back, but leaves the scales rounded and
+    transposed. What is saved then, and the model in memory itself, would be broken from there on.
+    """
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None:
+            layer._exact_quant_state = copy.deepcopy(state)
+            layer.register_state_dict_post_hook(_restore_exact)
+
+
+def _restore_exact(layer: Any, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    if not hasattr(layer.weight.quant_state, "packing_format_for_cpu"):
+        return
+    layer.weight.quant_state = layer.quant_state = copy.deepcopy(layer._exact_quant_state)
+    for name, tensor in layer._exact_quant_state.as_dict(packed=True).items():
+        state_dict[f"{prefix}weight.{name}"] = tensor
