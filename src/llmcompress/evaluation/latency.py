@@ -22,8 +22,10 @@ from .tasks.task import check_positive
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A turn first lets the model find its weights in the caches that another model has just used, then is timed.
+# A turn first lets the model find its weights in the caches that another model has just used, then is timed. A pass
+# that takes longer than this does not notice: then one pass makes the turn.
 _PASSES_A_TURN = 3
+_QUICK_MS = 50.0
 _FEWEST_ROUNDS = 5
 
 
@@ -71,7 +73,7 @@ def measure_latency(
         batch_size: rows a batch, at least 1.
         tokens: tokens a row, at most what the model can take.
         warmup: passes before the first timed one.
-        seconds: how long to measure, at least five rounds of six passes whatever it says.
+        seconds: how long to measure, at least five rounds whatever it says.
         threads: intra-op threads of torch while it measures; None leaves them.
 
     Raises:
@@ -121,11 +123,13 @@ def measure_latencies(
     inputs = {name: _inputs(model, batch_size, tokens) for name, model in models.items()}
     passes: dict[str, list[float]] = {name: [] for name in models}
     turns: dict[str, list[float]] = {name: [] for name in models}
+    quick: dict[str, bool] = {}
 
     def take_turn(name: str) -> None:
         with evaluating(models[name]):
-            _timed_pass(models[name], inputs[name])
-            times = [_timed_pass(models[name], inputs[name]) for _ in range(_PASSES_A_TURN)]
+            if quick[name]:
+                _timed_pass(models[name], inputs[name])
+            times = [_timed_pass(models[name], inputs[name]) for _ in range(_PASSES_A_TURN if quick[name] else 1)]
         passes[name] += times
         turns[name].append(statistics.median(times))
 
@@ -139,15 +143,15 @@ def measure_latencies(
     ):
         for name, model in models.items():
             with evaluating(model):
-                for _ in range(warmup):
-                    _timed_pass(model, inputs[name])
+                first = [_timed_pass(model, inputs[name]) for _ in range(warmup)]
+            quick[name] = not first or min(first) < _QUICK_MS
         begin, rounds = time.perf_counter(), 0
         while rounds < _FEWEST_ROUNDS or time.perf_counter() - begin < budget:
-            for name in (*models, *reversed(models)):
+            for name in (*models, *reversed(list(models))):
                 take_turn(name)
             rounds += 1
-            spent = max((time.perf_counter() - begin) / budget if budget else 1.0, 0.0)
-            bar.update(min(max(spent, 0.0), rounds / _FEWEST_ROUNDS, 1.0) - bar.n)
+            spent = (time.perf_counter() - begin) / budget if budget else 1.0
+            bar.update(min(spent, rounds / _FEWEST_ROUNDS, 1.0) - bar.n)
 
     return {
         name: _summary(passes[name], turns[name], model, batch_size, tokens, warmup, in_force)

@@ -14,7 +14,8 @@ CONFIDENCE = 0.95
 class Flips(BaseModel, frozen=True, extra="forbid"):
     """What changed, example by example, from the base to a candidate.
 
-    "Accuracy is Not All You Need" (arXiv 2407.09141): two models can have one accuracy and yet disagree on many examples; the flips show it.
+    Two models can have one accuracy and yet disagree on many examples; the flips show it ("Accuracy is Not All You
+    Need", arXiv 2407.09141).
     """
 
     examples: int = Field(description="examples that both models answered")

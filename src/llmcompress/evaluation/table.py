@@ -50,8 +50,12 @@ class Table:
         lines.append("|:---|" + "---:|" * (len(self.header) - 1))
         lines += [_markdown_row(row) for row in self.rows]
         if self.notes:
-            lines += ["", *(f"- {_markdown_cell(note)}" for note in self.notes)]
+            lines += ["", self.bullets()]
         return "\n".join(lines)
+
+    def bullets(self) -> str:
+        """Write only the notes, as a Markdown list."""
+        return "\n".join(f"- {_markdown_cell(note)}" for note in self.notes)
 
     def html(self) -> str:
         """Write it as an HTML table for a notebook cell."""

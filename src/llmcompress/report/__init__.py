@@ -1,1 +1,1 @@
-"""Reports: one JSON document, rendered as text, Markdown and HTML."""
+"""One comparison, rendered: a terminal's table, Markdown, a notebook's table, and one HTML page."""

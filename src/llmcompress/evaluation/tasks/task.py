@@ -55,7 +55,9 @@ class TaskScore(BaseModel, frozen=True, extra="forbid"):
         default={}, description="95 % intervals of the metrics that have one"
     )
     classes: tuple[str, ...] | None = Field(default=None, description="names of the classes, by index")
-    examples: tuple[ExampleResult, ...] = Field(description="one result an example, in the order of the data")
+    examples: tuple[ExampleResult, ...] = Field(
+        default=(), description="one result an example, in the order of the data"
+    )
     protocol: dict[str, str | int | float | bool | None] = Field(
         description="data, lengths and settings: what was done"
     )

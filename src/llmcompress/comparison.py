@@ -1,0 +1,274 @@
+"""Base against candidates, side by side: quality, size and speed, measured alike and paired."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from .data import find_tokenizer
+from .errors import CheckpointError, ConfigError, MissingInputError, did_you_mean
+from .evaluation.evaluate import (
+    Evaluation,
+    Shape,
+    as_tasks,
+    is_folder,
+    latency_grid,
+    load_model,
+    measure_size,
+    score_tasks,
+)
+from .evaluation.latency import Latency, Speedup, measure_latencies, speedup
+from .evaluation.machine import Machine, machine
+from .evaluation.memory import measure_memory
+from .evaluation.statistics import Flips, flips
+from .evaluation.tasks import Task, TaskScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Change(BaseModel, frozen=True, extra="forbid"):
+    """A candidate against the base. Ratios are base over candidate: 4 is four times smaller, or faster."""
+
+    quality: tuple[float, ...] = Field(description="primary metric of each task, candidate minus base")
+    flips: tuple[Flips | None, ...] = Field(
+        description="for each task, what changed by example; None without right/wrong"
+    )
+    smaller_on_disk: float
+    smaller_in_memory: float
+    fewer_weights: float = Field(description="ratio of the weights that are not zero")
+    faster: tuple[Speedup, ...] = Field(description="one entry a shape at which latency was measured")
+
+
+class Entry(BaseModel, frozen=True, extra="forbid"):
+    """One model of a comparison."""
+
+    name: str = Field(description="the name the caller gave it")
+    evaluation: Evaluation
+    change: Change | None = Field(description="against the base; None for the base itself")
+
+
+class Comparison(BaseModel, frozen=True, extra="forbid"):
+    """Several models on one task, with every number's protocol: the one document that all renderings are made from.
+
+    `print(comparison)` is a table, as is a notebook cell; `to_markdown`, `to_json` and `save` write it.
+    """
+
+    format_version: Literal[1] = 1
+    created: str = Field(description="time of the measurement, UTC, ISO 8601")
+    entries: tuple[Entry, ...] = Field(description="the base first, then the candidates in the caller's order")
+    machine: Machine
+
+    @property
+    def base(self) -> Entry:
+        """The model that the others are compared with."""
+        return self.entries[0]
+
+    @property
+    def candidates(self) -> tuple[Entry, ...]:
+        """The others."""
+        return self.entries[1:]
+
+    def __getitem__(self, name: str) -> Entry:
+        found = {entry.name: entry for entry in self.entries}
+        if name not in found:
+            hint = did_you_mean(name, found) or "."
+            raise ConfigError(f"the comparison has no model {name!r}{hint} It has: {', '.join(found)}.")
+        return found[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts and lists."""
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """Return it as JSON, every example included; `from_json` reads it back."""
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: `text` is something else, or a newer version of the library wrote it.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the document"
+            raise CheckpointError(f"this is no comparison of format 1: {where}: {first['msg']}.") from error
+
+    def to_markdown(self) -> str:
+        """Return headlines, table, notes and protocol in Markdown."""
+        from .report.text import to_markdown
+
+        return to_markdown(self)
+
+    def to_html(self) -> str:
+        """Return the report as one self-contained HTML page.
+
+        Raises:
+            MissingInputError: jinja2 or matplotlib is not installed (`pip install llmcompress[report]`).
+        """
+        from .report.html import to_html
+
+        return to_html(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report; the ending of `path` says which: `.html`, `.md` or `.json`.
+
+        Raises:
+            ConfigError: another ending.
+        """
+        path = Path(path)
+        writers = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}
+        if path.suffix.lower() not in writers:
+            raise ConfigError(f"save() must have a path ending in {', '.join(writers)}, got {path.name!r}.")
+        # Rendered before the file is opened: a failure leaves an older report as it was.
+        text = writers[path.suffix.lower()]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        from .report.text import to_terminal
+
+        return to_terminal(self)
+
+    def _repr_html_(self) -> str:
+        from .report.text import to_notebook
+
+        return to_notebook(self)
+
+
+def compare(
+    models: Mapping[str, Any],
+    task: Task | Sequence[Task],
+    *,
+    base: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 32,
+    latency: bool | Sequence[Shape] = True,
+    memory: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Measure several models on the same examples and the same machine, and compare each with the base.
+
+    Speed is measured with all models taking turns, so that the machine's drift cancels in the ratios.
+
+    Args:
+        models: by name: a model, a folder or hub name, or anything with a `.model`, such as a `Result`. All are in
+            memory at once while latency is measured.
+        task: one task, or several.
+        base: name of the model the others are compared with; None takes the first.
+        tokenizer: for models that bring none; a `Result` and a folder bring their own.
+        batch_size: examples a batch, at most.
+        latency: whether to time the forward pass, or the (rows, tokens) shapes at which to; the headline tells the first.
+        memory: whether to measure peak memory, each model in a fresh process (some seconds each).
+        progress: whether bars are shown.
+
+    Raises:
+        MissingInputError: there is no model, no data, or no tokenizer.
+        ConfigError: `base` is no name in `models`, or a setting is out of range.
+        UnsupportedModelError: a model's head does not fit a task.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> import llmcompress.testing as lt
+        >>> models = {"base": lt.tiny_model("bert"), "other seed": lt.tiny_model("bert", seed=1)}
+        >>> task = lc.TextClassification([("good", 1), ("bad", 0)])
+        >>> found = lc.compare(models, task, tokenizer=lt.tiny_tokenizer(), latency=[(1, 8)], progress=False)
+        >>> found.base.name, [entry.name for entry in found.candidates], found["other seed"].change.smaller_on_disk
+        ('base', ['other seed'], 1.0)
+    """
+    if not isinstance(models, Mapping) or not models:
+        raise MissingInputError("compare() must have at least one model; pass {'base': model, 'int8': result}.")
+    if base is not None and base not in models:
+        raise ConfigError(f"base must be one of {', '.join(map(repr, models))}, got {base!r}.")
+    first = base if base is not None else next(iter(models))
+    sources = {str(name): models[name] for name in (first, *(name for name in models if name != first))}
+    tasks = as_tasks(task)
+    loaded: dict[str, PreTrainedModel] = {name: _load(name, source, tasks[0]) for name, source in sources.items()}
+    own = {name: _own_tokenizer(source) or tokenizer for name, source in sources.items()}
+    for name, model in loaded.items():
+        for one in tasks:
+            one.check(model)
+            find_tokenizer(model, own[name] or one.tokenizer, who=type(one).__name__)
+
+    shapes = latency_grid(latency, loaded)
+    scores = {
+        name: score_tasks(model, tasks, tokenizer=own[name], batch_size=batch_size, progress=progress)
+        for name, model in loaded.items()
+    }
+    timed = [measure_latencies(loaded, batch_size=rows, tokens=length, progress=progress) for rows, length in shapes]
+    evaluations = {
+        name: Evaluation(
+            model=type(model).__name__,
+            scores=scores[name],
+            size=measure_size(model, sources[name]),
+            latency=tuple(at_shape[name] for at_shape in timed),
+            memory=measure_memory(sources[name] if is_folder(sources[name]) else model) if memory else None,
+            machine=machine(),
+        )
+        for name, model in loaded.items()
+    }
+    return Comparison(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        entries=tuple(
+            Entry(
+                name=name,
+                evaluation=found,
+                change=None if name == str(first) else _change(evaluations[str(first)], found),
+            )
+            for name, found in evaluations.items()
+        ),
+        machine=machine(),
+    )
+
+
+def _load(name: str, source: Any, task: Task) -> PreTrainedModel:
+    from transformers import PreTrainedModel
+
+    # A Llama has a `.model` too: what is a model already is not looked into.
+    if not isinstance(source, (PreTrainedModel, str, Path)):
+        source = getattr(source, "model", source)
+    try:
+        return load_model(source, task)
+    except ConfigError as error:
+        raise ConfigError(f"models[{name!r}]: {error}") from None
+
+
+def _own_tokenizer(source: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that a `Result` or a folder brings; a smaller vocabulary makes it the only right one."""
+    if isinstance(source, (str, Path)):
+        if not (Path(source) / "tokenizer_config.json").is_file():
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source)
+    return getattr(source, "tokenizer", None)
+
+
+def _change(base: Evaluation, candidate: Evaluation) -> Change:
+    pairs = list(zip(base.scores, candidate.scores, strict=True))
+    shapes: list[tuple[Latency, Latency]] = list(zip(base.latency, candidate.latency, strict=True))
+    return Change(
+        quality=tuple(theirs.value - ours.value for ours, theirs in pairs),
+        flips=tuple(_flips(ours, theirs) for ours, theirs in pairs),
+        smaller_on_disk=base.size.disk_bytes / candidate.size.disk_bytes,
+        smaller_in_memory=base.size.memory_bytes / candidate.size.memory_bytes,
+        fewer_weights=base.size.nonzero / max(candidate.size.nonzero, 1),
+        faster=tuple(speedup(ours, theirs) for ours, theirs in shapes),
+    )
+
+
+def _flips(base: TaskScore, candidate: TaskScore) -> Flips | None:
+    if any(example.correct is None for example in base.examples):
+        return None
+    same = [a.prediction == b.prediction for a, b in zip(base.examples, candidate.examples, strict=True)]
+    ours, theirs = ([bool(example.correct) for example in score.examples] for score in (base, candidate))
+    return flips(ours, theirs, same)
