@@ -87,7 +87,7 @@ class BitsAndBytesQuantization(Compressor):
             NothingToCompressError: no layer is chosen.
             CompressionError: a weight is NaN or infinite.
         """
-        chosen, left = self._choose(model)
+        chosen, _ = self._choose(model)
         refuse_nonfinite(chosen)
         names = {layer.path for layer in chosen}
         result = type(model).from_pretrained(
@@ -103,8 +103,6 @@ class BitsAndBytesQuantization(Compressor):
             result.generation_config = copy.deepcopy(model.generation_config)
         result.config.name_or_path = model.config.name_or_path
         keep_exact(result)
-        for action in left:
-            context.tell(action)
         return result.train(model.training)
 
     def _config(self, model: PreTrainedModel, names: set[str]) -> BitsAndBytesConfig:
@@ -172,9 +170,9 @@ def _refuse_difference(result: PreTrainedModel, names: set[str]) -> None:
 def keep_exact(model: nn.Module) -> None:
     """Keep the scales of the 4-bit layers as they are now, and put them back whenever the state dict is taken.
 
-    Call it before the first forward pass. On a CPU with AVX-512 BF16, bitsandbytes (0.50.2) repacks a layer at its first
-    pass and rounds its scales to bfloat16; when the state dict is taken it packs back, but leaves the scales rounded and
-    transposed. What is saved then, and the model in memory itself, would be broken from there on.
+    Call it before the first forward pass. On a CPU with AVX-512 BF16, bitsandbytes (0.50.2) repacks a layer at its
+    first pass and rounds its scales to bfloat16; when the state dict is taken it packs back, but leaves the scales
+    rounded and transposed. What is saved then, and the model in memory itself, would be broken from there on.
     """
     for layer in model.modules():
         state = getattr(getattr(layer, "weight", None), "quant_state", None)

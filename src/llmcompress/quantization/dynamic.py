@@ -77,7 +77,7 @@ class DynamicQuantization(Compressor):
             NothingToCompressError: no layer is chosen.
             CompressionError: a weight is NaN or infinite; nothing is changed then.
         """
-        chosen, left = self._choose(model)
+        chosen, _ = self._choose(model)
         refuse_nonfinite(chosen)
         shared: dict[int, QuantizedModule] = {}
         for layer in chosen:
@@ -88,8 +88,6 @@ class DynamicQuantization(Compressor):
             shared.setdefault(key, replacement)
             replace_modules(model, {layer.module: replacement})
         mark_quantized(model)
-        for action in left:
-            context.tell(action)
         return model
 
     def _quantize(self, module: nn.Module) -> QuantizedModule:
