@@ -106,6 +106,7 @@ def _counted(
     first: torch.Tensor, second: torch.Tensor, mask: torch.Tensor | None, count: Count
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
     """Keep the counted positions only: what does not count is not computed either."""
+    second = second.to(first.device)
     if mask is not None:
         first, second = first[mask], second[mask]
         counted = int(mask.sum())

@@ -35,6 +35,11 @@ class Objective:
     layers: Sequence[tuple[int, ...]] = field(default_factory=tuple)
     classes: int | None = None
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether any part needs the teacher's outputs; without it this is plain fine-tuning."""
+        return self.alpha > 0 or self.hidden > 0
+
     def counts(self, batch: Batch) -> torch.Tensor:
         """Return how many targets, input tokens and decoder tokens of `batch` count: what the parts are divided by.
 
@@ -49,15 +54,15 @@ class Objective:
 
         Args:
             student: the student's outputs: `.logits`, and with `hidden` its hidden states.
-            teacher: the teacher's, on the same device.
+            teacher: the teacher's; None where `asks_teacher` is false.
             batch: from `collate`.
             counts: from `counts`, added up over the global batch.
         """
         mask, count = self._target_mask(batch), counts[0]
-        ours, theirs = self._logits(student), self._logits(teacher)
+        ours = self._logits(student)
         loss = ours.new_zeros((), dtype=torch.float32)
         if self.alpha > 0:
-            loss = loss + self.alpha * self._soft(ours, theirs, mask, count)
+            loss = loss + self.alpha * self._soft(ours, self._logits(teacher), mask, count)
         if self.alpha < 1:
             loss = loss + (1 - self.alpha) * self._hard(ours, batch["labels"], mask, count)
         if self.hidden > 0:

@@ -35,9 +35,8 @@ class HeldZeros:
         >>> model = tiny_model("bert")
         >>> weight = model.bert.encoder.layer[0].output.dense.weight
         >>> _ = nn.init.constant_(weight[:, ::2], 0.0)
-        >>> zeros = HeldZeros(model)
-        >>> zeros.paths, zeros.count == weight.numel() // 2
-        (['bert.encoder.layer.0.output.dense'], True)
+        >>> HeldZeros(model).counts
+        {'bert.encoder.layer.0.output.dense': 4096}
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,14 +50,9 @@ class HeldZeros:
                 self._held[layer.name] = (weight, zero)
 
     @property
-    def paths(self) -> list[str]:
-        """Names of the layers whose zeros are held."""
-        return list(self._held)
-
-    @property
-    def count(self) -> int:
-        """How many zeros are held."""
-        return sum(int(zero.sum()) for _, zero in self._held.values())
+    def counts(self) -> dict[str, int]:
+        """How many zeros are held, by the name of the layer."""
+        return {name: int(zero.sum()) for name, (_, zero) in self._held.items()}
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -1,0 +1,271 @@
+"""Knowledge distillation: a student learns to answer as the untouched original does (Hinton et al., arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from ..anatomy.depth import plan_depth
+from ..compressor import Action, Compressor, Context, Need
+from ..errors import ConfigError, MissingInputError, UnsupportedModelError
+from ..registry import register
+from .batches import Head, head_of, make_rows, read_labels
+from .objective import Objective
+from .student import choose_blocks, layer_map, make_student, parse_student
+from .trainer import Precision, train
+from .zeros import HeldZeros
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DEFAULT_EPOCHS = 3.0
+
+
+@register("knowledge_distillation")
+class KnowledgeDistillation(Compressor):
+    """Train the model to put out what the original puts out (arXiv 1503.02531), on the data given.
+
+    The model is the student: as it arrives (then this recovers what an earlier step lost), or with some of its blocks
+    (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108). The teacher is the model as it was before the first step.
+    Weights that an earlier step set to zero stay zero. Classifiers learn from the texts (and labels) one by one,
+    causal language models from windows cut out of all texts joined, encoder-decoder models from text to second text.
+
+    The loss is `alpha` x KL(teacher || student) at the `temperature` + (1 - `alpha`) x cross-entropy of the labels (of
+    the next tokens for language models) + `hidden` x the relative squared error of the hidden states. A regression head
+    has squared errors for both. `alpha=0` with `hidden=0` is plain fine-tuning and needs no teacher.
+
+    Under `accelerate launch` or `torchrun` each process takes its share of every batch; all end with the same weights.
+
+    Args:
+        epochs: passes over the data; 3 if neither `epochs` nor `steps` is given.
+        steps: optimizer steps, instead of `epochs`.
+        temperature: softens teacher and student alike; above 0.
+        alpha: weight of the teacher against the labels, in [0, 1]; 1 needs no labels.
+        hidden: weight of the hidden states' error (after arXiv 1909.10351); 0 leaves it out.
+        student: None, `"layers:3"` (3 blocks evenly spaced, first and last among them), or `"layers:0,2,5"`.
+        learning_rate: of AdamW, falling linearly to 0.
+        batch_size: rows a step and process; a row is a text, or a window of `max_length` tokens.
+        max_length: tokens a row, cut to what the model can take.
+        warmup: share of the steps in which the learning rate rises from 0, in [0, 1).
+        weight_decay: of AdamW.
+        gradient_accumulation: batches that make one step.
+        precision: `"bf16"` multiplies in bfloat16, `"fp32"` does not; `"auto"` takes bf16 where the hardware has it.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> from llmcompress.testing import tiny_model, tiny_tokenizer
+        >>> step = lc.KnowledgeDistillation(steps=2, student="layers:1", alpha=1.0, max_length=16)
+        >>> texts = ["a cat sat", "a dog ran"]
+        >>> result = lc.compress(tiny_model("bert"), step, data=texts, tokenizer=tiny_tokenizer(), progress=False)
+        >>> result.model.config.num_hidden_layers
+        1
+    """
+
+    epochs: float | None = Field(None, gt=0, description="passes over the data; 3 if steps is not given either")
+    steps: int | None = Field(None, gt=0, description="optimizer steps, instead of epochs")
+    temperature: float = Field(2.0, gt=0, description="divides the logits of teacher and student in the soft loss")
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of the soft loss; the hard loss has the rest")
+    hidden: float = Field(0.0, ge=0, description="weight of the hidden states' relative squared error")
+    student: str | None = Field(None, description="'layers:3' or 'layers:0,2,5'; None: the model as it arrives")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    batch_size: int = Field(32, gt=0, description="rows a step and process")
+    max_length: int = Field(256, gt=1, description="tokens a row")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    gradient_accumulation: int = Field(1, gt=0, description="batches that make one optimizer step")
+    precision: Precision = Field("auto", description="arithmetic of the matrix products")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_duration(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            epochs, steps = fields.get("epochs"), fields.get("steps")
+            if epochs is not None and steps is not None:
+                raise ConfigError(
+                    f"KnowledgeDistillation must have epochs or steps, got both (epochs={epochs!r}, steps={steps!r})."
+                )
+            if epochs is None and steps is None:
+                return {**fields, "epochs": _DEFAULT_EPOCHS}
+        return fields
+
+    @field_validator("student")
+    @classmethod
+    def _known_student(cls, student: str | None) -> str | None:
+        if student is not None:
+            parse_student(student)
+        return student
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Data and a tokenizer, and the teacher unless nothing asks it; labels depend on the head, `plan` checks."""
+        needs: set[Need] = {"data", "tokenizer"}
+        if self.alpha > 0 or self.hidden > 0:
+            needs.add("teacher")
+        return frozenset(needs)
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Tell which blocks stay, how it is trained, and which zeros are held.
+
+        Raises:
+            ConfigError: `student` asks for blocks that the model does not have, or a label is none of its classes.
+            MissingInputError: labels are needed and missing.
+            UnsupportedModelError: no head that can be distilled, a quantized student, a teacher that does not match.
+        """
+        self._check(model, context)
+        kept = choose_blocks(model, self.student) if self.student is not None else {}
+        actions = [
+            Action(
+                path=path,
+                does=f"keep blocks {', '.join(map(str, indices))} of {len(model.get_submodule(path))}",
+            )
+            for path, indices in kept.items()
+        ]
+        span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
+        does = f"distil for {span}" if "teacher" in self.needs else f"fine-tune for {span}"
+        actions.append(Action(path="", does=does, reason="all trainable weights"))
+        zeros = HeldZeros(model).counts
+        for path, indices in kept.items():
+            prefixes = tuple(f"{path}.{index}." for index in indices)
+            zeros = {name: n for name, n in zeros.items() if not name.startswith(f"{path}.") or name.startswith(prefixes)}
+        if zeros:
+            actions.append(Action(path="", does=f"hold {sum(zeros.values())} zeros in {len(zeros)} weights"))
+        return actions
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Make the student out of `model`, train it in place, and return it."""
+        data, tokenizer, teacher = context.data, context.tokenizer, context.teacher
+        if not data:
+            raise MissingInputError("KnowledgeDistillation needs data; pass data=[...] with at least one example.")
+        if tokenizer is None:
+            raise MissingInputError("KnowledgeDistillation needs a tokenizer; pass tokenizer=...")
+        if "teacher" not in self.needs:
+            teacher = None
+        elif teacher is None or teacher is model:
+            raise MissingInputError(
+                "KnowledgeDistillation needs a teacher that is not the student itself; pass the original as "
+                "Context.teacher (lc.compress does, without inplace=True)."
+            )
+        head = self._check(model, context)
+        rows = make_rows(head, model, tokenizer, data, max_length=self.max_length, labelled=self.alpha < 1)
+        context.history.extend(make_student(model, self.student))
+        objective = Objective(
+            head=head,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            hidden=self.hidden,
+            layers=layer_map(model, teacher, context.history) if teacher is not None and self.hidden > 0 else (),
+            classes=_common_classes(head, model, teacher, len(tokenizer)) if teacher is not None else None,
+        )
+        losses = train(
+            model,
+            teacher,
+            rows,
+            objective,
+            pad=_pad_token(model, tokenizer),
+            decoder_start=getattr(model.config, "decoder_start_token_id", None),
+            epochs=self.epochs,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            gradient_accumulation=self.gradient_accumulation,
+            precision=self.precision,
+            seed=context.seed,
+            progress=context.progress,
+        )
+        course = " -> ".join(f"{loss:.4g}" for loss in losses)
+        context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
+        return model
+
+    def _check(self, model: PreTrainedModel, context: Context) -> Head:
+        """Refuse all that cannot work, and return the head; reads no weights."""
+        _refuse_untrainable(model)
+        head = head_of(model)
+        if self.student is not None:
+            plan_depth(model, choose_blocks(model, self.student))
+        if context.data is not None and self.alpha < 1:
+            if head in {"classification", "regression"}:
+                read_labels(head, model, context.data)
+            elif head == "seq2seq_lm" and (bare := _first_without_pair(context)) is not None:
+                raise MissingInputError(
+                    f"KnowledgeDistillation needs target texts for the hard loss of {type(model).__name__}, and "
+                    f"data[{bare}] has none; pass rows with 'text' and 'text_pair', or alpha=1.0 to learn from the "
+                    f"teacher alone."
+                )
+        teacher = context.teacher if "teacher" in self.needs else None
+        if teacher is not None:
+            _refuse_mismatch(head, model, teacher, context)
+            if self.hidden > 0:
+                _refuse_widths(model, teacher)
+                layer_map(model, teacher, context.history)
+        return head
+
+
+def _refuse_untrainable(model: PreTrainedModel) -> None:
+    who = type(model).__name__
+    coded = next((path for path, module in model.named_modules() if hasattr(module, "coded_weights")), None)
+    if coded is not None or getattr(model.config, "quantization_config", None) or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(
+            f"KnowledgeDistillation must have a student with float weights, got {who} that is quantized"
+            f"{f' ({coded})' if coded else ''}; distil first and quantize last."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"KnowledgeDistillation must have weights to train, and all of {who} are frozen; call "
+            f"model.requires_grad_(True)."
+        )
+
+
+def _refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> None:
+    theirs = head_of(teacher)
+    if theirs != head:
+        raise UnsupportedModelError(
+            f"teacher and student must have the same kind of head, got {theirs} ({type(teacher).__name__}) and {head} "
+            f"({type(student).__name__})."
+        )
+    if head in {"classification", "regression"} and teacher.config.num_labels != student.config.num_labels:
+        raise UnsupportedModelError(
+            f"teacher and student must have the same classes, got {teacher.config.num_labels} and "
+            f"{student.config.num_labels} labels; give the student the teacher's head."
+        )
+    if any(cut.axis == "vocabulary" for cut in context.history):
+        raise UnsupportedModelError(
+            "KnowledgeDistillation must come before the vocabulary is cut: teacher and student would read different "
+            "token ids; move it forward."
+        )
+    if context.tokenizer is not None:
+        _common_classes(head, student, teacher, len(context.tokenizer))
+
+
+def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    ours, theirs = (getattr(model.config.get_text_config(), "hidden_size", None) for model in (student, teacher))
+    if ours != theirs:
+        raise UnsupportedModelError(
+            f"hidden states of teacher and student must be equally wide to be compared, got {theirs} and {ours}; "
+            f"use hidden=0."
+        )
+
+
+def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, real: int) -> int | None:
+    """Return how many tokens to compare where vocabularies are padded to different sizes; None where they are equal."""
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    if ours == theirs:
+        return None
+    if min(ours, theirs) < real:
+        raise UnsupportedModelError(
+            f"teacher and student must share the tokenizer's {real} tokens, got vocabularies of {theirs} and {ours}; "
+            f"use a student with the teacher's tokenizer."
+        )
+    return real if head in {"causal_lm", "seq2seq_lm"} else None
+
+
+def _first_without_pair(context: Context) -> int | None:
+    return next((index for index, example in enumerate(context.data or ()) if example.pair is None), None)
+
+
+def _pad_token(model: PreTrainedModel, tokenizer: Any) -> int:
+    pads = (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    # Padding is masked, so that any token serves where none is set aside for it.
+    return next((pad for pad in pads if pad is not None), 0)

@@ -1,0 +1,240 @@
+"""The training loop: `transformers.Trainer` with a distillation loss, leaving no trace but the trained weights.
+
+Trainer and accelerate do the running (mixed precision, accumulation, several processes); what is here computes the
+loss, counts over the global batch, and gives model and caller back everything that training touches.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ..errors import CompressionError
+from .batches import Row, collate
+from .objective import Objective
+from .zeros import HeldZeros
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class DistillationTrainer(Trainer):
+    """A `Trainer` whose loss is an `Objective` over student and teacher.
+
+    Args:
+        teacher: in eval mode; it gets no gradient and is not wrapped by accelerate. None where the objective asks none.
+        objective: the loss.
+        more: what `Trainer` takes: `model`, `args`, `train_dataset`, `data_collator`, `callbacks`.
+    """
+
+    def __init__(self, *, teacher: PreTrainedModel | None, objective: Objective, **more: Any) -> None:
+        super().__init__(**more)
+        self.teacher = teacher
+        self.objective = objective
+        # The loss is divided by the counts of the whole accumulated batch; Trainer must not divide once more. Releases
+        # before the second attribute look at the first one.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._asked: dict[str, bool] = {"output_hidden_states": True} if objective.hidden > 0 else {}
+        if objective.head in {"causal_lm", "seq2seq_lm"}:
+            self._asked["use_cache"] = False
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Take the batches of one optimizer step, and count over them and all processes what the losses divide by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(counts.to(device), reduction="sum").clamp(min=1)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one batch, and the student's outputs if asked."""
+        fed = {key: value for key, value in inputs.items() if key != "labels"}
+        outputs = model(**fed, **self._asked)
+        target = None
+        if self.teacher is not None and self.objective.asks_teacher:
+            with torch.no_grad(), self.accelerator.autocast():
+                place = self.teacher.device
+                target = self.teacher(**{key: value.to(place) for key, value in fed.items()}, **self._asked)
+        counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss = self.objective(outputs, target, inputs, counts)
+        if not bool(torch.isfinite(loss)):
+            raise CompressionError(
+                f"the loss of KnowledgeDistillation must be finite, got {float(loss)} at step "
+                f"{self.state.global_step + 1} of {self.state.max_steps}; lower learning_rate, add warmup, or use "
+                f"precision='fp32'. The model passed in is unchanged."
+            )
+        # Gradients are averaged over the processes, and the counts are already those of all of them.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep the losses in `state.log_history`, and write nothing anywhere."""
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        # Rows of like length share a batch, so little is padded. The generator of its own makes every process draw the
+        # same order, whatever its dropout took from the global one.
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        generator = torch.Generator().manual_seed(self.args.seed)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(size, lengths=[len(row["input_ids"]) for row in rows], generator=generator)
+
+
+class _RestoreZeros(TrainerCallback):
+    def __init__(self, zeros: HeldZeros) -> None:
+        self._zeros = zeros
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._zeros.restore()
+
+
+def train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    rows: Sequence[Row],
+    objective: Objective,
+    *,
+    pad: int,
+    decoder_start: int | None,
+    epochs: float | None,
+    steps: int | None,
+    learning_rate: float,
+    batch_size: int,
+    warmup: float,
+    weight_decay: float,
+    gradient_accumulation: int,
+    precision: Precision,
+    seed: int,
+    progress: bool,
+) -> list[float]:
+    """Train `model` in place and return the losses: of the first step, then the mean of each epoch.
+
+    The weights are all that changes: device, dtype, modes, config, forward, gradients and the caller's random state
+    are as before, also if training fails. Weights below 32 bits are trained in fp32 and rounded at the end.
+
+    Raises:
+        CompressionError: the loss is NaN or infinite.
+    """
+    with ExitStack() as undo:
+        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="llmcompress-"))
+        undo.enter_context(_random_state_kept())
+        undo.enter_context(_traces_removed(model))
+        if teacher is not None:
+            undo.enter_context(_modes_kept(teacher))
+            teacher.eval()
+        zeros = HeldZeros(model)
+        undo.enter_context(zeros.masked_gradients())
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs if epochs is not None else 1,
+            max_steps=steps if steps is not None else -1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=warmup,
+            weight_decay=weight_decay,
+            bf16=_use_bf16(precision, model.device),
+            use_cpu=model.device.type == "cpu",
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="epoch",
+            logging_first_step=True,
+            report_to="none",
+            disable_tqdm=not progress,
+            remove_unused_columns=False,
+            dataloader_pin_memory=model.device.type == "cuda",
+        )
+        # One process drives one device: DataParallel would copy the student, not the teacher.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = DistillationTrainer(
+            model=model,
+            teacher=teacher,
+            objective=objective,
+            args=arguments,
+            train_dataset=list(rows),
+            data_collator=partial(collate, objective.head, pad=pad, decoder_start=decoder_start),
+            callbacks=[_RestoreZeros(zeros)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.accelerator.free_memory()
+    return losses
+
+
+def _use_bf16(precision: Precision, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Where the CPU has no bf16 arithmetic it is emulated, slower than fp32.
+        known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name)() for name in known if hasattr(torch.cpu, name))
+    return False
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _traces_removed(model: PreTrainedModel) -> Iterator[None]:
+    """Train in fp32, and undo all that Trainer and accelerate leave on a model beside its weights."""
+    attributes = set(vars(model))
+    device, cache = model.device, getattr(model.config, "use_cache", None)
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    # Steps of a small learning rate vanish in the rounding of half precision.
+    for parameter in dtypes:
+        parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+    try:
+        with _modes_kept(model):
+            yield
+    finally:
+        model.to(device)
+        model.zero_grad(set_to_none=True)
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+        # Accelerate puts its autocast around `forward` as an attribute of the instance.
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        if cache is not None:
+            model.config.use_cache = cache
+        elif "use_cache" in vars(model.config):
+            del model.config.use_cache
