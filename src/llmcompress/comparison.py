@@ -167,7 +167,8 @@ def compare(
         base: name of the model the others are compared with; None takes the first.
         tokenizer: for models that bring none; a `Result` and a folder bring their own.
         batch_size: examples a batch, at most.
-        latency: whether to time the forward pass, or the (rows, tokens) shapes at which to; the headline tells the first.
+        latency: whether to time the forward pass, or the (rows, tokens) shapes at which to; the first is
+            the headline's.
         memory: whether to measure peak memory, each model in a fresh process (some seconds each).
         progress: whether bars are shown.
 
