@@ -107,6 +107,7 @@ class Int8Linear(QuantizedModule):
     """
 
     scheme = "int8_linear"
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -122,8 +123,9 @@ class Int8Linear(QuantizedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.activations: Activations = activations
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._packed: tuple[tuple[int, ...], Any] | None = None
+        added = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", added)
+        self._packed: tuple[Any, Any] | None = None
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Linear:
@@ -176,23 +178,32 @@ class Int8Linear(QuantizedModule):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
+        # Past `nn.Module.__getattr__`, which takes as long as the smallest products.
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        scale = self._buffers["scale"] if self._partner is None else self.scale
+        assert weight is not None and scale is not None
         exact = x if x.dtype == torch.float32 else x.float()
-        weight, bias = self.weight, self.bias
-        if kernels.has_fbgemm(weight.device):
-            y = kernels.fbgemm_linear(exact, self._pack(weight, bias), bias, self.activations)
+        packed = self._pack(weight, scale, bias)
+        if packed is not None:
+            y = kernels.fbgemm_linear(exact, packed, bias, self.activations)
         else:
-            y = kernels.torch_linear(exact, weight, self.scale, bias, self.activations)
+            y = kernels.torch_linear(exact, weight, scale, bias, self.activations)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
-    def _pack(self, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
-        """Return the packed copy, made anew whenever a tensor was replaced or written to."""
-        scale = self.scale
-        state = (*_identity(weight), *_identity(scale), *(_identity(bias) if bias is not None else ()))
-        packed = self._packed
-        if packed is None or packed[0] != state:
+    def _pack(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        """Return the packed copy, made anew whenever a tensor was replaced or written to; None without fbgemm."""
+        state = (_identity(weight), _identity(scale), None if bias is None else _identity(bias))
+        known = self._packed
+        if known is None or known[0] != state:
+            if not kernels.has_fbgemm(weight.device):
+                return None
             # One assignment: another thread sees the old copy or the new one, whole.
-            packed = self._packed = (state, kernels.pack(weight, scale, bias, self.activations))
-        return packed[1]
+            known = self._packed = (state, kernels.pack(weight, scale, bias, self.activations))
+        return known[1]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
+        self._packed = None
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
