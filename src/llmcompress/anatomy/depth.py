@@ -166,7 +166,7 @@ def _set_depth(
                 for field, new in changed.items():
                     setattr(_holders(trial)[level], field, new)
                 built = _build(model, trial)
-            except Exception:  # noqa: S112 - a number that merely equals the depth (heads, labels) may build nothing
+            except Exception:  # a number that merely equals the depth (heads, labels) may build nothing
                 continue
             if any(stack.path == path and len(stack) == len(indices) for stack in find_stacks(built)):
                 return trial, changed

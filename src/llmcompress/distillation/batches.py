@@ -74,24 +74,40 @@ def make_rows(
     """
     longest = longest_input(model, tokenizer)
     length = min(max_length, longest) if longest is not None else max_length
+    if labelled:
+        check_labels(head, model, examples)
     if head == "causal_lm":
         return _windows(tokenizer, examples, length)
     if head == "seq2seq_lm":
-        return _pairs(tokenizer, examples, length, labelled)
+        return _pairs(tokenizer, examples, length)
     rows: list[Row] = [dict(row) for row in encode(examples, tokenizer, max_length=length)]
     if labelled:
-        for row, label in zip(rows, read_labels(head, model, examples), strict=True):
+        for row, label in zip(rows, _read_labels(head, model, examples), strict=True):
             row["labels"] = label
     return rows
 
 
-def read_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> list[int | float]:
-    """Return the label of each example as the head wants it: a class index, or for regression a real number.
+def check_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Refuse examples that have no target for the hard loss of this head; the tokens of a causal LM are theirs.
 
     Raises:
-        MissingInputError: an example has none.
+        MissingInputError: an example has no label (for seq2seq: no second text).
         ConfigError: a label is not one of the model's classes, or for regression no number.
     """
+    if head in {"classification", "regression"}:
+        _read_labels(head, model, examples)
+    elif head == "seq2seq_lm":
+        bare = next((index for index, example in enumerate(examples) if example.pair is None), None)
+        if bare is not None:
+            raise MissingInputError(
+                f"KnowledgeDistillation needs target texts for the hard loss of {type(model).__name__}, and "
+                f"data[{bare}] has none; pass rows with 'text' and 'text_pair', or alpha=1.0 to learn from the teacher "
+                f"alone."
+            )
+
+
+def _read_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> list[int | float]:
+    """Return the label of each example as the head wants it: a class index, or for regression a real number."""
     names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
     labels: list[int | float] = []
     for index, example in enumerate(examples):
@@ -109,8 +125,8 @@ def read_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example])
         number = names.get(label) if isinstance(label, str) else int(label) if label == int(label) else None
         if number is None or not 0 <= number < model.config.num_labels:
             raise ConfigError(
-                f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, or "
-                f"one of {', '.join(list(names)[:8])}), got {label!r}."
+                f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, "
+                f"or one of {', '.join(list(names)[:8])}), got {label!r}."
             )
         labels.append(number)
     return labels
@@ -158,15 +174,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], le
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)} for ids in windows]
 
 
-def _pairs(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int, labelled: bool
-) -> list[Row]:
-    bare = next((index for index, example in enumerate(examples) if example.pair is None), None)
-    if labelled and bare is not None:
-        raise MissingInputError(
-            f"KnowledgeDistillation needs target texts for the hard loss of a seq2seq model, and data[{bare}] has none; "
-            f"pass rows with 'text' and 'text_pair', or alpha=1.0 to learn from the teacher alone."
-        )
+def _pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> list[Row]:
     sources = encode([Example(example.text) for example in examples], tokenizer, max_length=length)
     # Without a target the teacher is asked about the text itself; no hard loss is taken there.
     targets = encode([Example(example.pair or example.text) for example in examples], tokenizer, max_length=length)

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a student learns to answer as the untouched original does (Hinton et al., arXiv 1503.02531)."""
+"""Knowledge distillation: a student learns to answer as the untouched original does (arXiv 1503.02531)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..anatomy.depth import plan_depth
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 from ..registry import register
-from .batches import Head, head_of, make_rows, read_labels
+from .batches import Head, check_labels, head_of, make_rows
 from .objective import Objective
 from .student import choose_blocks, layer_map, make_student, parse_student
 from .trainer import Precision, train
@@ -27,7 +27,7 @@ class KnowledgeDistillation(Compressor):
     """Train the model to put out what the original puts out (arXiv 1503.02531), on the data given.
 
     The model is the student: as it arrives (then this recovers what an earlier step lost), or with some of its blocks
-    (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108). The teacher is the model as it was before the first step.
+    (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108). The teacher is the model as it was before any step.
     Weights that an earlier step set to zero stay zero. Classifiers learn from the texts (and labels) one by one,
     causal language models from windows cut out of all texts joined, encoder-decoder models from text to second text.
 
@@ -117,19 +117,21 @@ class KnowledgeDistillation(Compressor):
         actions = [
             Action(
                 path=path,
-                does=f"keep blocks {', '.join(map(str, indices))} of {len(model.get_submodule(path))}",
+                does=f"keep {len(indices)} of {len(model.get_submodule(path))} blocks: {', '.join(map(str, indices))}",
             )
             for path, indices in kept.items()
         ]
         span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         does = f"distil for {span}" if "teacher" in self.needs else f"fine-tune for {span}"
         actions.append(Action(path="", does=does, reason="all trainable weights"))
-        zeros = HeldZeros(model).counts
-        for path, indices in kept.items():
-            prefixes = tuple(f"{path}.{index}." for index in indices)
-            zeros = {name: n for name, n in zeros.items() if not name.startswith(f"{path}.") or name.startswith(prefixes)}
-        if zeros:
-            actions.append(Action(path="", does=f"hold {sum(zeros.values())} zeros in {len(zeros)} weights"))
+        stay = tuple(f"{path}.{index}." for path, indices in kept.items() for index in indices)
+        held = [
+            count
+            for name, count in HeldZeros(model).counts.items()
+            if name.startswith(stay) or not any(name.startswith(f"{path}.") for path in kept)
+        ]
+        if held:
+            actions.append(Action(path="", does=f"hold {sum(held)} zeros in {len(held)} weights"))
         return actions
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
@@ -186,14 +188,7 @@ class KnowledgeDistillation(Compressor):
         if self.student is not None:
             plan_depth(model, choose_blocks(model, self.student))
         if context.data is not None and self.alpha < 1:
-            if head in {"classification", "regression"}:
-                read_labels(head, model, context.data)
-            elif head == "seq2seq_lm" and (bare := _first_without_pair(context)) is not None:
-                raise MissingInputError(
-                    f"KnowledgeDistillation needs target texts for the hard loss of {type(model).__name__}, and "
-                    f"data[{bare}] has none; pass rows with 'text' and 'text_pair', or alpha=1.0 to learn from the "
-                    f"teacher alone."
-                )
+            check_labels(head, model, context.data)
         teacher = context.teacher if "teacher" in self.needs else None
         if teacher is not None:
             _refuse_mismatch(head, model, teacher, context)
@@ -259,10 +254,6 @@ def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedMod
             f"use a student with the teacher's tokenizer."
         )
     return real if head in {"causal_lm", "seq2seq_lm"} else None
-
-
-def _first_without_pair(context: Context) -> int | None:
-    return next((index for index, example in enumerate(context.data or ()) if example.pair is None), None)
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: Any) -> int:

@@ -7,10 +7,12 @@ is not where batches differ in length.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch.nn import functional
 
-Count = torch.Tensor | float | None
+Count: TypeAlias = "torch.Tensor | float | None"
 
 
 def forward_kl(

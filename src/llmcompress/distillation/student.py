@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..anatomy.depth import evenly_spaced, keep_blocks, origins
@@ -34,8 +35,8 @@ def parse_student(spec: str) -> int | tuple[int, ...]:
         if numbers[0] == 0:
             raise ConfigError(f"KnowledgeDistillation.student must keep at least one block, got {spec!r}.")
         return numbers[0]
-    if any(later <= earlier for earlier, later in zip(numbers, numbers[1:], strict=False)):
-        raise ConfigError(f"KnowledgeDistillation.student must name blocks in ascending order, once each, got {spec!r}.")
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
+        raise ConfigError(f"KnowledgeDistillation.student must name blocks once, in ascending order, got {spec!r}.")
     return numbers
 
 
@@ -54,11 +55,11 @@ def choose_blocks(model: PreTrainedModel, spec: str) -> dict[str, tuple[int, ...
         where = f"{stack.path} of {type(model).__name__} has {len(stack)} blocks"
         if isinstance(wanted, int):
             if wanted > len(stack):
-                raise ConfigError(f"KnowledgeDistillation.student must keep at most what there is, got {spec!r}; {where}.")
+                raise ConfigError(f"KnowledgeDistillation.student must keep what is there, got {spec!r}; {where}.")
             kept[stack.path] = evenly_spaced(len(stack), wanted)
         else:
             if wanted[-1] >= len(stack):
-                raise ConfigError(f"KnowledgeDistillation.student must name blocks of the model, got {spec!r}; {where}.")
+                raise ConfigError(f"KnowledgeDistillation.student must name its blocks, got {spec!r}; {where}.")
             kept[stack.path] = wanted
     return kept
 

@@ -77,9 +77,9 @@ class DistillationTrainer(Trainer):
         loss = self.objective(outputs, target, inputs, counts)
         if not bool(torch.isfinite(loss)):
             raise CompressionError(
-                f"the loss of KnowledgeDistillation must be finite, got {float(loss)} at step "
+                f"the loss of KnowledgeDistillation must be finite, got {loss.item()} at step "
                 f"{self.state.global_step + 1} of {self.state.max_steps}; lower learning_rate, add warmup, or use "
-                f"precision='fp32'. The model passed in is unchanged."
+                f"precision='fp32'."
             )
         # Gradients are averaged over the processes, and the counts are already those of all of them.
         loss = loss * self.accelerator.num_processes

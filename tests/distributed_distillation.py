@@ -1,0 +1,43 @@
+"""Launched by test_distributed.py in several processes: distils a tiny model, and each writes what it ended with."""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+import llmcompress as lc
+from llmcompress.compressor import Context
+from llmcompress.data import Example
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+
+def main(folder: Path, batch_size: int, family: str) -> None:
+    torch.set_num_threads(1)
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    with torch.no_grad():
+        next(p for n, p in student.named_parameters() if "down_proj" in n)[:, ::2] = 0
+    # Eight windows, the last one short: each step takes them all, so that the global batch is the same however many
+    # processes share it, and a mean of the processes' means would not be the mean over the tokens.
+    data = [Example("".join(random.Random(0).choices("abcdefgh ", k=8 * 16 - 11)))]
+    step = lc.KnowledgeDistillation(
+        steps=4, batch_size=batch_size, max_length=16, hidden=1.0, learning_rate=1e-2, precision="fp32"
+    )
+    context = Context(data=data, tokenizer=tiny_tokenizer(), teacher=teacher, progress=False)
+    student = step.compress(student, context)
+    state = PartialState()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in student.state_dict().items() if name != "lm_head.weight"},
+        folder / f"rank{state.process_index}of{state.num_processes}.safetensors",
+    )
+    if state.is_main_process:
+        student.save_pretrained(folder / "saved")
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

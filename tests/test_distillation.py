@@ -1,0 +1,407 @@
+"""Distillation: its losses against brute force, what training changes and what it keeps, what it refuses."""
+
+import copy
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.anatomy.stacks import find_stacks
+from llmcompress.compressor import Context, Cut
+from llmcompress.data import Example
+from llmcompress.distillation.batches import collate, head_of, make_rows
+from llmcompress.distillation.losses import cross_entropy, forward_kl, hidden_state_error, squared_error
+from llmcompress.distillation.objective import Objective
+from llmcompress.distillation.student import layer_map, make_student
+from llmcompress.distillation.zeros import HeldZeros
+from llmcompress.testing import FAMILIES, tiny_model, tiny_tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "a", "dog", "ran", "by", "to", "see", "it"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def texts(count=48, *, labels=True, pairs=False):
+    draw = random.Random(0)
+    return [
+        Example(
+            " ".join(draw.choices(WORDS, k=draw.randint(2, 6))),
+            " ".join(draw.choices(WORDS, k=3)) if pairs else None,
+            draw.randint(0, 1) if labels else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def distil(teacher, step, *, student=None, data=None, seed=0, history=()):
+    """Run one step as the runner does, without the runner."""
+    context = Context(
+        data=texts() if data is None else data,
+        tokenizer=tiny_tokenizer(),
+        teacher=teacher,
+        history=list(history),
+        seed=seed,
+        progress=False,
+    )
+    return step.compress(copy.deepcopy(teacher) if student is None else student, context), context
+
+
+def step_of(**fields):
+    return lc.KnowledgeDistillation(**{"steps": 3, "batch_size": 8, "max_length": 24, "precision": "fp32", **fields})
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_forward_kl_is_the_sum_over_counted_positions_times_t_squared(temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    expected, positions = 0.0, 0
+    for row in range(2):
+        for at in range(3):
+            if not mask[row, at]:
+                continue
+            positions += 1
+            p = [math.exp(float(x) / temperature) for x in teacher[row, at]]
+            q = [math.exp(float(x) / temperature) for x in student[row, at]]
+            p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+            expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    expected *= temperature**2 / positions
+    assert float(forward_kl(student, teacher, temperature=temperature, mask=mask)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_temperatures_square_keeps_the_gradients_size():
+    torch.manual_seed(0)
+    teacher = 0.01 * torch.randn(4, 7)
+    sizes = []
+    for temperature in (1.0, 8.0):
+        student = torch.zeros(4, 7, requires_grad=True)
+        forward_kl(student, teacher, temperature=temperature).backward()
+        sizes.append(float(student.grad.norm()))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    (forward_kl(student, teacher) + hidden_state_error(student, teacher)).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+def test_hard_and_squared_losses_against_brute_force():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 4, -100], [0, -100, -100]])
+    mask = labels != -100
+    probabilities = logits.softmax(-1)
+    expected = -sum(math.log(float(probabilities[r, c, labels[r, c]])) for r, c in [(0, 0), (0, 1), (1, 0)]) / 3
+    assert float(cross_entropy(logits, labels, mask=mask)) == pytest.approx(expected, rel=1e-5)
+    scores, targets = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 4.0, 0.0])
+    assert float(squared_error(scores, targets, mask=torch.tensor([True, True, False]))) == pytest.approx(2.5)
+
+
+def test_hidden_state_error_is_relative_to_each_tokens_size():
+    teacher = torch.tensor([[[3.0, 4.0], [30.0, 40.0], [1.0, 1.0]]])
+    student = torch.tensor([[[3.0, 3.0], [30.0, 30.0], [7.0, 7.0]]])
+    mask = torch.tensor([[True, True, False]])
+    # (0 + 1) / 25 for the first token, (0 + 100) / 2500 for the second: the scale drops out.
+    assert float(hidden_state_error(student, teacher, mask=mask)) == pytest.approx(1 / 25)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_the_parts_of_an_accumulated_batch_add_up_to_one_big_batch(family):
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    head = head_of(student)
+    objective = Objective(head=head, temperature=2.0, alpha=0.3, hidden=0.7, layers=layer_map(student, teacher, []))
+    rows = make_rows(head, student, tiny_tokenizer(), texts(7, pairs=family == "t5"), max_length=17, labelled=True)
+    assert len({len(row["input_ids"]) for row in rows}) > 1  # else a mean of means would pass too
+
+    def parts(split):
+        batches = [collate(head, part, pad=0, decoder_start=0) for part in split]
+        counts = torch.stack([objective.counts(batch) for batch in batches]).sum(0)
+        for batch in batches:
+            fed = {key: value for key, value in batch.items() if key != "labels"}
+            outputs = [model(**fed, output_hidden_states=True) for model in (student, teacher)]
+            yield objective(*outputs, batch, counts).detach()
+
+    whole = float(sum(parts([rows])))
+    assert whole > 0
+    assert float(sum(parts([rows[:1], rows[1:3], rows[3:]]))) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_training_with_accumulation_is_training_with_big_batches(family):
+    def without_dropout(seed):  # it would draw differently for other batch sizes
+        model = tiny_model(family, seed=seed)
+        for name in vars(model.config):
+            if name.endswith(("dropout", "dropout_prob")):
+                setattr(model.config, name, None if name == "classifier_dropout" else 0.0)
+        fresh = type(model)(model.config).eval()
+        fresh.load_state_dict(model.state_dict())
+        return fresh
+
+    teacher, start = without_dropout(0), without_dropout(1)
+    fields = {"steps": 2, "learning_rate": 1e-2, "max_length": 12}
+    big, small = (
+        distil(teacher, step_of(**fields, **sizes), student=copy.deepcopy(start), data=texts(8))[0]
+        for sizes in ({"batch_size": 8}, {"batch_size": 2, "gradient_accumulation": 4})
+    )
+
+    def distance(first, second):
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+    assert distance(big, start) > 5e-3
+    assert distance(big, small) < 0.1 * distance(big, start)
+
+
+# Training
+
+
+def kl_to(teacher, student, data, labelled=True):
+    head = head_of(teacher)
+    rows = make_rows(head, teacher, tiny_tokenizer(), data, max_length=24, labelled=labelled)
+    batch = collate(head, rows, pad=0, decoder_start=0)
+    fed = {key: value for key, value in batch.items() if key != "labels"}
+    objective = Objective(head=head)
+    with torch.no_grad():
+        return float(objective(student(**fed), teacher(**fed), batch, objective.counts(batch)))
+
+
+@pytest.mark.parametrize(("family", "student"), [("bert", "layers:1"), ("llama", "layers:1"), ("gpt2", None)])
+def test_distillation_brings_the_student_nearer_to_the_teacher(family, student):
+    teacher = tiny_model(family)
+    start = copy.deepcopy(teacher)
+    if student is None:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in start.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    teacher_before = state_of(teacher)
+    bare = copy.deepcopy(start)
+    make_student(bare, student)
+    step = step_of(steps=60, student=student, alpha=1.0, hidden=0.5, learning_rate=3e-3, batch_size=16)
+    data = texts(labels=False)
+    distilled, _ = distil(teacher, step, student=start, data=data)
+    before, after = (kl_to(teacher, model, data, labelled=False) for model in (bare, distilled))
+    assert after < 0.5 * before
+    assert equal(state_of(teacher), teacher_before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_distilled_and_comes_back_as_it_went(family):
+    teacher = tiny_model(family)
+    teacher.train()
+    step = step_of(hidden=1.0, learning_rate=1e-3)
+    student = copy.deepcopy(teacher).eval()
+    attributes, config = set(vars(student)), student.config.to_dict()
+    python, numpy, torch_state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    result, context = distil(teacher, step, student=student, data=texts(pairs=family == "t5"))
+    assert result is student
+    assert not equal(state_of(result), state_of(teacher))
+    assert not any(module.training for module in result.modules())
+    assert all(module.training for module in teacher.modules())
+    assert set(vars(result)) == attributes
+    assert result.config.to_dict() == config
+    assert all(parameter.grad is None and not parameter._backward_hooks for parameter in result.parameters())
+    assert random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], numpy)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert context.told[0].reason.startswith("loss ")
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    teacher, step = tiny_model("bert"), step_of(student="layers:1", learning_rate=1e-3)
+    results = []
+    for seed, caller in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(caller)  # the caller's state has no say
+        results.append(state_of(distil(teacher, step, seed=seed)[0]))
+    assert equal(results[0], results[1])
+    assert not equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zeros_stay_zero(family, precision):
+    teacher = tiny_model(family)
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(0)
+    block = find_stacks(student)[0].blocks[0]
+    pruned = [parameter for parameter in block.parameters() if parameter.dim() >= 2]
+    with torch.no_grad():
+        for parameter in pruned:
+            parameter[torch.rand_like(parameter) < 0.5] = 0
+    zeros = [parameter == 0 for parameter in pruned if parameter.shape[0] > 4 or parameter.dim() == 3]
+    held = sum(HeldZeros(student).counts.values())
+    step = step_of(steps=4, learning_rate=1e-2, weight_decay=0.1, precision=precision)
+    result, context = distil(teacher, step, student=student)
+    assert held > 1000
+    assert sum(HeldZeros(result).counts.values()) == held
+    for parameter, zero in zip([p for p in pruned if p.shape[0] > 4 or p.dim() == 3], zeros, strict=True):
+        assert bool((parameter[zero] == 0).all())
+        assert float((parameter[~zero] != 0).float().mean()) > 0.99
+    plan = step.plan(student, context)
+    assert any(action.does == f"hold {held} zeros in {len(HeldZeros(student).counts)} weights" for action in plan)
+
+
+def test_without_alpha_no_teacher_is_asked():
+    step = step_of(alpha=0.0, learning_rate=1e-3)
+    assert "teacher" not in step.needs
+    model = tiny_model("bert")
+    before = state_of(model)
+    result = step.compress(model, Context(data=texts(), tokenizer=tiny_tokenizer(), progress=False))
+    assert not equal(state_of(result), before)
+
+
+def test_half_precision_weights_are_trained_in_full_and_come_back_in_half():
+    teacher = tiny_model("llama").to(torch.bfloat16)
+    result, _ = distil(teacher, step_of(learning_rate=1e-3))
+    assert {parameter.dtype for parameter in result.parameters()} == {torch.bfloat16}
+    assert result.lm_head.weight is result.model.embed_tokens.weight
+    assert not equal(state_of(result), state_of(teacher))
+
+
+def test_a_regression_head_learns_scores():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=1
+    )
+    torch.manual_seed(0)
+    teacher = BertForSequenceClassification(config).eval()
+    data = [Example(example.text, None, len(example.text) / 20) for example in texts()]
+    _, context = distil(teacher, step_of(steps=20, alpha=0.0, learning_rate=3e-3, student="layers:1"), data=data)
+    losses = [float(loss) for loss in context.told[0].reason.removeprefix("loss ").split(" -> ")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_padded_vocabularies_compare_the_real_tokens_only():
+    teacher = tiny_model("llama")
+    student = copy.deepcopy(teacher)
+    student.resize_token_embeddings(160, mean_resizing=False)
+    result, _ = distil(teacher, step_of(alpha=1.0), student=student)
+    assert result.config.vocab_size == 160
+    student = copy.deepcopy(teacher)
+    student.resize_token_embeddings(100)
+    with pytest.raises(lc.UnsupportedModelError, match="tokenizer's 128 tokens, got vocabularies of 128 and 100"):
+        distil(teacher, step_of(), student=student)
+
+
+def test_windows_of_a_causal_lm_hold_every_token_once():
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    rows = make_rows("causal_lm", model, tokenizer, [Example("abcdefgh"), Example("ij")], max_length=4, labelled=True)
+    joined = [token for row in rows for token in row["input_ids"]]
+    assert joined == tokenizer("abcdefgh\n\nij", add_special_tokens=False)["input_ids"]
+    assert [len(row["input_ids"]) for row in rows] == [4, 4, 3]
+    batch = collate("causal_lm", rows, pad=0)
+    assert batch["labels"][2].tolist() == [*rows[2]["input_ids"], -100]
+    assert batch["attention_mask"][2].tolist() == [1, 1, 1, 0]
+
+
+# Fields and refusals
+
+
+def test_epochs_are_the_default_and_the_recipe_comes_back():
+    assert lc.KnowledgeDistillation().epochs == 3
+    assert lc.KnowledgeDistillation(steps=5).epochs is None
+    for step in (lc.KnowledgeDistillation(), lc.KnowledgeDistillation(steps=5, student="layers:0,2")):
+        assert lc.compressors.get("knowledge_distillation")(**json.loads(step.model_dump_json())) == step
+    with pytest.raises(lc.ConfigError, match=r"must have epochs or steps, got both \(epochs=1, steps=2\)"):
+        lc.KnowledgeDistillation(epochs=1, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", 0), ("alpha", 1.1), ("alpha", -0.1), ("hidden", -1), ("learning_rate", math.nan), ("steps", 0),
+     ("epochs", 0), ("warmup", 1.0), ("precision", "fp16"), ("batch_size", 0)],
+)  # fmt: skip
+def test_fields_out_of_range_are_refused(field, value):
+    with pytest.raises(lc.ConfigError, match=rf"KnowledgeDistillation.{field} must be"):
+        lc.KnowledgeDistillation(**{field: value})
+
+
+def refused(error, match, *, teacher=None, student=None, data=None, history=(), **fields):
+    teacher = tiny_model("bert") if teacher is None else teacher
+    student = copy.deepcopy(teacher) if student is None else student
+    before = state_of(student)
+    with pytest.raises(error, match=match):
+        distil(teacher, step_of(**fields), student=student, data=data, history=history)
+    assert equal(state_of(student), before)
+    assert next(student.parameters()).dtype == torch.float32
+
+
+def test_missing_or_wrong_labels_are_refused():
+    refused(lc.MissingInputError, r"data\[0\] has none.*alpha=1.0", data=texts(labels=False))
+    wrong = [Example("a", None, 0), Example("b", None, 7)]
+    refused(lc.ConfigError, r"data\[1\].label must be a class of Bert.*got 7", data=wrong)
+    refused(lc.ConfigError, r"got 'odd'", data=[Example("a", None, "odd")])
+    refused(lc.MissingInputError, "needs target texts", teacher=tiny_model("t5"))
+    refused(lc.MissingInputError, "at least two tokens", teacher=tiny_model("llama"), data=[Example("a")])
+    refused(lc.MissingInputError, "needs data", data=[])
+
+
+def test_teachers_that_do_not_match_are_refused():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    three = BertForSequenceClassification(BertConfig(**sizes, hidden_size=32, num_labels=3))
+    two = BertForSequenceClassification(BertConfig(**sizes, hidden_size=32))
+    narrow = BertForSequenceClassification(BertConfig(**sizes, hidden_size=16))
+    refused(lc.UnsupportedModelError, "same classes, got 3 and 2 labels", teacher=three, student=two)
+    refused(lc.UnsupportedModelError, "equally wide .* got 32 and 16", teacher=two, student=narrow, hidden=1)
+    refused(lc.UnsupportedModelError, "same kind of head", teacher=tiny_model("llama"), student=two)
+    refused(lc.UnsupportedModelError, "before the vocabulary is cut", history=[Cut("x", "vocabulary", (0,), 2)])
+    model = tiny_model("bert")
+    with pytest.raises(lc.MissingInputError, match="teacher that is not the student itself"):
+        step_of().compress(model, Context(data=texts(), tokenizer=tiny_tokenizer(), teacher=model))
+
+
+def test_heads_that_cannot_be_distilled_and_frozen_students_are_refused():
+    from transformers import BertConfig, BertModel
+
+    sizes = {"vocab_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    refused(lc.UnsupportedModelError, "got BertModel", teacher=BertModel(BertConfig(**sizes, hidden_size=32)))
+    refused(lc.UnsupportedModelError, "are frozen", teacher=tiny_model("bert").requires_grad_(False))
+
+
+def test_a_quantized_student_is_refused():
+    student = tiny_model("bert")
+    student.config.quantization_config = {"quant_method": "llmcompress"}
+    with pytest.raises(lc.UnsupportedModelError, match="quantize last"):
+        step_of().plan(student, Context())
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_leaves_no_trace():
+    teacher = tiny_model("bert")
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.classifier.bias.fill_(math.nan)
+    attributes = set(vars(student))
+    with pytest.raises(lc.CompressionError, match=r"must be finite, got nan at step 1 of 3"):
+        distil(teacher, step_of(), student=student)
+    assert set(vars(student)) == attributes
+    assert all(not parameter._backward_hooks for parameter in student.parameters())
+
+
+def test_nothing_is_printed_without_progress(capfd):
+    distil(tiny_model("bert"), step_of())
+    assert capfd.readouterr().out == ""
