@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 _SAME = 0.05
 # Above this share of zeros a model counts as pruned, and the reader is told what zeros do not save.
 _MANY_ZEROS = 0.05
-_SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05
+"""A difference with a smaller p-value counts as more than chance."""
+
 # A 95 % interval wider than this (in points, to one side) cannot tell good from bad compression.
 _WIDE_INTERVAL = 0.03
 
@@ -112,7 +114,7 @@ def _quality_notes(comparison: Comparison, entry: Entry) -> list[str]:
         change = change_text(theirs.value, ours.value, fraction=theirs.fraction)
         lost, won = flip.right_to_wrong, flip.wrong_to_right
         evidence = f"{lost} answers lost, {won} won of {flip.examples}; McNemar p = {flip.p_value:.2g}"
-        if flip.p_value < _SIGNIFICANT:
+        if flip.p_value < SIGNIFICANT:
             found.append(f"{entry.name}: {theirs.primary} {change} is more than chance ({evidence}).")
         elif lost + won:
             found.append(f"{entry.name}: {theirs.primary} {change} is within chance ({evidence}).")

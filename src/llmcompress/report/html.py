@@ -18,7 +18,7 @@ from ..evaluation.units import (
     ratio_text,
     score_text,
 )
-from .findings import headline, notes, size_text, speed_text
+from .findings import SIGNIFICANT, headline, notes, size_text, speed_text
 from .plots import Point, scatter
 from .text import protocol_lines, summary
 
@@ -33,7 +33,7 @@ _MOST_OPEN_CLASSES = 12
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the large numbers on a candidate's card."""
+    """One of the large numbers on a candidate's card; `good` is None where it is neither, or within chance."""
 
     value: str
     words: str
@@ -106,11 +106,13 @@ def _card(comparison: Comparison, entry: Entry) -> Card:
     figures = [_ratio_figure(entry.change.smaller_on_disk, size_text)]
     if entry.change.faster:
         figures.append(_ratio_figure(entry.change.faster[0].ratio, speed_text))
-    for ours, theirs in zip(comparison.base.evaluation.scores, entry.evaluation.scores, strict=True):
+    base, own = comparison.base.evaluation.scores, entry.evaluation.scores
+    for ours, theirs, flip in zip(base, own, entry.change.flips, strict=True):
         text = change_text(theirs.value, ours.value, fraction=theirs.fraction)
         gain = theirs.value - ours.value if theirs.higher_is_better else ours.value - theirs.value
-        number, _, unit = text.partition(" ")
-        figures.append(Figure(number, f"{unit} {theirs.primary}", None if gain == 0 else gain > 0))
+        value, words = (text.split()[0], f"points of {theirs.primary}") if theirs.fraction else (text, theirs.primary)
+        chance = flip is not None and flip.p_value >= SIGNIFICANT
+        figures.append(Figure(value, words, None if gain == 0 or chance else gain > 0))
     return Card(entry.name, headline(comparison, entry), tuple(figures))
 
 
@@ -135,7 +137,7 @@ def _plots(comparison: Comparison) -> list[str]:
         draw(
             [_point(entry, entry.evaluation.size.disk_bytes) for entry in comparison.entries],
             cost="size on disk",
-            cost_text=bytes_text,
+            cost_text=lambda value: bytes_text(value).replace(".0 ", " "),
             prefix="size",
         )
     ]
@@ -189,7 +191,7 @@ def _timing(comparison: Comparison) -> list[tuple[str, ...]]:
     for entry in comparison.entries:
         for number, found in enumerate(entry.evaluation.latency):
             faster = entry.change.faster[number] if entry.change else None
-            interval = f"{ratio_text(faster.low)} to {ratio_text(faster.high)}" if faster else ""
+            interval = f"{faster.low:.2f}x to {faster.high:.2f}x" if faster else ""
             rows.append(
                 (
                     entry.name,

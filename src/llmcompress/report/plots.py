@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from ..errors import MissingInputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Matplotlib draws with these; they are then replaced by the page's own colours, so that one drawing serves light and
 # dark. Each is a colour that nothing else uses.
@@ -27,6 +30,8 @@ _INCHES = (5.4, 3.5)
 _FONT_POINTS = 10.5
 # A cost axis begins at zero unless the models lie further apart than this: then it is logarithmic.
 _LARGEST_LINEAR_RATIO = 25
+_LABEL_WIDTH = 24  # characters a line
+_DOT = 7  # pixels around the middle of a point that no label may cover
 # Where a label may stand beside its point, in points of print: the first free place is taken.
 _LABEL_PLACES = (
     (9, 0, "left", "center"),
@@ -37,8 +42,10 @@ _LABEL_PLACES = (
     (8, -9, "left", "top"),
     (-8, 9, "right", "bottom"),
     (-8, -9, "right", "top"),
-    (9, 22, "left", "bottom"),
-    (9, -22, "left", "top"),
+    (9, 20, "left", "bottom"),
+    (9, -20, "left", "top"),
+    (-9, 20, "right", "bottom"),
+    (-9, -20, "right", "top"),
 )
 
 
@@ -146,7 +153,7 @@ def scatter(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: quality_text(value)))
         if not higher_is_better:
             axes.invert_yaxis()  # up is better in every plot
-        _label(axes, points)
+        _label(figure, axes, points, front)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(out.getvalue(), prefix, f"{quality} against {cost}")
@@ -173,21 +180,29 @@ def _scale(axes: Axes, points: Sequence[Point]) -> None:
     axes.margins(y=0.18)
 
 
-def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """Put each name beside its point, where it covers neither a point nor another name."""
+def _label(figure: Figure, axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Put each name beside its point, where it covers neither a point, nor a line, nor another name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-    figure = axes.figure
-    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     frame = axes.get_window_extent(renderer)
-    dots = [axes.transData.transform((point.cost, point.quality)) for point in points]
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in dots]
+
+    def between(ends: Sequence[tuple[float, float]], around: float) -> Bbox:
+        corners = axes.transData.transform(ends)
+        return Bbox([corners.min(0) - around, corners.max(0) + around])
+
+    taken = [between([(point.cost, point.quality)], _DOT) for point in points]
+    lines = [
+        between([(p.cost, p.low), (p.cost, p.high)], 1) for p in points if p.low is not None and p.high is not None
+    ]
+    for left, right in itertools.pairwise(front):
+        corner = (right.cost, left.quality)
+        lines += [between([(left.cost, left.quality), corner], 1), between([corner, (right.cost, right.quality)], 1)]
     for index, point in enumerate(points):
-        name = point.name if len(point.name) <= 28 else f"{point.name[:27]}…"
         text = axes.annotate(
-            name,
+            "\n".join(textwrap.wrap(point.name, _LABEL_WIDTH, max_lines=2, placeholder="…")),
             (point.cost, point.quality),
             xytext=(0, 0),
             textcoords="offset points",
@@ -201,7 +216,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
             _place(text, place)
             box = text.get_window_extent(renderer)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            hits = sum(box.overlaps(other) for other in others) + 3 * outside
+            hits = 3 * outside + 2 * box.count_overlaps(others) + box.count_overlaps(lines)
             if fewest is None or hits < fewest:
                 best, fewest = place, hits
         _place(text, best)
