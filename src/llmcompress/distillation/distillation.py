@@ -14,7 +14,7 @@ from .batches import Head, check_labels, head_of, make_rows
 from .objective import Objective
 from .student import choose_blocks, layer_map, make_student, parse_student
 from .trainer import Precision, train
-from .zeros import HeldZeros
+from .zeros import pruned_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,8 @@ class KnowledgeDistillation(Compressor):
     the next tokens for language models) + `hidden` x the relative squared error of the hidden states. A regression head
     has squared errors for both. `alpha=0` with `hidden=0` is plain fine-tuning and needs no teacher.
 
-    Under `accelerate launch` or `torchrun` each process takes its share of every batch; all end with the same weights.
+    The model is trained where it is, on its CPU or GPU. Under `accelerate launch` or `torchrun` each process takes its
+    share of every step's rows (move the model to the process's own GPU first); all end with the same weights.
 
     Args:
         epochs: passes over the data; 3 if neither `epochs` nor `steps` is given.
@@ -126,8 +127,8 @@ class KnowledgeDistillation(Compressor):
         actions.append(Action(path="", does=does, reason="all trainable weights"))
         stay = tuple(f"{path}.{index}." for path, indices in kept.items() for index in indices)
         held = [
-            count
-            for name, count in HeldZeros(model).counts.items()
+            int(zero.sum())
+            for name, _, zero in pruned_weights(model)
             if name.startswith(stay) or not any(name.startswith(f"{path}.") for path in kept)
         ]
         if held:

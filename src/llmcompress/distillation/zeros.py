@@ -23,48 +23,49 @@ SMALLEST_SHARE = 0.05
 """A weight with a smaller share of zeros was not pruned: a few exact zeros happen."""
 
 
-class HeldZeros:
-    """The zeros of a pruned model's weight matrices, to be kept while it is trained.
+def pruned_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Yield the layer name, the weight and the mask of its zeros, for each weight matrix that was pruned.
 
-    Args:
-        model: its linear, Conv1D and expert weights with a share of zeros in [`SMALLEST_SHARE`, 1) are held.
+    These are the linear, Conv1D and expert weights whose share of zeros is in [`SMALLEST_SHARE`, 1).
 
     Example:
         >>> from torch import nn
         >>> from llmcompress.testing import tiny_model
         >>> model = tiny_model("bert")
-        >>> weight = model.bert.encoder.layer[0].output.dense.weight
-        >>> _ = nn.init.constant_(weight[:, ::2], 0.0)
-        >>> HeldZeros(model).counts
-        {'bert.encoder.layer.0.output.dense': 4096}
+        >>> _ = nn.init.zeros_(model.bert.encoder.layer[0].output.dense.weight[:, ::2])
+        >>> [(name, int(zero.sum())) for name, weight, zero in pruned_weights(model)]
+        [('bert.encoder.layer.0.output.dense', 4096)]
+    """
+    for layer in weight_layers(model):
+        weight = layer.weight
+        if layer.kind == "embedding" or layer.tied_to is not None or weight.device.type == "meta":
+            continue
+        zero = weight.detach() == 0
+        if SMALLEST_SHARE <= float(zero.float().mean()) < 1:
+            yield layer.name, weight, zero
+
+
+class HeldZeros:
+    """The zeros of a pruned model's weight matrices, kept while it is trained; one byte a weight that was pruned.
+
+    Args:
+        model: its `pruned_weights` are held.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._held: dict[str, tuple[nn.Parameter, torch.Tensor]] = {}
-        for layer in weight_layers(model):
-            weight = layer.weight
-            if layer.kind == "embedding" or layer.tied_to is not None or weight.device.type == "meta":
-                continue
-            zero = weight.detach() == 0
-            if SMALLEST_SHARE <= float(zero.float().mean()) < 1:
-                self._held[layer.name] = (weight, zero)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many zeros are held, by the name of the layer."""
-        return {name: int(zero.sum()) for name, (_, zero) in self._held.items()}
+        self._held = [(weight, zero) for _, weight, zero in pruned_weights(model)]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the zeros again."""
-        for weight, zero in self._held.values():
+        for weight, zero in self._held:
             weight.masked_fill_(zero.to(weight.device), 0)
 
     @contextmanager
     def masked_gradients(self) -> Iterator[None]:
         """Keep gradients off the zeros inside, so that neither clipping nor momentum sees them."""
         handles = []
-        for weight, zero in self._held.values():
+        for weight, zero in self._held:
             if weight.requires_grad:
                 # The weight may have been moved after the zeros were found.
                 handles.append(weight.register_hook(lambda g, zero=zero: g.masked_fill(zero.to(g.device), 0)))
