@@ -267,7 +267,7 @@ def test_a_quantized_model_behaves_in_transformers():
     assert model.is_quantized
     settings = {**tiny_inputs(model), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     cached = model.generate(**settings, use_cache=True)
-    assert cached.shape == (2, 17)
+    assert cached.shape[1] == settings["input_ids"].shape[1] + 5
     assert torch.equal(model.generate(**settings, use_cache=False), cached)
     with pytest.raises(ValueError, match="not supported for quantized"):
         model.half()

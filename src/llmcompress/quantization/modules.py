@@ -179,9 +179,8 @@ class Int8Linear(QuantizedModule):
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
         # Past `nn.Module.__getattr__`, which takes as long as the smallest products.
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        scale = self._buffers["scale"] if self._partner is None else self.scale
-        assert weight is not None and scale is not None
+        weight, bias = cast(nn.Parameter, self._parameters["weight"]), self._parameters["bias"]
+        scale = self.scale if self._partner is not None else cast(torch.Tensor, self._buffers["scale"])
         exact = x if x.dtype == torch.float32 else x.float()
         packed = self._pack(weight, scale, bias)
         if packed is not None:
