@@ -61,7 +61,9 @@ def save(
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
     try:
         draft.mkdir()
-        model.save_pretrained(draft)
+        # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
+        plain = getattr(model, "quantization_method", None) == "bitsandbytes"
+        model.save_pretrained(draft, save_original_format=not plain)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         weights = {path.name: _fingerprint(path) for path in sorted(draft.glob("*.safetensors"))}
@@ -114,7 +116,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
     weights, files = content.get("weights"), content.get("files")
     if not isinstance(weights, dict) or not isinstance(files, list):
         raise CheckpointError(f"{folder / METADATA_FILE} must list files and weights; it is damaged: save again.")
-    for name in files:
+    odd = next((name for name in (*files, *weights) if name != Path(name).name), None)
+    if odd is not None:
+        raise CheckpointError(f"{folder / METADATA_FILE} must name files of the folder, got {odd!r}; save again.")
+    for name in (*files, *weights):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; copy the folder again, or save the model again.")
     for name, known in weights.items():

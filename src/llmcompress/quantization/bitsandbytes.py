@@ -127,17 +127,17 @@ class BitsAndBytesQuantization(Compressor):
         refuse_quantized(model, who)
         chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=("linear", "conv1d"))
         tied = {id(layer.weight) for layer in weight_layers(model) if layer.tied_to is not None}
-        kept, told = [], list(left)
+        kept, refused = [], []
         for layer in chosen:
             reason = "tied to another layer" if id(layer.weight) in tied else self._why_float(model, layer)
             if reason is None:
                 kept.append(layer)
             else:
-                told.append(Action(path=layer.name, reason=reason))
+                refused.append(Action(path=layer.name, reason=reason))
         if not kept:
-            why = "; ".join(f"{action.path}: {action.reason}" for action in told[:4])
+            why = "; ".join(f"{action.path}: {action.reason}" for action in refused[:4])
             raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
-        return kept, told
+        return kept, [*refused, *left]
 
     def _why_float(self, model: PreTrainedModel, layer: WeightLayer) -> str | None:
         """Say why a layer that was asked for cannot be quantized, or None."""

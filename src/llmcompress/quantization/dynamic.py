@@ -116,7 +116,7 @@ class DynamicQuantization(Compressor):
         partners = defaultdict(list)
         for layer in weight_layers(model):
             partners[id(layer.weight)].append(layer.name)
-        kept, told = [], list(left)
+        kept, refused = [], []
         for layer in chosen:
             reason = reasons[layer.name]
             bound = next((name for name in partners[id(layer.weight)] if reasons[name]), None)
@@ -125,13 +125,13 @@ class DynamicQuantization(Compressor):
             if reason is None:
                 kept.append(layer)
             else:
-                told.append(Action(path=layer.name, reason=reason))
+                refused.append(Action(path=layer.name, reason=reason))
         if not kept:
-            why = "; ".join(f"{action.path}: {action.reason}" for action in told)
+            why = "; ".join(f"{action.path}: {action.reason}" for action in refused[:4])
             raise NothingToCompressError(
                 f"{type(self).__name__} can quantize no layer of {type(model).__name__}. {why}"
             )
-        return kept, told
+        return kept, [*refused, *left]
 
 
 def _why_float(module: nn.Module) -> str | None:

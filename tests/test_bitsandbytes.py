@@ -1,0 +1,176 @@
+"""bitsandbytes' formats: every family, plain reloading, scales that stay exact, and refusals."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import llmcompress as lc
+from llmcompress.checkpoint import load, save
+from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'llmcompress[bnb]'")
+torch.set_num_threads(1)
+# LLM.int8() warns at each product of a float32 input.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+KINDS = {"nf4": {"kind": "nf4"}, "nf4 double": {"kind": "nf4", "double_quant": True}, "int8": {"kind": "int8"}}
+
+
+def quantized(family="llama", **fields):
+    return lc.BitsAndBytesQuantization(**fields).compress(tiny_model(family), lc.Context())
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**tiny_inputs(model)).logits
+
+
+_RELOAD = """
+import json, sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file
+assert "llmcompress" not in sys.modules
+torch.set_num_threads(1)
+wrong = []
+for folder in map(Path, sys.argv[1:]):
+    given = load_file(folder / "given" / "tensors.safetensors")
+    expected = given.pop("logits")
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder)
+    with torch.no_grad():
+        if not torch.equal(model(**given).logits, expected):
+            wrong.append(folder.name)
+print("RESULT" + json.dumps(wrong))
+"""
+
+
+def test_every_family_reloads_without_llmcompress(tmp_path):
+    folders = []
+    for family in FAMILIES:
+        for kind, fields in KINDS.items():
+            model = quantized(family, **fields)
+            expected = logits(model)
+            # Taken after a forward pass on purpose: see keep_exact.
+            folder = tmp_path / f"{family} {kind}"
+            model.save_pretrained(folder)
+            (folder / "given").mkdir()
+            save_file({**tiny_inputs(model), "logits": expected}, folder / "given" / "tensors.safetensors")
+            folders.append(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", _RELOAD, *map(str, folders)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.rpartition("RESULT")[2]) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "bound"), [("nf4", 0.4), ("fp4", 0.5), ("int8", 0.06)])
+def test_logits_stay_near_and_the_original_untouched(family, kind, bound):
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    result = lc.BitsAndBytesQuantization(kind=kind).compress(model, lc.Context())
+    expected = logits(model)
+    assert (logits(result) - expected).norm() / expected.norm() < bound
+    assert isinstance(result.config.quantization_config, BitsAndBytesConfig)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    if model.can_generate():
+        assert result.generation_config.to_dict() == model.generation_config.to_dict()
+    assert not result.training
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_passes_and_state_dicts_may_alternate(family, kind, tmp_path):
+    model = quantized(family, **KINDS[kind])
+    expected = logits(model)
+    for _ in range(2):
+        model.state_dict()
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    loaded = load(save(model, tmp_path / "once", metadata={}))
+    assert torch.equal(logits(loaded), expected)
+    again = load(save(loaded, tmp_path / "twice", metadata={}))
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_same_input_same_tensors():
+    one, two = quantized().state_dict(), quantized().state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_is_left_is_told():
+    plan = lc.BitsAndBytesQuantization().plan(tiny_model("mixtral"), lc.Context())
+    reasons = {action.path: action.reason for action in plan if not action.touched}
+    assert "experts" in reasons["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "output head" in reasons["lm_head"]
+    assert "slower" in reasons[""]
+
+    plan = lc.BitsAndBytesQuantization().plan(tiny_model("gemma"), lc.Context())
+    narrow = next(action for action in plan if action.path == "model.layers.0.self_attn.k_proj")
+    assert narrow.reason == "its 16 outputs are no multiple of 32, as the CPU kernels of bitsandbytes need"
+    assert lc.BitsAndBytesQuantization(kind="int8").plan(tiny_model("gemma"), lc.Context())[1].touched
+
+
+def test_a_layer_whose_inputs_no_block_divides_is_left_and_the_rest_works():
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = nn.Linear(96, 64, bias=False)
+        block.mlp.gate_proj, block.mlp.up_proj = nn.Linear(64, 96, bias=False), nn.Linear(64, 96, bias=False)
+    model.config.intermediate_size = 96
+    plan = lc.BitsAndBytesQuantization().plan(model, lc.Context())
+    reason = next(action.reason for action in plan if action.path == "model.layers.0.mlp.down_proj")
+    assert reason == "its 96 inputs are no multiple of bitsandbytes' block of 64"
+    result = lc.BitsAndBytesQuantization().compress(model, lc.Context())
+    assert type(result.model.layers[0].mlp.down_proj) is nn.Linear
+    assert isinstance(result.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+    assert logits(result).isfinite().all()
+
+
+def test_targets_skip_and_dtype():
+    model = quantized(targets=("*.mlp.*",), skip=("*.down_proj",), compute_dtype="bfloat16")
+    found = {path for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert found == {f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("gate_proj", "up_proj")}
+    assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.bfloat16
+    half = lc.BitsAndBytesQuantization().compress(tiny_model("qwen2").to(torch.bfloat16).train(), lc.Context())
+    assert half.dtype == torch.bfloat16
+    assert half.training
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(lc.ConfigError, match="'nf4', 'fp4' or 'int8', got 'int4'"):
+        lc.BitsAndBytesQuantization(kind="int4")
+    with pytest.raises(lc.UnsupportedModelError, match=r"already quantized \(bitsandbytes\)"):
+        lc.BitsAndBytesQuantization().compress(quantized(), lc.Context())
+    with pytest.raises(lc.UnsupportedModelError, match="already quantized"):
+        lc.DynamicQuantization().compress(quantized(), lc.Context())
+    with pytest.raises(lc.NothingToCompressError, match="tied to"):
+        quantized(targets=("lm_head",))
+    broken = tiny_model("llama")
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(lc.CompressionError, match=r"layers\.0\.mlp\.up_proj hold NaN or infinity"):
+        lc.BitsAndBytesQuantization().compress(broken, lc.Context())
+    monkeypatch.setattr("llmcompress.quantization.bitsandbytes.find_spec", lambda name: None)
+    with pytest.raises(lc.PluginError, match=r"pip install 'llmcompress\[bnb\]'"):
+        lc.BitsAndBytesQuantization().plan(tiny_model("llama"), lc.Context())
+
+
+def test_generates_with_and_without_cache_alike():
+    model = quantized()
+    settings = {**tiny_inputs(model), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**settings, use_cache=True), model.generate(**settings, use_cache=False))
+
+
+def test_a_plain_auto_class_reads_it(tmp_path):
+    model = quantized("gpt2")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))

@@ -1,0 +1,138 @@
+"""Folders: what is written, that it is written whole or not at all, and that damage is told."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import llmcompress as lc
+from llmcompress.checkpoint import load, read_metadata, save, verify
+from llmcompress.testing import tiny_inputs, tiny_model, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**tiny_inputs(model)).logits
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lc.DynamicQuantization().compress(tiny_model("llama"), lc.Context())
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    return save(model, tmp_path / "checkpoint", tokenizer=tiny_tokenizer(), metadata={"recipe": [{"name": "x"}]})
+
+
+def test_a_folder_comes_back_whole(folder, model):
+    assert torch.equal(logits(load(folder)), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    assert type(load(folder, model_class=AutoModel)).__name__ == "LlamaModel"
+    assert not load(folder).training
+    assert AutoTokenizer.from_pretrained(folder).vocab_size == 128
+    metadata = verify(folder)
+    assert metadata["recipe"] == [{"name": "x"}]
+    assert metadata["format_version"] == 1
+    assert set(metadata["files"]) == {path.name for path in folder.iterdir()} - {"llmcompress.json"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_float_model_keeps_its_dtype(tmp_path):
+    tiny = tiny_model("qwen2").to(torch.bfloat16)
+    assert load(save(tiny, tmp_path / "deep" / "er", metadata={})).dtype == torch.bfloat16
+
+
+def test_an_earlier_checkpoint_is_replaced_and_nothing_else(folder, model, tmp_path):
+    save(model, folder, metadata={"recipe": []})
+    assert read_metadata(folder)["recipe"] == []
+    assert not (folder / "tokenizer.json").exists()
+
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(lc.CheckpointError, match=r"notes\.md"):
+        save(model, folder, metadata={})
+    assert (folder / "notes.md").read_text() == "mine"
+
+    plain = tmp_path / "plain"
+    tiny_model("llama").save_pretrained(plain)
+    with pytest.raises(lc.CheckpointError, match="not a checkpoint of llmcompress"):
+        save(model, plain, metadata={})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(lc.CheckpointError, match="must be a folder, got a file"):
+        save(model, tmp_path / "file", metadata={})
+
+
+def test_a_save_that_fails_leaves_everything_as_it_was(folder, model, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(model), "save_pretrained", fail)
+    for target in (folder, folder.with_name("new")):
+        with pytest.raises(OSError, match="no space left"):
+            save(model, target, metadata={})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("metadata", [{"weights": 1}, {"format_version": 2}, {"recipe": object()}])
+def test_bad_metadata_is_refused_before_anything_is_written(model, tmp_path, metadata):
+    with pytest.raises(lc.CheckpointError, match="metadata must"):
+        save(model, tmp_path / "x", metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def edit(name, **changes):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, r"model\.safetensors is damaged: it must have \d+ bytes"),
+        (flip_a_bit, r"model\.safetensors is damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "llmcompress.json").write_text("[]"), "must hold a JSON object, got list"),
+        (lambda folder: (folder / "llmcompress.json").unlink(), "is not a checkpoint of llmcompress"),
+        (edit("llmcompress.json", format_version=99), "upgrade it with pip"),
+        (edit("llmcompress.json", format_version="1"), "must have a format_version"),
+        (edit("llmcompress.json", weights=None), "must list files and weights"),
+        (edit("llmcompress.json", weights={"../secret": {}}), "must name files of the folder"),
+        (edit("config.json", architectures=["NoSuchModel"]), "has no class 'NoSuchModel'"),
+        (edit("config.json", hidden_size=72), "cannot be loaded"),
+        (edit("config.json", quantization_config={"quant_method": "llmcompress"}), "list of groups"),
+    ],
+)
+def test_damage_is_told_by_file(folder, damage, words):
+    damage(folder)
+    with pytest.raises(lc.CheckpointError, match=words):
+        load(folder)
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(lc.CheckpointError, match="there is no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(lc.CheckpointError, match=r"has no llmcompress\.json"):
+        verify(tmp_path)
