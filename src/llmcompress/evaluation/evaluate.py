@@ -139,9 +139,10 @@ def evaluate(
     loaded = load_model(model, tasks[0])
     for one in tasks:
         one.check(loaded)
+    shapes = latency_grid(latency, {"model": loaded})
     scores = score_tasks(loaded, tasks, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
     latencies = []
-    for rows, tokens in latency_grid(latency, {"model": loaded}):
+    for rows, tokens in shapes:
         timed = measure_latencies({"model": loaded}, batch_size=rows, tokens=tokens, progress=progress)
         latencies.append(timed["model"])
     return Evaluation(
@@ -221,17 +222,19 @@ def latency_grid(asked: bool | Sequence[Shape], models: Mapping[str, PreTrainedM
     """Return the shapes to time; those of the default are cut to what the models can take.
 
     Raises:
-        ConfigError: a shape is not a pair of positive integers.
+        ConfigError: a shape is not a pair of positive integers, or longer than a model can take.
     """
     if asked is False:
         return ()
+    limits = [limit for model in models.values() if (limit := longest_input(model)) is not None]
     if asked is True:
-        limits = [limit for model in models.values() if (limit := longest_input(model)) is not None]
         return tuple(dict.fromkeys((rows, min([tokens, *limits])) for rows, tokens in LATENCY_GRID))
     shapes = tuple(tuple(shape) for shape in asked)
     for shape in shapes:
         if len(shape) != 2 or not all(isinstance(number, int) and number > 0 for number in shape):
             raise ConfigError(f"latency must be True, False, or (rows, tokens) pairs such as (1, 128), got {shape!r}.")
+        if shape[1] > min(limits, default=shape[1]):
+            raise ConfigError(f"latency must be at most {min(limits)} tokens for these models, got {shape!r}.")
     return tuple((shape[0], shape[1]) for shape in shapes)
 
 

@@ -22,7 +22,8 @@ class Memory(BaseModel, frozen=True, extra="forbid"):
     """Peak resident memory of a fresh process that loads a folder and runs one batch.
 
     Python and the libraries take some hundred MiB before any model is there: `baseline_bytes`. What the model costs is
-    what comes on top.
+    what comes on top. Weights are mapped from the file and count when they are first read: rows of an embedding that no
+    token of the batch asks for are not resident.
     """
 
     baseline_bytes: int = Field(description="resident before loading, with all libraries imported")

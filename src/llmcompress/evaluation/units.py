@@ -47,6 +47,16 @@ def milliseconds_text(value: float) -> str:
     return f"{_three_digits(value)} ms"
 
 
+def percent_text(share: float) -> str:
+    """Write a share of [0, 1] in per cent.
+
+    Example:
+        >>> percent_text(0.8853)
+        '88.5 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
 def score_text(value: float, *, fraction: bool) -> str:
     """Write a score: per cent with one digit if it is a fraction, else four significant digits.
 
@@ -54,7 +64,7 @@ def score_text(value: float, *, fraction: bool) -> str:
         >>> score_text(0.8853, fraction=True), score_text(2.0789, fraction=False)
         ('88.5 %', '2.079')
     """
-    return f"{100 * value:.1f} %" if fraction else f"{value:.4g}"
+    return percent_text(value) if fraction else f"{value:.4g}"
 
 
 def change_text(value: float, base: float, *, fraction: bool) -> str:

@@ -1,0 +1,149 @@
+"""compare(): ratios and pairs by hand, sources of models, and refusals before any work."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.errors import CheckpointError, ConfigError, MissingInputError, UnsupportedModelError
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+TEXT = "a quick brown fox jumps over the lazy dog, again and again. "
+ROWS = [(TEXT[: 3 + (11 * i) % 50], i % 2) for i in range(24)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def compare(models, task, **settings):
+    return lc.compare(models, task, progress=False, **{"latency": False, **settings})
+
+
+def inverted(model):
+    """A copy that answers the opposite of a two-class model, always."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.classifier.weight.neg_()
+        other.classifier.bias.neg_()
+    return other
+
+
+def test_pairs_are_counted_example_by_example(tokenizer) -> None:
+    base = tiny_model("bert")
+    models = {"base": base, "same": copy.deepcopy(base), "opposite": inverted(base)}
+    found = compare(models, lc.TextClassification(ROWS), tokenizer=tokenizer)
+    right = sum(one.correct for one in found.base.evaluation.score.examples)
+    same, opposite = found["same"].change, found["opposite"].change
+    assert (same.flips[0].agreement, same.flips[0].right_to_wrong, same.flips[0].p_value) == (1.0, 0, 1.0)
+    assert same.quality == (0.0,)
+    assert opposite.flips[0].agreement == 0.0
+    assert (opposite.flips[0].right_to_wrong, opposite.flips[0].wrong_to_right) == (right, len(ROWS) - right)
+    assert opposite.quality[0] == pytest.approx((len(ROWS) - 2 * right) / len(ROWS))
+
+
+def test_sizes_are_ratios_to_the_base(tokenizer) -> None:
+    base = tiny_model("bert")
+    half = copy.deepcopy(base)
+    for name, parameter in half.named_parameters():
+        if "encoder" in name and parameter.dim() == 2:
+            parameter.data[: len(parameter) // 2] = 0
+    bf16 = copy.deepcopy(base).bfloat16()
+    found = compare({"base": base, "zeros": half, "bf16": bf16}, lc.TextClassification(ROWS), tokenizer=tokenizer)
+    assert found["zeros"].change.smaller_on_disk == 1.0
+    assert found["zeros"].change.fewer_weights > 1.3
+    assert 1.8 < found["bf16"].change.smaller_on_disk <= 2.0
+    assert found["bf16"].change.fewer_weights == pytest.approx(1.0, abs=0.01)
+
+
+def test_another_base_can_be_named_and_comes_first(tokenizer) -> None:
+    models = {"small": tiny_model("distilbert"), "big": tiny_model("bert")}
+    found = compare(models, lc.TextClassification(ROWS), tokenizer=tokenizer, base="big")
+    assert [entry.name for entry in found.entries] == ["big", "small"]
+    assert found.base.change is None
+    with pytest.raises(ConfigError, match="base must be one of 'small', 'big', got 'bigg'"):
+        compare(models, lc.TextClassification(ROWS), tokenizer=tokenizer, base="bigg")
+    with pytest.raises(ConfigError, match="did you mean 'small'"):
+        found["smal"]
+
+
+def test_models_come_from_folders_and_results_too(tmp_path, tokenizer) -> None:
+    base = tiny_model("bert")
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = lc.Result(model=copy.deepcopy(base), report=None, tokenizer=tokenizer)  # type: ignore[arg-type]
+    found = compare({"folder": str(tmp_path), "path": tmp_path, "result": result}, lc.TextClassification(ROWS))
+    assert found["result"].change.flips[0].agreement == 1.0
+    assert found["path"].evaluation.size == found["folder"].evaluation.size
+    assert found["folder"].evaluation.size.from_files
+    assert not found["result"].evaluation.size.from_files
+
+
+def test_a_language_model_is_not_taken_for_a_result(tokenizer) -> None:
+    # LlamaForCausalLM has a `.model` of its own.
+    models = {"a": tiny_model("llama"), "b": tiny_model("llama", seed=1)}
+    task = lc.LanguageModeling([TEXT * 3], window=32)
+    found = compare(models, task, tokenizer=tokenizer)
+    assert found.base.evaluation.model == "LlamaForCausalLM"
+    assert found["b"].change.flips == (None,)
+    assert "perplexity" in str(found)
+    assert "windows" in found.to_html()
+
+
+def test_latency_is_measured_for_all_in_the_same_turns(tokenizer) -> None:
+    base = tiny_model("bert")
+    shapes = [(1, 4), (2, 8)]
+    found = compare({"a": base, "b": base}, lc.TextClassification(ROWS[:4]), tokenizer=tokenizer, latency=shapes)
+    for entry in found.entries:
+        assert [(one.batch_size, one.tokens) for one in entry.evaluation.latency] == shapes
+    turns = [len(entry.evaluation.latency[0].turns_ms) for entry in found.entries]
+    assert turns[0] == turns[1] >= 10
+    assert [(one.batch_size, one.tokens) for one in found["b"].change.faster] == shapes
+    assert "latency 1x4" in str(found)
+
+
+def test_memory_is_measured_when_asked_for(tokenizer) -> None:
+    found = compare({"only": tiny_model("bert")}, lc.TextClassification(ROWS[:4]), tokenizer=tokenizer, memory=True)
+    assert found.base.evaluation.memory.load_peak_bytes > 0
+    assert "peak memory" in str(found)
+    assert "peak, loading" in found.to_html()
+
+
+def test_several_tasks_stand_side_by_side(tokenizer) -> None:
+    tasks = [lc.TextClassification(ROWS), lc.TextClassification(ROWS[:6])]
+    found = compare({"a": tiny_model("bert"), "b": tiny_model("bert", seed=1)}, tasks, tokenizer=tokenizer)
+    assert len(found["b"].change.quality) == len(found["b"].change.flips) == 2
+    assert lc.Comparison.from_json(found.to_json()) == found
+
+
+def test_everything_is_refused_before_any_work(tokenizer, monkeypatch) -> None:
+    task = lc.TextClassification(ROWS)
+    monkeypatch.setattr(lc.TextClassification, "evaluate", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(MissingInputError, match="at least one model"):
+        compare({}, task, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"models\['b'\]: model must be a transformers model"):
+        compare({"a": tiny_model("bert"), "b": 3}, task, tokenizer=tokenizer)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
+        compare({"a": tiny_model("bert"), "b": tiny_model("llama")}, task, tokenizer=tokenizer)
+    with pytest.raises(MissingInputError, match="needs a tokenizer"):
+        compare({"a": tiny_model("bert")}, task)
+    with pytest.raises(ConfigError, match="at most 512 tokens"):
+        compare({"a": tiny_model("bert")}, task, tokenizer=tokenizer, latency=[(1, 4096)])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format_version": 2}'])
+def test_a_foreign_document_is_refused(text: str) -> None:
+    with pytest.raises(CheckpointError, match="no comparison of format 1"):
+        lc.Comparison.from_json(text)
