@@ -120,7 +120,7 @@ def measure_latencies(
         most = longest_input(model)
         if most is not None and tokens > most:
             raise ConfigError(f"tokens must be at most {most} for {type(model).__name__}, got {tokens}.")
-    inputs = {name: _inputs(model, batch_size, tokens) for name, model in models.items()}
+    inputs = {name: forward_inputs(model, batch_size, tokens) for name, model in models.items()}
     passes: dict[str, list[float]] = {name: [] for name in models}
     turns: dict[str, list[float]] = {name: [] for name in models}
     quick: dict[str, bool] = {}
@@ -186,7 +186,8 @@ def speedup(base: Latency, candidate: Latency) -> Speedup:
     return Speedup(batch_size=base.batch_size, tokens=base.tokens, ratio=statistics.median(ratios), low=low, high=high)
 
 
-def _inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+def forward_inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Return random tokens that the forward pass of any text model takes, encoder-decoder classifiers included."""
     inputs = probe_inputs(model, rows=batch_size, tokens=tokens)
     if model.config.is_encoder_decoder:
         # The classifiers on top of encoder-decoders read the state at the end-of-text token.

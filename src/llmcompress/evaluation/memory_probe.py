@@ -15,7 +15,7 @@ import transformers
 import llmcompress  # noqa: F401 - lets transformers know the library's own quantization
 
 from .inference import evaluating
-from .latency import _inputs
+from .latency import forward_inputs
 from .memory import Memory
 
 
@@ -30,7 +30,7 @@ def probe(folder: Path, batch_size: int, tokens: int, device: str) -> Memory:
     load_peak = _peak_bytes()
     _start_phase()
     with evaluating(model):
-        model(**_inputs(model, batch_size, tokens))
+        model(**forward_inputs(model, batch_size, tokens))
     return Memory(
         baseline_bytes=baseline,
         load_peak_bytes=load_peak,
