@@ -1,0 +1,271 @@
+"""The whole job: data, teacher, three compressed versions, comparison, report, and the best one proven by reload."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..anatomy.stacks import find_stacks
+from ..checkpoint import METADATA_FILE
+from ..comparison import Comparison, compare
+from ..compressor import Compressor
+from ..data import Example, load_examples
+from ..distillation.distillation import KnowledgeDistillation
+from ..errors import CompressionError, ConfigError, MissingInputError, NothingToCompressError, UnsupportedModelError
+from ..evaluation.inference import threads_set_to
+from ..evaluation.tasks import TextClassification
+from ..pipeline import compress
+from ..pruning.structured import StructuredPruning
+from ..quantization.dynamic import DynamicQuantization
+from .docstrings import docstring_data
+from .reload import Agreement, reload_agrees
+from .teacher import class_names, encoder_folder, load_classifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..result import Result
+
+KEEPS = 0.98
+"""Share of the teacher's accuracy that the best model must keep."""
+
+TEACHER = "teacher"
+_STEPS = 7
+_RELOADED_EXAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves.
+
+    Attributes:
+        comparison: teacher and compressed models, measured.
+        report: the HTML page.
+        best: name of the fastest model that keeps enough accuracy, or None.
+        folder: where that model is, or None.
+        agreement: the model in memory against its folder read in a fresh process, or None.
+        reused: names of the models whose training was read from the cache.
+    """
+
+    comparison: Comparison
+    report: Path
+    best: str | None
+    folder: Path | None
+    agreement: Agreement | None
+    reused: tuple[str, ...]
+
+
+def run(
+    *,
+    model: str | Path | None = None,
+    train: str | Path | None = None,
+    test: str | Path | None = None,
+    out: str | Path = "demo-output",
+    cache: str | Path | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    train_examples: int = 300,
+    test_examples: int = 100,
+    teacher_epochs: float = 3.0,
+    epochs: float = 3.0,
+    max_length: int = 48,
+    console: Console | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Fine-tune a teacher, compress it in three ways, compare them, and save and prove the best one.
+
+    Args:
+        model: folder or hub name of an encoder or classifier; None takes the MiniLM encoder. A classifier of the data's
+            classes is the teacher as it is.
+        train: file or hub data set to train with; None takes docstrings of installed packages, and so for `test`.
+        test: file or hub data set (its split `test`) to measure on.
+        out: folder for `report.html` and the best model (`model`).
+        cache: folder where finished training stages are kept for the next run; None takes the user's cache folder.
+        threads: intra-op threads of torch; None leaves them.
+        seed: seeds data, training and the teacher's new head.
+        train_examples: docstrings of each package to train with.
+        test_examples: docstrings of each package to measure on.
+        teacher_epochs: passes over the data to fine-tune the teacher.
+        epochs: passes over the data of each distillation.
+        max_length: tokens a text is cut to, at least 2.
+        console: where to write; None takes the terminal.
+        progress: whether bars are shown.
+
+    Raises:
+        CompressionError: one of its branches, before any training, where something is missing or out of range.
+    """
+    terminal = _Terminal(console or Console())
+    out, cache = Path(out), Path(cache) if cache is not None else cache_folder()
+    fine_tune = KnowledgeDistillation(alpha=0.0, epochs=teacher_epochs, max_length=max_length, precision="fp32")
+    distil = KnowledgeDistillation(
+        epochs=epochs, hidden=1.0, learning_rate=2e-4, max_length=max_length, precision="fp32"
+    )
+    _check_places(out, cache)
+    source = Path(model) if model is not None else encoder_folder()
+    reused = []
+
+    with threads_set_to(threads):
+        with terminal.step("Data" if train else "Data: docstrings, and which package each comes from"):
+            examples, tests = _data(train, test, train_examples, test_examples, seed)
+            names = class_names(examples, tests)
+            terminal.say(f"{len(examples)} to train, {len(tests)} to test, {len(names)} classes: {_listed(names)}")
+            task = TextClassification(tests, max_length=max_length)
+            base, tokenizer, ready = load_classifier(model if model is not None else source, names, seed=seed)
+
+        def trained(name: str, start: PreTrainedModel, steps: Sequence[Compressor]) -> Result:
+            before = set(cache.iterdir()) if cache.is_dir() else set()
+            keep = cache if any(isinstance(step, KnowledgeDistillation) for step in steps) else None
+            # Most of a small encoder's weights are word embeddings, and most words never occur in so little data.
+            start.get_input_embeddings().requires_grad_(False)
+            result = compress(
+                start, list(steps), data=examples, tokenizer=tokenizer, seed=seed, resume_dir=keep, progress=progress
+            )
+            # Stages are named by a hash of all that they depend on: that none is new means that every one was found.
+            if keep is not None and set(cache.iterdir()) == before:
+                reused.append(name)
+                terminal.say(f"trained by an earlier run, read from {cache}")
+            return result
+
+        with terminal.step(f"Teacher: {source.name}, " + ("a classifier already, as it is" if ready else "fine-tuned")):
+            teacher = base if ready else trained(TEACHER, base, [fine_tune]).model
+        models: dict[str, Any] = {TEACHER: teacher}
+        for name, steps in _chains(teacher, distil).items():
+            with terminal.step(f"Compress: {name}"):
+                try:
+                    models[name] = trained(name, teacher, steps)
+                except (NothingToCompressError, UnsupportedModelError) as error:
+                    terminal.say(f"[yellow]left out:[/] {error}")
+        with terminal.step("Compare"):
+            comparison = compare(models, task, base=TEACHER, tokenizer=tokenizer, progress=progress)
+            report = _save_report(comparison, out)
+        terminal.show(str(comparison))
+
+        with terminal.step("Save the best and read it back in a fresh process"):
+            best = best_of(comparison)
+            folder = agreement = None
+            if best is None:
+                terminal.say(
+                    f"[yellow]no compressed model keeps {KEEPS:.0%} of the teacher's accuracy; none is saved[/]"
+                )
+            else:
+                folder = models[best].save_pretrained(out / "model")
+                seen = tests[:: max(len(tests) // _RELOADED_EXAMPLES, 1)]
+                agreement = reload_agrees(models[best].model, tokenizer, folder, seen, max_length=max_length)
+                terminal.say(
+                    f"{best}: {agreement.equal} of {agreement.of} predictions equal, "
+                    f"largest difference of a logit {agreement.largest:.1e}"
+                )
+    terminal.end(report, folder, cache)
+    return Outcome(comparison, report, best, folder, agreement, tuple(reused))
+
+
+def best_of(comparison: Comparison) -> str | None:
+    """Return the name of the fastest candidate that keeps `KEEPS` of the base's accuracy, or None."""
+    enough = KEEPS * comparison.base.evaluation.score.value
+    good = [entry for entry in comparison.candidates if entry.evaluation.score.value >= enough]
+    return min(good, key=lambda entry: entry.evaluation.latency[0].median_ms).name if good else None
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for the demo: under `XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress" / "demo"
+
+
+def _chains(teacher: PreTrainedModel, distil: KnowledgeDistillation) -> Mapping[str, Sequence[Compressor]]:
+    stacks = find_stacks(teacher)
+    layers = max(min((len(stack) for stack in stacks), default=1) // 2, 1)
+    student = distil.model_copy(update={"student": f"layers:{layers}"})
+    return {
+        "int8": [DynamicQuantization()],
+        "half FFN, distilled": [StructuredPruning(ffn=0.5), distil],
+        f"{layers} layers, distilled, int8": [student, DynamicQuantization()],
+    }
+
+
+def _data(
+    train: str | Path | None, test: str | Path | None, train_examples: int, test_examples: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    if train is None and test is None:
+        found = docstring_data(train=train_examples, test=test_examples, seed=seed)
+        return found.train, found.test
+    if train is None or test is None:
+        raise MissingInputError(f"--{'train' if train is None else 'test'} is missing; pass both --train and --test.")
+    return _load(train, "train"), _load(test, "test")
+
+
+def _load(source: str | Path, split: str) -> list[Example]:
+    try:
+        return load_examples(source, split=split, name=f"--{split}")
+    except CompressionError:
+        raise
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise MissingInputError(f"--{split} {source} is no file and cannot be read from the hub: {lines[0]}") from error
+
+
+def _check_places(out: Path, cache: Path) -> None:
+    """Refuse, before minutes of work, a place where the results could not be written or drawn."""
+    for folder, name in ((out, "--out"), (cache, "--cache")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{name} must be a folder that can be made, got {folder}: {error.strerror}.") from error
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{name} must be a folder that can be written, got {folder}.")
+    model = out / "model"
+    if model.exists() and not (model / METADATA_FILE).is_file():
+        raise ConfigError(f"{model} holds something that no demo wrote; move it away or choose another --out.")
+    missing = [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]
+    if missing:
+        raise MissingInputError(f"the report needs {' and '.join(missing)}; pip install 'llmcompress[report]'.")
+
+
+def _save_report(comparison: Comparison, out: Path) -> Path:
+    report = out / "report.html"
+    draft = report.with_name(f".{uuid.uuid4().hex}.html")
+    try:
+        os.replace(comparison.save(draft), report)
+    finally:
+        draft.unlink(missing_ok=True)
+    return report
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class _Terminal:
+    """Numbered headings with the time that each step took, and the last lines."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._number, self._start = console, 0, time.perf_counter()
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        self._number += 1
+        self._console.print(f"[bold cyan]{self._number}/{_STEPS}[/] [bold]{title}[/]", highlight=False)
+        start = time.perf_counter()
+        yield
+        self.say(f"[dim]{time.perf_counter() - start:.1f} s[/]")
+
+    def say(self, text: str) -> None:
+        self._console.print(f"    {text}", highlight=False, soft_wrap=True)
+
+    def show(self, text: str) -> None:
+        self._console.print(f"\n{text}\n", markup=False, highlight=False, soft_wrap=True)
+
+    def end(self, report: Path, folder: Path | None, cache: Path) -> None:
+        self._console.print(f"\n[bold green]done[/] in {time.perf_counter() - self._start:.0f} s", highlight=False)
+        rows = {"report": report, "model": folder, "cache": f"{cache} (a second run reuses it; delete it at any time)"}
+        for name, place in rows.items():
+            if place is not None:
+                self._console.print(f"  {name:<7}{place}", highlight=False, soft_wrap=True)
