@@ -75,7 +75,10 @@ class Stages:
 
 def _fingerprint(model: PreTrainedModel) -> bytes:
     """Hash the config and every weight of the model."""
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    # Where a model was read from is no part of what it is: a stage read back must lead to the same next ones.
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -21,6 +21,7 @@ from ..compressor import Compressor
 from ..data import Example, load_examples
 from ..distillation.distillation import KnowledgeDistillation
 from ..errors import CompressionError, ConfigError, MissingInputError, NothingToCompressError, UnsupportedModelError
+from ..evaluation.evaluate import Shape
 from ..evaluation.inference import threads_set_to
 from ..evaluation.tasks import TextClassification
 from ..pipeline import compress
@@ -78,6 +79,7 @@ def run(
     teacher_epochs: float = 3.0,
     epochs: float = 3.0,
     max_length: int = 48,
+    latency: bool | Sequence[Shape] = True,
     console: Console | None = None,
     progress: bool = True,
 ) -> Outcome:
@@ -97,6 +99,7 @@ def run(
         teacher_epochs: passes over the data to fine-tune the teacher.
         epochs: passes over the data of each distillation.
         max_length: tokens a text is cut to, at least 2.
+        latency: True, or the (rows, tokens) shapes to time; the first decides which model is the fastest.
         console: where to write; None takes the terminal.
         progress: whether bars are shown.
 
@@ -145,7 +148,7 @@ def run(
                 except (NothingToCompressError, UnsupportedModelError) as error:
                     terminal.say(f"[yellow]left out:[/] {error}")
         with terminal.step("Compare"):
-            comparison = compare(models, task, base=TEACHER, tokenizer=tokenizer, progress=progress)
+            comparison = compare(models, task, base=TEACHER, tokenizer=tokenizer, latency=latency, progress=progress)
             report = _save_report(comparison, out)
         terminal.show(str(comparison))
 
@@ -181,13 +184,13 @@ def cache_folder() -> Path:
 
 
 def _chains(teacher: PreTrainedModel, distil: KnowledgeDistillation) -> Mapping[str, Sequence[Compressor]]:
-    stacks = find_stacks(teacher)
-    layers = max(min((len(stack) for stack in stacks), default=1) // 2, 1)
-    student = distil.model_copy(update={"student": f"layers:{layers}"})
+    layers = min((len(stack) for stack in find_stacks(teacher)), default=1)
+    kept = max(layers // 2, 1)
+    student = distil.model_copy(update={"student": f"layers:{kept}"})
     return {
         "int8": [DynamicQuantization()],
         "half FFN, distilled": [StructuredPruning(ffn=0.5), distil],
-        f"{layers} layers, distilled, int8": [student, DynamicQuantization()],
+        f"{kept} of {layers} layers, distilled, int8": [student, DynamicQuantization()],
     }
 
 
