@@ -1,0 +1,76 @@
+"""Runs scripts and the Python blocks of Markdown pages in one fresh process: `run_examples.py OUT.json FILE...`.
+
+Starting a process that imports torch takes seconds, so one serves all files. Each runs in a folder of its own, in which
+a reader's files stand: a classifier, a language model, labelled tables and a text.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import runpy
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+ROWS = [("a fine film", 1), ("what a bore", 0), ("warm and wise", 1), ("no idea at all", 0)] * 4
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def lay_out(folder: Path) -> None:
+    """Write the files that the pages speak of."""
+    for name, family in (("my-classifier", "bert"), ("my-language-model", "llama")):
+        tiny_model(family).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    for name, rows in (("train.csv", ROWS), ("test.csv", ROWS[:4])):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+    (folder / "text.txt").write_text("\n\n".join(text for text, _ in ROWS))
+
+
+def run(path: Path) -> None:
+    """Run a script, or all Python blocks of a page in one namespace."""
+    if path.suffix == ".py":
+        runpy.run_path(str(path), run_name="__main__")
+        return
+    text = path.read_text(encoding="utf-8")
+    names = {"__name__": path.stem}
+    for block in BLOCK.finditer(text):
+        # Empty lines before the code: a traceback then names the line of the page.
+        before = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(before + block[1], str(path), "exec"), names)
+
+
+def main(answer: str, *files: str) -> None:
+    """Write, for each file, what it printed, the files it left, and its traceback or None."""
+    torch.set_num_threads(1)
+    outcomes = {}
+    for file in files:
+        path = Path(file).resolve()
+        printed, error = io.StringIO(), None
+        with tempfile.TemporaryDirectory() as folder:
+            lay_out(Path(folder))
+            before = set(os.listdir(folder))
+            home = os.getcwd()
+            os.chdir(folder)
+            try:
+                with contextlib.redirect_stdout(printed):
+                    run(path)
+            except Exception:
+                error = traceback.format_exc()
+            finally:
+                os.chdir(home)
+            left = sorted({*os.listdir(folder)} - before)
+        outcomes[path.name] = {"printed": printed.getvalue(), "error": error, "left": left}
+    Path(answer).write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

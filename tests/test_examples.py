@@ -1,0 +1,69 @@
+"""The examples run as they stand, and so does every Python block of README and documentation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_LINES = 39
+
+LEAVES = {
+    "classifier_to_int8.py": ["int8-classifier"],
+    "compare_candidates.py": ["report.html"],
+    "language_model_2_4.py": [],
+    "prune_distill_int8.py": ["small-classifier", "stages"],
+    "recipe_in_yaml.py": ["recipe.yaml"],
+    "your_own_strategy.py": [],
+}
+PRINTS = {
+    "classifier_to_int8.py": "logits equal",
+    "compare_candidates.py": "100% of the predictions as before",
+    "language_model_2_4.py": "bits a byte",
+    "prune_distill_int8.py": "knowledge_distillation",
+    "recipe_in_yaml.py": "equal: True",
+    "your_own_strategy.py": "row_pruning",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}
+    command = [sys.executable, str(ROOT / "tests" / "run_examples.py"), str(folder / "outcomes.json")]
+    files = [str(path) for path in (*EXAMPLES, *PAGES)]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_runs(outcomes, path):
+    outcome = outcomes[path.name]
+    assert outcome["error"] is None, outcome["error"]
+    assert outcome["left"] == LEAVES[path.name]
+    assert PRINTS[path.name] in outcome["printed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_blocks_of_a_page_run(outcomes, path):
+    assert outcomes[path.name]["error"] is None, outcomes[path.name]["error"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_is_short_and_says_what_it_is(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    assert text.startswith('"""')
+
+
+def test_every_example_is_named_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in readme] == []
