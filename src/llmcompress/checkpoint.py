@@ -137,30 +137,36 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     """Read a checkpoint after checking it; plain `from_pretrained` reads the same folder without the check.
 
     Args:
-        folder: a folder that `save` wrote.
+        folder: a folder that `save` wrote, any other Hugging Face folder (unchecked, for want of hashes), or the name
+            of a model on the hub.
         model_class: a model or auto class; None takes the class the model had when it was saved.
 
     Returns:
         The model in eval mode, in the dtype it was saved in, on the CPU.
 
     Raises:
-        CheckpointError: the folder fails `verify`, or its weights do not fill the model.
+        CheckpointError: it is no folder of a model, fails `verify`, or its weights do not fill the model.
     """
     import transformers
 
     from .quantization import hf  # noqa: F401 - makes the method known, however this file came to be imported
     from .quantization.bitsandbytes import keep_exact
 
-    folder = Path(folder)
-    verify(folder)
+    if (Path(folder) / METADATA_FILE).is_file():
+        verify(folder)
+    elif Path(folder).exists() and not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: it holds neither {METADATA_FILE} nor config.json.")
     chosen: Any = model_class
     if chosen is None:
-        names = _read_json(folder / "config.json").get("architectures") or [None]
+        try:
+            names = transformers.AutoConfig.from_pretrained(folder).architectures or [None]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} is no folder of a model, and no model on the hub: {error}") from error
         chosen = getattr(transformers, str(names[0]), None)
         if chosen is None:
             raise CheckpointError(
-                f"{folder / 'config.json'}: transformers {transformers.__version__} has no class {names[0]!r}; upgrade "
-                "it, or pass model_class."
+                f"{folder}: transformers {transformers.__version__} has no class {names[0]!r}; upgrade it, or pass "
+                "model_class."
             )
     try:
         model, info = chosen.from_pretrained(folder, dtype="auto", output_loading_info=True)

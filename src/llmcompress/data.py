@@ -183,11 +183,16 @@ def _read_json(path: Path, name: str) -> list[Any]:
         raise ConfigError(f"{name}: {path.name} is not valid JSON at line {error.lineno}: {error.msg}.") from error
 
 
+class _BareTabs(csv.excel_tab):
+    """Tab-separated fields without quoting: sentences of the GLUE tables hold bare quotation marks."""
+
+    quoting = csv.QUOTE_NONE
+
+
 def _read_table(path: Path, delimiter: str) -> list[Any]:
     with path.open(encoding="utf-8", newline="") as file:
-        # Sentences of the GLUE tables hold bare quotation marks; only CSV quotes its fields.
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        rows = [row for row in csv.reader(file, delimiter=delimiter, quoting=quoting) if row]
+        dialect = "excel" if delimiter == "," else _BareTabs
+        rows = [row for row in csv.reader(file, dialect) if row]
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]

@@ -182,7 +182,7 @@ def compress(
     """
     if isinstance(model, (str, Path)):
         model = load(model)
-    chain = Pipeline(steps=steps)  # type: ignore[arg-type]
+    chain = Pipeline(steps=steps)
     flat = chain.flatten()
     if not flat:
         raise ConfigError("compress() must have at least one step, got none; pass steps=[lc.DynamicQuantization()].")
@@ -200,6 +200,8 @@ def compress(
     )
     for step in flat:
         _plan(step, model, context)
+    if task is not None:
+        task.check(model)
 
     training = model.training
     report = Report(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
-from rich.console import Console
-from rich.table import Table
 
 from .anatomy.footprint import Footprint
 from .compressor import Action
+from .evaluation.table import Table
 from .evaluation.tasks import TaskScore
+from .evaluation.units import bytes_text, count_text, ratio_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,11 +44,16 @@ class Report(BaseModel):
     base_score: TaskScore | None = None
     steps: list[StepRecord] = Field(default_factory=list)
 
-    def rows(self) -> list[dict[str, str]]:
-        """Return the table's cells: a row for the base and one for each step, ratios to the base."""
-        stages = [("base", self.base, None, self.base_score)]
-        stages += [(record.step["name"], record.footprint, record, record.score) for record in self.steps]
-        return [_row(name, size, record, score, self.base) for name, size, record, score in stages]
+    def table(self) -> Table:
+        """Return a row for the base and one for each step, ratios to the base, with the remarks as notes."""
+        scored = [score for score in (self.base_score, *(record.score for record in self.steps)) if score is not None]
+        header = ["stage", "parameters", "zeros", "on disk", "smaller", "in memory", "seconds", "touched", "left"]
+        if scored:
+            header.append(scored[0].primary)
+        rows = [_row("base", self.base, None, self.base_score, self.base)]
+        for record in self.steps:
+            rows.append(_row(record.step["name"], record.footprint, record, record.score, self.base))
+        return Table(header, rows, title=f"{self.model}, seed {self.seed}", notes=self.remarks())
 
     def remarks(self) -> list[str]:
         """Return, for each step, why parts were left alone: one line a reason, with a count and an example."""
@@ -59,32 +63,18 @@ class Report(BaseModel):
             for action in record.left:
                 reasons.setdefault(action.reason or "", []).append(action.path)
             for reason, paths in reasons.items():
-                more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-                lines.append(f"{record.step['name']}: {paths[0] or 'model'}{more} left alone: {reason}")
+                if paths == [""]:
+                    lines.append(f"{record.step['name']}: {reason}")
+                else:
+                    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+                    lines.append(f"{record.step['name']}: {paths[0]}{more} left alone: {reason}")
         return lines
 
     def __str__(self) -> str:
-        rows = self.rows()
-        table = Table(title=f"{self.model}, seed {self.seed}", title_justify="left")
-        for column in rows[0]:
-            table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row.values())
-        out = StringIO()
-        console = Console(file=out, width=120)
-        console.print(table)
-        for line in self.remarks():
-            console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
-        return out.getvalue().rstrip()
+        return self.table().text()
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        rows = self.rows()
-        head = "".join(f"<th>{escape(column)}</th>" for column in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
-        remarks = "".join(f"<li>{escape(line)}</li>" for line in self.remarks())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{remarks}</ul>"
+        return self.table().html()
 
 
 @dataclass
@@ -109,7 +99,10 @@ class Result:
         """
         from .checkpoint import save
 
-        return save(self.model, folder, tokenizer=self.tokenizer, metadata=json.loads(self.report.model_dump_json()))
+        # Scores go into the folder; what each single example got would make it bigger than some models.
+        unscored: Any = {"base_score": {"examples"}, "steps": {"__all__": {"score": {"examples"}}}}
+        metadata = json.loads(self.report.model_dump_json(exclude=unscored))
+        return save(self.model, folder, tokenizer=self.tokenizer, metadata=metadata)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -129,20 +122,16 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _row(
-    name: str, size: Footprint, record: StepRecord | None, score: TaskScore | None, base: Footprint
-) -> dict[str, str]:
-    row = {
-        "stage": name,
-        "parameters": f"{size.parameters / 1e6:.2f} M",
-        "zeros": f"{size.zeros:.1%}",
-        "on disk": f"{size.disk_bytes / 1e6:.2f} MB",
-        "smaller": f"{base.disk_bytes / size.disk_bytes:.2f}x",
-        "in memory": f"{size.memory_bytes / 1e6:.2f} MB",
-        "seconds": f"{record.seconds:.1f}" if record else "",
-        "touched": str(len(record.touched)) if record else "",
-        "left": str(len(record.left)) if record else "",
-    }
-    if score is not None:
-        row[score.primary] = f"{score.metrics[score.primary]:.4f}"
-    return row
+def _row(name: str, size: Footprint, record: StepRecord | None, score: TaskScore | None, base: Footprint) -> list[str]:
+    row = [
+        name,
+        count_text(size.parameters),
+        f"{size.zeros:.1%}",
+        bytes_text(size.disk_bytes),
+        ratio_text(base.disk_bytes / size.disk_bytes),
+        bytes_text(size.memory_bytes),
+        f"{record.seconds:.1f}" if record else "",
+        str(len(record.touched)) if record else "",
+        str(sum(action.path != "" for action in record.left)) if record else "",
+    ]
+    return row if score is None else [*row, f"{score.metrics[score.primary]:.4f}"]

