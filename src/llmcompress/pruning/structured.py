@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,7 @@ class StructuredPruning(Compressor):
     Args:
         ffn: share of the feed-forward channels to remove, in (0, 1); experts each choose their own.
         round_to: the new width is the nearest multiple of this, at least one; kernels like multiples of 8 and more.
+            Experts need a multiple of 8 as well.
 
     Example:
         >>> import llmcompress as lc
@@ -55,9 +57,8 @@ class StructuredPruning(Compressor):
         for network in body.feed_forwards():
             new = sizes[network.width]
             if new == network.width:
-                actions.append(
-                    Action(path=network.path, reason=f"width {new} is the nearest multiple of {self.round_to}")
-                )
+                reason = f"width {new} is the nearest multiple of {self._multiple(network)}"
+                actions.append(Action(path=network.path, reason=reason))
             else:
                 actions.append(Action(path=network.path, does=f"FFN {network.width} -> {new} channels"))
         for block in body.blocks():
@@ -98,10 +99,15 @@ class StructuredPruning(Compressor):
                 f"StructuredPruning cannot cut {unknown.path} of {type(model).__name__}: a probe did not find which "
                 f"rows of its fused gate and up projection form a channel."
             )
-        return body, {network.width: self._new_width(network.width) for network in networks}
+        return body, {network.width: self._new_width(network) for network in networks}
 
-    def _new_width(self, width: int) -> int:
-        return min(max(round(width * (1 - self.ffn) / self.round_to), 1) * self.round_to, width)
+    def _multiple(self, network: FeedForward) -> int:
+        # torch's grouped product over experts takes rows of whole 16 bytes only: 8 elements in half precision.
+        return math.lcm(self.round_to, 8) if network.down.layer.kind == "experts" else self.round_to
+
+    def _new_width(self, network: FeedForward) -> int:
+        multiple = self._multiple(network)
+        return min(max(round(network.width * (1 - self.ffn) / multiple), 1) * multiple, network.width)
 
     def _solve(self, model: PreTrainedModel, body: Anatomy, sizes: dict[int, int]) -> dict[str, int]:
         if all(old == new for old, new in sizes.items()):

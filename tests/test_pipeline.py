@@ -1,0 +1,167 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
+
+
+def _compress(model, steps, **inputs):
+    return lc.compress(model, steps, progress=False, **inputs)
+
+
+@pytest.fixture
+def bert():
+    return tiny_model("bert")
+
+
+def test_steps_by_object_name_and_dict(bert):
+    result = _compress(bert, [{"name": "magnitude_pruning", "sparsity": 0.25}, "dynamic_quantization"])
+    assert [record.step["name"] for record in result.report.steps] == ["magnitude_pruning", "dynamic_quantization"]
+    assert result.report.steps[0].step["sparsity"] == 0.25
+    text = str(result)
+    assert "magnitude_pruning" in text
+    assert "left alone" in text
+    assert "<table" in result._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "message"),
+    [
+        (["magnitude_prunning"], lc.UnknownNameError, "did you mean 'magnitude_pruning'"),
+        ([{"name": "magnitude_pruning", "sparsity": 1.5}], lc.ConfigError, r"sparsity must be in \(0, 1\), got 1\.5"),
+        ([{"name": "magnitude_pruning", "sparsit": 0.5}], lc.ConfigError, "did you mean 'sparsity'"),
+        ([lc.DynamicQuantization(), lc.MagnitudePruning()], lc.PipelineOrderError, "put DynamicQuantization last"),
+        ([lc.DynamicQuantization(), lc.DynamicQuantization()], lc.PipelineOrderError, "cannot follow"),
+        (
+            [lc.Pipeline(steps=[lc.DynamicQuantization()]), lc.StructuredPruning()],
+            lc.PipelineOrderError,
+            "StructuredPruning cannot follow DynamicQuantization",
+        ),
+        ([], lc.ConfigError, "at least one step"),
+        ([lc.MagnitudePruning(targets=("*.nope",))], lc.NothingToCompressError, "nope.*it has"),
+        ([lc.MagnitudePruning(), lc.KnowledgeDistillation()], lc.MissingInputError, "needs data"),
+        (42, lc.ConfigError, "steps must be"),
+    ],
+)
+def test_bad_steps_are_refused_and_nothing_changes(bert, steps, error, message):
+    before = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
+    with pytest.raises(error, match=message):
+        _compress(bert, steps)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bert.state_dict().items())
+
+
+def test_bad_inputs_are_refused(bert, tmp_path):
+    distil = lc.KnowledgeDistillation(steps=1)
+    with pytest.raises(lc.MissingInputError, match="data is empty"):
+        _compress(bert, distil, data=[])
+    with pytest.raises(lc.MissingInputError, match="needs a tokenizer"):
+        _compress(bert, distil, data=["a text"])
+    with pytest.raises(lc.ConfigError, match="resume_dir or inplace"):
+        _compress(bert, lc.MagnitudePruning(), inplace=True, resume_dir=tmp_path)
+    quantized = _compress(bert, lc.DynamicQuantization()).model
+    with pytest.raises(lc.UnsupportedModelError, match="already quantized"):
+        _compress(quantized, lc.MagnitudePruning())
+    with pytest.raises(lc.CheckpointError, match="no checkpoint"):
+        _compress(tmp_path, lc.MagnitudePruning())
+    with pytest.raises(lc.UnsupportedModelError):
+        _compress(
+            tiny_model("llama"),
+            lc.MagnitudePruning(),
+            task=lc.TextClassification([("a", 0)]),
+            tokenizer=tiny_tokenizer(),
+        )
+
+
+def test_inplace_changes_the_model_itself(bert):
+    assert _compress(bert, lc.MagnitudePruning(), inplace=True).model is bert
+    assert float((bert.bert.encoder.layer[0].output.dense.weight == 0).float().mean()) == 0.5
+
+
+def test_the_callers_random_state_is_not_touched(bert):
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    expected = (torch.rand(1).item(), np.random.rand(), random.random())
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    _compress(bert, lc.KnowledgeDistillation(steps=1, max_length=8), data=tiny_data(bert), tokenizer=tiny_tokenizer())
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+
+
+def test_scores_before_and_after_each_step(bert):
+    task = lc.TextClassification(tiny_data(bert), tokenizer=tiny_tokenizer())
+    report = _compress(bert, [lc.StructuredPruning(), lc.DynamicQuantization()], task=task).report
+    assert report.base_score.metrics.keys() == report.steps[1].score.metrics.keys()
+    assert lc.Report.model_validate_json(report.model_dump_json()) == report
+    assert "accuracy" in str(report)
+
+
+def test_saved_folder_tells_the_recipe(bert, tmp_path):
+    from llmcompress.checkpoint import read_metadata
+
+    folder = _compress(bert, lc.StructuredPruning(), tokenizer=tiny_tokenizer()).save_pretrained(tmp_path / "out")
+    metadata = read_metadata(folder)
+    assert metadata["recipe"]["steps"][0]["name"] == "structured_pruning"
+    assert {"torch", "transformers", "llmcompress"} <= set(metadata["versions"])
+    # The folder serves as input again, with its tokenizer.
+    again = _compress(folder, lc.MagnitudePruning())
+    assert again.tokenizer is not None
+    assert again.model.config.intermediate_size == 64
+
+
+def test_yaml_round_trip_and_refusals(tmp_path):
+    chain = lc.Pipeline(
+        steps=[lc.StructuredPruning(ffn=0.25), lc.KnowledgeDistillation(epochs=1), "dynamic_quantization"]
+    )
+    chain.to_yaml(tmp_path / "recipe.yaml")
+    assert lc.Pipeline.from_yaml(tmp_path / "recipe.yaml") == chain
+    with pytest.raises(lc.ConfigError, match="no recipe"):
+        lc.Pipeline.from_yaml(tmp_path / "absent.yaml")
+    for text in ("{", "- 1", "steps: []", "name: pipeline\nstep: []", "!!python/object:os.system {}"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(lc.ConfigError):
+            lc.Pipeline.from_yaml(tmp_path / "bad.yaml")
+
+
+def test_broken_outputs_are_withheld(bert):
+    class Break(lc.Compressor):
+        def compress(self, model, context):
+            model.classifier.weight.data.fill_(float("nan"))
+            return model
+
+        def to_dict(self):
+            return {"name": "break"}
+
+    with pytest.raises(lc.VerificationError, match="Break left BertForSequenceClassification with NaN"):
+        _compress(bert, Break())
+
+
+def test_resume_continues_behind_the_last_stage(bert, tmp_path, monkeypatch):
+    steps = [
+        lc.StructuredPruning(),
+        lc.KnowledgeDistillation(steps=2, hidden=1.0, max_length=8),
+        lc.DynamicQuantization(),
+    ]
+    inputs = {"data": tiny_data(bert), "tokenizer": tiny_tokenizer()}
+    whole = _compress(bert, steps, **inputs)
+
+    def killed(self, model, context):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lc.DynamicQuantization, "compress", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _compress(bert, steps, resume_dir=tmp_path, **inputs)
+    assert len(list(tmp_path.iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(lc.KnowledgeDistillation, "compress", killed)
+        patch.setattr(lc.StructuredPruning, "compress", killed)
+        resumed = _compress(bert, steps, resume_dir=tmp_path, **inputs)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert [r.step for r in resumed.report.steps] == [r.step for r in whole.report.steps]
+    # Another seed is another run.
+    with monkeypatch.context() as patch:
+        patch.setattr(lc.StructuredPruning, "compress", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _compress(bert, steps, seed=1, resume_dir=tmp_path, **inputs)
