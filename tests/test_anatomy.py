@@ -176,3 +176,9 @@ def test_select_says_why_it_leaves_a_layer():
     for field in ({"targets": ("nope",)}, {"targets": None, "skip": ("nope",)}):
         with pytest.raises(lc.NothingToCompressError, match="nope"):
             select(model, who="Test", **field)
+
+
+def test_probe_inputs_take_a_list_of_end_tokens():
+    model = tiny_model("llama")
+    model.config.eos_token_id = [3, 5]
+    assert not {2, 3, 5} & set(probe_inputs(model, rows=4, tokens=64)["input_ids"].flatten().tolist())

@@ -53,8 +53,8 @@ def footprint(model: nn.Module | PreTrainedModel) -> Footprint:
 def disk_bytes(model: nn.Module) -> int:
     """Predict the bytes of the safetensors file that holds the model's state, header included, without writing it.
 
-    Exact where `save_pretrained` stores tensors as they are in memory; where transformers renames or splits them (3-D
-    experts) the header differs by some bytes a tensor, the weights not at all.
+    Exact but for the alignment of the header where `save_pretrained` stores tensors as they are in memory; where
+    transformers renames or splits them (3-D experts) the header differs by some bytes a tensor, the weights not at all.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -120,7 +120,16 @@ def _memory_bytes(model: nn.Module) -> int:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                total += tensor.numel() * tensor.element_size()
+                total += tensor.numel() * tensor.element_size() + _state_bytes(getattr(tensor, "quant_state", None))
         # Copies in another form (packed for a kernel) are no buffers, since they are never saved; they are memory.
         total += int(getattr(module, "derived_bytes", int)())
     return total
+
+
+def _state_bytes(state: object) -> int:
+    """Return the bytes of the tensors in a quantization state of bitsandbytes, nested ones included."""
+    if state is None:
+        return 0
+    tensors = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return own + _state_bytes(getattr(state, "state2", None))

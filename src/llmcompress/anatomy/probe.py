@@ -25,12 +25,14 @@ def probe_inputs(model: PreTrainedModel, *, rows: int = 2, tokens: int = 8, seed
     config = model.config.get_text_config()
     if not hasattr(config, "vocab_size"):
         raise UnsupportedModelError(f"{type(model).__name__} reads no token ids; only text models can be probed.")
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")]
+    special = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])}
     allowed = torch.tensor([index for index in range(min(config.vocab_size, 1024)) if index not in special])
     generator = torch.Generator().manual_seed(seed)
     ids = allowed[torch.randint(len(allowed), (rows, tokens), generator=generator)].to(model.device)
-    if isinstance(config.eos_token_id, int) and config.eos_token_id < config.vocab_size and tokens > 1:
-        ids[:, -1] = config.eos_token_id
+    eos = getattr(config, "eos_token_id", None)
+    if isinstance(eos, int) and 0 <= eos < config.vocab_size and tokens > 1:
+        ids[:, -1] = eos
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(0)

@@ -99,6 +99,11 @@ class BitsAndBytesQuantization(Compressor):
             device_map={"": model.device},
         )
         _refuse_difference(result, names)
+        for name in names:
+            # The CPU kernel adds the bias in place, which autograd refuses for one that asks for gradients.
+            bias = result.get_submodule(name).bias
+            if bias is not None:
+                bias.requires_grad_(False)
         if result.can_generate():
             result.generation_config = copy.deepcopy(model.generation_config)
         result.config.name_or_path = model.config.name_or_path
