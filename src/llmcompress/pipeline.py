@@ -21,7 +21,7 @@ from .anatomy.footprint import footprint
 from .anatomy.probe import probe_inputs, probe_outputs
 from .checkpoint import load
 from .compressor import Action, Compressor, Context, Need
-from .data import Example, find_tokenizer, load_examples
+from .data import Example, find_tokenizer, load_examples, longest_input
 from .errors import (
     ConfigError,
     MissingInputError,
@@ -30,6 +30,7 @@ from .errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from .evaluation.latency import Speedup, measure_latencies, speedup
 from .registry import compressors, register
 from .result import Report, Result, StepRecord, library_versions
 from .resume import Stages
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation.tasks import Task
+
+# Tokens of the row on which a finished chain is timed against its base.
+_SPEED_TOKENS = 64
 
 Step = Compressor | Mapping[str, Any] | str
 
@@ -233,6 +237,8 @@ def compress(
         report.steps.append(record)
         if stages is not None:
             stages.keep(current, record, context.history[cuts_before:])
+    if not inplace:
+        report.speedup = _speedup(model, current)
     current.train(training)
     return Result(model=current, report=report, tokenizer=tokenizer)
 
@@ -322,6 +328,17 @@ def _score(task: Task | None, model: PreTrainedModel, tokenizer: Any, progress: 
     from .evaluation.evaluate import evaluate
 
     return evaluate(model, task, tokenizer=tokenizer, latency=False, progress=progress).scores[0]
+
+
+def _speedup(base: PreTrainedModel, candidate: PreTrainedModel) -> Speedup | None:
+    """Time base and candidate in turns, on one row of tokens; None for what is no text model."""
+    tokens = min(_SPEED_TOKENS, longest_input(base) or _SPEED_TOKENS)
+    try:
+        # Zero seconds ask for the fewest rounds that still give an interval.
+        timed = measure_latencies({"base": base, "candidate": candidate}, tokens=tokens, seconds=0, progress=False)
+    except UnsupportedModelError:
+        return None
+    return speedup(timed["base"], timed["candidate"])
 
 
 def _is_finite(model: PreTrainedModel) -> bool:

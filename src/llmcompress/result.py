@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from .anatomy.footprint import Footprint
 from .compressor import Action
+from .evaluation.latency import Speedup
 from .evaluation.table import Table
 from .evaluation.tasks import TaskScore
 from .evaluation.units import bytes_text, count_text, ratio_text
@@ -43,6 +44,7 @@ class Report(BaseModel):
     base: Footprint
     base_score: TaskScore | None = None
     steps: list[StepRecord] = Field(default_factory=list)
+    speedup: Speedup | None = Field(None, description="time of the base over that of the result, measured in turns")
 
     def table(self) -> Table:
         """Return a row for the base and one for each step, ratios to the base, with the remarks as notes."""
@@ -56,8 +58,14 @@ class Report(BaseModel):
         return Table(header, rows, title=f"{self.model}, seed {self.seed}", notes=self.remarks())
 
     def remarks(self) -> list[str]:
-        """Return, for each step, why parts were left alone: one line a reason, with a count and an example."""
+        """Return the measured speed, and for each step why parts were left alone, one line a reason."""
         lines = []
+        if self.speedup is not None:
+            found = self.speedup
+            lines.append(
+                f"{found.ratio:.2f}x the base's speed on {found.batch_size}x{found.tokens} tokens, measured here "
+                f"({found.low:.2f} to {found.high:.2f})"
+            )
         for record in self.steps:
             reasons: dict[str, list[str]] = {}
             for action in record.left:

@@ -31,7 +31,8 @@ class BitsAndBytesQuantization(Compressor):
 
     The result is transformers' own: `config.quantization_config` is a `BitsAndBytesConfig`, and the folder loads by
     plain `from_pretrained` wherever bitsandbytes is installed. Made for GPUs. On a CPU the model becomes smaller but
-    slower: measure it before you deploy it there.
+    slower: the report of the run tells by how much. All weights of the result are frozen, since the CPU kernels fail
+    where gradients are asked for.
 
     Left in float, and told: heads, embeddings, 3-D experts (bitsandbytes skips those without a word), modules that
     transformers keeps in float32, and for 4 bits layers whose sizes the kernels do not divide.
@@ -99,11 +100,8 @@ class BitsAndBytesQuantization(Compressor):
             device_map={"": model.device},
         )
         _refuse_difference(result, names)
-        for name in names:
-            # The CPU kernel adds the bias in place, which autograd refuses for one that asks for gradients.
-            bias = result.get_submodule(name).bias
-            if bias is not None:
-                bias.requires_grad_(False)
+        # With gradients on, the CPU kernel of bitsandbytes (0.50.2) fails as soon as any weight before it wants one.
+        result.requires_grad_(False)
         if result.can_generate():
             result.generation_config = copy.deepcopy(model.generation_config)
         result.config.name_or_path = model.config.name_or_path
