@@ -104,12 +104,12 @@ class TestData:
 
     def test_more_than_there_is_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(docstrings, "_folder", lambda package: tmp_path)
-        with pytest.raises(ConfigError, match="networkx has 0"):
+        with pytest.raises(ConfigError, match="matplotlib has 0"):
             docstring_data(train=2, test=1)
 
     def test_absent_package(self, monkeypatch):
         monkeypatch.setattr(docstrings, "find_spec", lambda name: None)
-        with pytest.raises(MissingInputError, match="pip install networkx"):
+        with pytest.raises(MissingInputError, match="pip install matplotlib"):
             docstring_data(train=2, test=1)
 
 
@@ -181,8 +181,8 @@ class TestJob:
         assert comparison.base.name == job.TEACHER
         assert [entry.name for entry in comparison.candidates] == [
             "int8",
-            "half FFN, distilled",
-            "1 of 2 layers, distilled, int8",
+            "half FFN",
+            "half FFN, 1 of 2 layers, int8",
         ]
         assert all(entry.change.smaller_on_disk > 1 for entry in comparison.candidates)
 
@@ -201,7 +201,7 @@ class TestJob:
     def test_second_run_trains_nothing_and_finds_the_same(self, runs):
         first, second, log = runs
         assert first.reused == ()
-        assert second.reused == (job.TEACHER, "half FFN, distilled", "1 of 2 layers, distilled, int8")
+        assert second.reused == (job.TEACHER, "half FFN", "half FFN, 1 of 2 layers, int8")
         assert log.count("trained by an earlier run") == 3
         for ours, theirs in zip(first.comparison.entries, second.comparison.entries, strict=True):
             assert ours.evaluation.scores == theirs.evaluation.scores

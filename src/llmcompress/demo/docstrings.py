@@ -21,14 +21,14 @@ from pathlib import Path
 from ..data import Example
 from ..errors import ConfigError, MissingInputError
 
-PACKAGES = ("networkx", "numpy", "pandas", "python", "scipy", "sympy", "torch", "transformers")
-"""The classes; `python` is the standard library, the others come with llmcompress."""
+PACKAGES = ("matplotlib", "networkx", "pandas", "python", "sympy", "torch", "transformers")
+"""The classes; `python` is the standard library, the others come with `llmcompress[demo]`."""
 
 MASK = "_"
 """Stands where the name of a package stood."""
 
-_GIVE_AWAYS = (*PACKAGES, "hugging", "pydata", "pyarrow")
-_ALIASES = ("np", "pd", "nx", "plt", "sp", "sy", "sps", "hf")
+_GIVE_AWAYS = (*PACKAGES, "numpy", "scipy", "hugging", "pydata", "pyarrow", "pyplot")
+_ALIASES = ("np", "pd", "nx", "plt", "mpl", "sp", "sy", "hf")
 _NAME = re.compile(rf"{'|'.join(_GIVE_AWAYS)}|\b(?:{'|'.join(_ALIASES)})\b", re.IGNORECASE)
 # The whole dotted path, role or word that holds a name: "torch.nn", "~numpy.ndarray", "PyTorch", "isympy", "np.nan".
 _NAMED = re.compile(rf"[\w.~@/-]*(?:{_NAME.pattern})[\w.@/-]*", re.IGNORECASE)
@@ -36,7 +36,7 @@ _DROPPED_LINE = re.compile(r"\s*(>>>|\.\.\.|\.\. )")
 _SKIPPED_FOLDERS = frozenset(
     {"tests", "test", "testing", "_vendor", "vendor", "externals", "site-packages", "benchmarks", "idlelib", "lib2to3"}
 )
-_FEWEST_WORDS, _MOST_CHARACTERS = 12, 240
+_FEWEST_WORDS, _MOST_CHARACTERS = 25, 320
 _MOST_OF_A_MODULE = 24
 _SHINGLE_WORDS, _NEAR = 3, 0.4
 
@@ -56,7 +56,7 @@ class DocstringData:
     modules: dict[str, frozenset[str]]
 
 
-def docstring_data(*, train: int = 300, test: int = 100, seed: int = 0) -> DocstringData:
+def docstring_data(*, train: int = 300, test: int = 120, seed: int = 0) -> DocstringData:
     """Collect `train` and `test` docstrings of each of `PACKAGES`, the same ones for the same seed and versions.
 
     Args:
@@ -71,7 +71,7 @@ def docstring_data(*, train: int = 300, test: int = 100, seed: int = 0) -> Docst
     Example:
         >>> data = docstring_data(train=2, test=1)
         >>> len(data.train), len(data.test), data.test[0].label
-        (16, 8, 'networkx')
+        (14, 7, 'matplotlib')
     """
     wanted = {"test": test, "train": train}
     for side, count in wanted.items():

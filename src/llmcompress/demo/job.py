@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..anatomy.stacks import find_stacks
 from ..checkpoint import METADATA_FILE
@@ -42,6 +43,7 @@ KEEPS = 0.98
 TEACHER = "teacher"
 _STEPS = 7
 _RELOADED_EXAMPLES = 200
+_RECOVERY = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ def run(
     threads: int | None = None,
     seed: int = 0,
     train_examples: int = 300,
-    test_examples: int = 100,
+    test_examples: int = 120,
     teacher_epochs: float = 3.0,
-    epochs: float = 3.0,
-    max_length: int = 48,
+    epochs: float = 5.0,
+    max_length: int = 64,
     latency: bool | Sequence[Shape] = True,
     console: Console | None = None,
     progress: bool = True,
@@ -97,7 +99,7 @@ def run(
         train_examples: docstrings of each package to train with.
         test_examples: docstrings of each package to measure on.
         teacher_epochs: passes over the data to fine-tune the teacher.
-        epochs: passes over the data of each distillation.
+        epochs: passes over the data to distil the small student; the pruned one, which lost less, gets a third.
         max_length: tokens a text is cut to, at least 2.
         latency: True, or the (rows, tokens) shapes to time; the first decides which model is the fastest.
         console: where to write; None takes the terminal.
@@ -108,10 +110,11 @@ def run(
     """
     terminal = _Terminal(console or Console())
     out, cache = Path(out), Path(cache) if cache is not None else cache_folder()
-    fine_tune = KnowledgeDistillation(alpha=0.0, epochs=teacher_epochs, max_length=max_length, precision="fp32")
-    distil = KnowledgeDistillation(
-        epochs=epochs, hidden=1.0, learning_rate=2e-4, max_length=max_length, precision="fp32"
-    )
+    training: dict[str, Any] = {"max_length": max_length, "precision": "fp32"}
+    fine_tune = KnowledgeDistillation(alpha=0.0, epochs=teacher_epochs, **training)
+    training |= {"hidden": 1.0, "learning_rate": 2e-4}
+    distil = KnowledgeDistillation(epochs=epochs, **training)
+    recover = KnowledgeDistillation(epochs=epochs * _RECOVERY, **training)
     _check_places(out, cache)
     source = Path(model) if model is not None else encoder_folder()
     reused = []
@@ -120,7 +123,9 @@ def run(
         with terminal.step("Data" if train else "Data: docstrings, and which package each comes from"):
             examples, tests = _data(train, test, train_examples, test_examples, seed)
             names = class_names(examples, tests)
-            terminal.say(f"{len(examples)} to train, {len(tests)} to test, {len(names)} classes: {_listed(names)}")
+            terminal.say(
+                f"{len(examples)} to train, {len(tests)} to test, {len(names)} classes: {escape(_listed(names))}"
+            )
             task = TextClassification(tests, max_length=max_length)
             base, tokenizer, ready = load_classifier(model if model is not None else source, names, seed=seed)
 
@@ -138,15 +143,17 @@ def run(
                 terminal.say(f"trained by an earlier run, read from {cache}")
             return result
 
-        with terminal.step(f"Teacher: {source.name}, " + ("a classifier already, as it is" if ready else "fine-tuned")):
+        with terminal.step(
+            f"Teacher: {escape(source.name)}, " + ("a classifier already, as it is" if ready else "fine-tuned")
+        ):
             teacher = base if ready else trained(TEACHER, base, [fine_tune]).model
         models: dict[str, Any] = {TEACHER: teacher}
-        for name, steps in _chains(teacher, distil).items():
-            with terminal.step(f"Compress: {name}"):
+        for name, steps in _chains(teacher, recover, distil).items():
+            with terminal.step(f"{name}: {' -> '.join(type(step).__name__ for step in steps)}"):
                 try:
                     models[name] = trained(name, teacher, steps)
                 except (NothingToCompressError, UnsupportedModelError) as error:
-                    terminal.say(f"[yellow]left out:[/] {error}")
+                    terminal.say(f"[yellow]left out:[/] {escape(str(error))}")
         with terminal.step("Compare"):
             comparison = compare(models, task, base=TEACHER, tokenizer=tokenizer, latency=latency, progress=progress)
             report = _save_report(comparison, out)
@@ -183,14 +190,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress" / "demo"
 
 
-def _chains(teacher: PreTrainedModel, distil: KnowledgeDistillation) -> Mapping[str, Sequence[Compressor]]:
+def _chains(
+    teacher: PreTrainedModel, recover: KnowledgeDistillation, distil: KnowledgeDistillation
+) -> Mapping[str, Sequence[Compressor]]:
     layers = min((len(stack) for stack in find_stacks(teacher)), default=1)
-    kept = max(layers // 2, 1)
+    kept = max(layers // 3, 1)
     student = distil.model_copy(update={"student": f"layers:{kept}"})
     return {
         "int8": [DynamicQuantization()],
-        "half FFN, distilled": [StructuredPruning(ffn=0.5), distil],
-        f"{kept} of {layers} layers, distilled, int8": [student, DynamicQuantization()],
+        "half FFN": [StructuredPruning(ffn=0.5), recover],
+        f"half FFN, {kept} of {layers} layers, int8": [StructuredPruning(ffn=0.5), student, DynamicQuantization()],
     }
 
 
