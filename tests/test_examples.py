@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import llmcompress as lc
+from llmcompress.testing import tiny_model
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,3 +70,25 @@ def test_example_is_short_and_says_what_it_is(path):
 def test_every_example_is_named_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in readme] == []
+
+
+def test_the_file_format_page_names_every_key(tmp_path):
+    result = lc.compress(tiny_model("bert"), lc.DynamicQuantization(), progress=False)
+    folder = result.save_pretrained(tmp_path / "model")
+    page = (ROOT / "docs" / "file-format.md").read_text(encoding="utf-8")
+    written = json.loads((folder / "llmcompress.json").read_text())
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    record = written["steps"][0]
+    actions = {key for action in (*record["touched"], *record["left"]) for key in action}
+    keys = {*written, *record, *record["footprint"], *actions}
+    assert sorted(key for key in keys if f"`{key}`" not in page) == []
+    settings = {*quantization, *(key for group in quantization["groups"] for key in group)}
+    assert sorted(key for key in settings if f'"{key}"' not in page) == []
+    assert [group["scheme"] for group in quantization["groups"] if f"`{group['scheme']}`" not in page] == []
+
+
+def test_the_strategies_page_and_the_readme_name_every_strategy():
+    built_in = [name for name in lc.compressors if lc.compressors.get(name).__module__.startswith("llmcompress.")]
+    for page in ("README.md", "docs/strategies.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert [name for name in built_in if f"`{name}`" not in text] == []
