@@ -115,7 +115,6 @@ def edit(name, **changes):
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
         (lambda folder: (folder / "llmcompress.json").write_text("[]"), "must hold a JSON object, got list"),
-        (lambda folder: (folder / "llmcompress.json").unlink(), "is not a checkpoint of llmcompress"),
         (edit("llmcompress.json", format_version=99), "upgrade it with pip"),
         (edit("llmcompress.json", format_version="1"), "must have a format_version"),
         (edit("llmcompress.json", weights=None), "must list files and weights"),
@@ -131,8 +130,18 @@ def test_damage_is_told_by_file(folder, damage, words):
         load(folder)
 
 
+def test_a_plain_hugging_face_folder_loads_but_cannot_be_verified(folder, model):
+    (folder / "llmcompress.json").unlink()
+    assert type(load(folder)) is type(model)
+    with pytest.raises(lc.CheckpointError, match="is not a checkpoint of llmcompress"):
+        verify(folder)
+
+
 def test_what_is_no_folder_is_refused(tmp_path):
-    with pytest.raises(lc.CheckpointError, match="there is no such folder"):
-        load(tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(lc.CheckpointError, match="there is no such folder"):
+            load(nowhere)
+    with pytest.raises(lc.CheckpointError, match="it holds neither llmcompress.json nor"):
+        load(tmp_path)
     with pytest.raises(lc.CheckpointError, match=r"has no llmcompress\.json"):
         verify(tmp_path)

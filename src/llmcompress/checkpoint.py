@@ -154,8 +154,11 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
 
     if (Path(folder) / METADATA_FILE).is_file():
         verify(folder)
-    elif Path(folder).exists() and not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it holds neither {METADATA_FILE} nor config.json.")
+    elif Path(folder).exists():
+        if not (Path(folder) / "config.json").is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: it holds neither {METADATA_FILE} nor config.json.")
+    elif isinstance(folder, Path) or Path(folder).is_absolute():
+        raise CheckpointError(f"{folder} must be a folder with a model, or a name on the hub; there is no such folder.")
     chosen: Any = model_class
     if chosen is None:
         try:

@@ -37,7 +37,7 @@ class BitsAndBytesQuantization(Compressor):
     Left in float, and told: heads, embeddings, 3-D experts (bitsandbytes skips those without a word), modules that
     transformers keeps in float32, and for 4 bits layers whose sizes the kernels do not divide.
 
-    Attributes:
+    Args:
         kind: `"nf4"`, 4 bits with levels at the quantiles of a normal distribution; `"fp4"`, 4-bit floats; `"int8"`,
             LLM.int8(), 8 bits with outlier columns multiplied in 16 bits.
         double_quant: whether the scales of 4-bit blocks are quantized too, which saves about 0.4 bits a weight.

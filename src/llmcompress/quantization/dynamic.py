@@ -34,7 +34,7 @@ class DynamicQuantization(Compressor):
 
     Left in float, and told: 3-D experts, embedding classes with a forward of their own, very narrow tables.
 
-    Attributes:
+    Args:
         bits: bits a weight; 8.
         embeddings: whether embeddings become int8 too. If not, a head tied to one stays in float with it.
         activations: what shares one scale: `"tensor"`, the whole input of a layer, is the fastest; `"token"`, each row,
