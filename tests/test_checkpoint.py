@@ -141,7 +141,7 @@ def test_what_is_no_folder_is_refused(tmp_path):
     for nowhere in (tmp_path / "nowhere", str(tmp_path / "nowhere")):
         with pytest.raises(lc.CheckpointError, match="there is no such folder"):
             load(nowhere)
-    with pytest.raises(lc.CheckpointError, match="it holds neither llmcompress.json nor"):
+    with pytest.raises(lc.CheckpointError, match=r"it holds neither llmcompress\.json nor"):
         load(tmp_path)
     with pytest.raises(lc.CheckpointError, match=r"has no llmcompress\.json"):
         verify(tmp_path)
