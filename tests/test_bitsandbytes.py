@@ -17,7 +17,6 @@ from llmcompress.checkpoint import load, save
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'llmcompress[bnb]'")
-torch.set_num_threads(1)
 # LLM.int8() warns at each product of a float32 input.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

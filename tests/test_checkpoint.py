@@ -10,8 +10,6 @@ import llmcompress as lc
 from llmcompress.checkpoint import load, read_metadata, save, verify
 from llmcompress.testing import tiny_inputs, tiny_model, tiny_tokenizer
 
-torch.set_num_threads(1)
-
 
 @torch.no_grad()
 def logits(model):

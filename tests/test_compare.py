@@ -9,23 +9,10 @@ import torch
 
 import llmcompress as lc
 from llmcompress.errors import CheckpointError, ConfigError, MissingInputError, UnsupportedModelError
-from llmcompress.testing import tiny_model, tiny_tokenizer
+from llmcompress.testing import tiny_model
 
 TEXT = "a quick brown fox jumps over the lazy dog, again and again. "
 ROWS = [(TEXT[: 3 + (11 * i) % 50], i % 2) for i in range(24)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def compare(models, task, **settings):

@@ -35,13 +35,13 @@ def test_declaration(name):
 
 
 def test_the_example_is_registered_unasked():
-    assert len(STEPS) > 6, "examples/your_own_strategy.py did not enter the registry"
+    assert lc.compressors.get("row_pruning").__module__ == "your_own_strategy"
+    assert "row_pruning" in STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(STEPS))
 def test_contract_on_every_family(name, tmp_path):
-    torch.set_num_threads(1)
     folders = []
     for family in FAMILIES:
         folders.append(tmp_path / f"{name}-{family}")
@@ -53,7 +53,6 @@ def test_contract_on_every_family(name, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_each_step_works_after_each_other(first, second, family):
-    torch.set_num_threads(1)
     model = tiny_model(family)
     steps = [STEPS[first], STEPS[second]]
     result = lc.compress(model, steps, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)

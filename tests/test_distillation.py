@@ -22,14 +22,6 @@ from llmcompress.testing import FAMILIES, tiny_model, tiny_tokenizer
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "a", "dog", "ran", "by", "to", "see", "it"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def texts(count=48, *, labels=True, pairs=False):
     draw = random.Random(0)
     return [

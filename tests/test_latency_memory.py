@@ -13,14 +13,6 @@ from llmcompress.evaluation.memory import Memory, measure_memory
 from llmcompress.testing import FAMILIES, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_can_be_timed(family: str) -> None:
     found = measure_latency(tiny_model(family), batch_size=2, tokens=8, warmup=1, seconds=0.0)

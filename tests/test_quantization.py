@@ -19,7 +19,6 @@ from llmcompress.quantization.affine import activation_range, dequantize_rows, q
 from llmcompress.quantization.modules import Int8Embedding, Int8Linear, QuantizedModule
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
 
-torch.set_num_threads(1)
 needs_fbgemm = pytest.mark.skipif(not kernels.has_fbgemm(torch.device("cpu")), reason="this torch has no fbgemm")
 
 

@@ -14,23 +14,10 @@ from llmcompress.evaluation.statistics import flips, median_interval, wilson
 from llmcompress.evaluation.tasks import LanguageModeling, TextClassification
 from llmcompress.evaluation.tasks.language_modeling import cut_windows
 from llmcompress.evaluation.tasks.text_classification import classification_metrics
-from llmcompress.testing import tiny_model, tiny_tokenizer
+from llmcompress.testing import tiny_model
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 TEXT = "a quick brown fox jumps over the lazy dog, again and again. " * 12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def rows(count: int = 30) -> list[tuple[str, int]]:
