@@ -50,9 +50,14 @@ def speed_text(ratio: float) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """Return what must be said beside the numbers: no speed-up, zeros that save nothing, differences within chance."""
-    found = []
+    warned: dict[str, list[str]] = {}
     for entry in comparison.entries:
-        found += [f"{entry.name}: {text}." for score in entry.evaluation.scores for text in score.warnings]
+        for text in (text for score in entry.evaluation.scores for text in score.warnings):
+            warned.setdefault(text, []).append(entry.name)
+    found = []
+    for text, names in warned.items():
+        who = "all models" if len(names) == len(comparison.entries) else ", ".join(names)
+        found.append(f"{who}: {text}.")
     for entry in comparison.candidates:
         found += [*_speed_notes(comparison, entry), *_size_notes(entry), *_quality_notes(comparison, entry)]
     for score in comparison.base.evaluation.scores:
