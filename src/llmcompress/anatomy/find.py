@@ -22,6 +22,8 @@ _QUERY = {"q", "query", "q_proj", "q_lin", "wq", "to_q", "query_proj", "q_attn"}
 _KEY = {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj"}
 _VALUE = {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj"}
 _FUSED = {"qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "att_proj", "in_proj_qkv", "attn_qkv"}
+# Weights that are no matrix product of an attention or a feed-forward network.
+_NO_PART = ("embedding", "other")
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv", "d_head")
 _TOP_K = ("top_k", "num_experts_per_tok", "num_selected_experts", "moe_k", "moe_topk")
 
@@ -92,7 +94,7 @@ def _stack_blocks(model: PreTrainedModel, stack: Stack, layers: Sequence[WeightL
     blocks: list[Block] = []
     for index in range(len(stack)):
         path = stack.block_path(index)
-        own = [layer for layer in layers if layer.path.startswith(f"{path}.") and layer.kind != "embedding"]
+        own = [layer for layer in layers if layer.path.startswith(f"{path}.") and layer.kind not in _NO_PART]
         # Fused layouts are measured on the first block; the others of the stack are of the same class.
         blocks.append(_block(model, path, own, like=blocks[0] if blocks else None))
     return tuple(blocks)

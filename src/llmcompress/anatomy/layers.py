@@ -17,7 +17,7 @@ from .stacks import find_stacks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["linear", "conv1d", "experts", "embedding"]
+Kind = Literal["linear", "conv1d", "experts", "embedding", "other"]
 Place = Literal["block", "head", "outside"]
 
 
@@ -28,7 +28,8 @@ class WeightLayer:
     Attributes:
         path: the module's path, as in `named_modules()`.
         parameter: the weight's name in it; `"weight"` except for 3-D experts.
-        kind: `linear` stores (out, in); `conv1d` (in, out); `experts` (experts, ., .); `embedding` (rows, width).
+        kind: `linear` stores (out, in); `conv1d` (in, out); `experts` (experts, ., .); `embedding` (rows, width);
+            `other` is a matrix of a module of no such class, such as a router.
         place: inside a repeated `block`, the output `head` of a language model, or `outside` of both.
         tied_to: path of the embedding whose weight this layer shares, or None.
         module: the module itself.
@@ -149,8 +150,9 @@ def _matrices_of(module: nn.Module) -> list[tuple[str, Kind]]:
     if isinstance(module, nn.Embedding):
         return [("weight", "embedding")]
     # transformers 5 keeps the experts of a mixture as 3-D parameters of one module.
+    kinds: dict[int, Kind] = {2: "other", 3: "experts"}
     own = module.named_parameters(recurse=False)
-    return [(name, "experts") for name, tensor in own if tensor.dim() == 3 and tensor.is_floating_point()]
+    return [(name, kinds[tensor.dim()]) for name, tensor in own if tensor.dim() in kinds and tensor.is_floating_point()]
 
 
 def _reason_to_leave(
