@@ -83,7 +83,7 @@ class TestData:
         assert docstring_data(train=40, test=15, seed=1).modules["test"] != data.modules["test"]
 
     def test_nothing_is_imported(self, tmp_path, monkeypatch):
-        (tmp_path / "loud.py").write_text('"""' + "one two three four " * 5 + '"""\nraise RuntimeError("executed")\n')
+        (tmp_path / "loud.py").write_text('"""' + "one two three four " * 8 + '"""\nraise RuntimeError("executed")\n')
         monkeypatch.setattr(docstrings, "_folder", lambda package: tmp_path)
         (module, texts), *rest = docstrings._docstrings("loud", 0)
         assert module == "loud/loud.py"
