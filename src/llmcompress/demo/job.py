@@ -43,7 +43,7 @@ KEEPS = 0.98
 TEACHER = "teacher"
 _STEPS = 7
 _RELOADED_EXAMPLES = 200
-_RECOVERY = 1 / 3
+_RECOVERY = 1 / 5
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def run(
     seed: int = 0,
     train_examples: int = 300,
     test_examples: int = 120,
-    teacher_epochs: float = 3.0,
+    teacher_epochs: float = 2.0,
     epochs: float = 5.0,
-    max_length: int = 64,
+    max_length: int = 48,
     latency: bool | Sequence[Shape] = True,
     console: Console | None = None,
     progress: bool = True,
@@ -99,7 +99,7 @@ def run(
         train_examples: docstrings of each package to train with.
         test_examples: docstrings of each package to measure on.
         teacher_epochs: passes over the data to fine-tune the teacher.
-        epochs: passes over the data to distil the small student; the pruned one, which lost less, gets a third.
+        epochs: passes over the data to distil the small student; the pruned one, which lost less, gets a fifth.
         max_length: tokens a text is cut to, at least 2.
         latency: True, or the (rows, tokens) shapes to time; the first decides which model is the fastest.
         console: where to write; None takes the terminal.
