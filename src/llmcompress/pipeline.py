@@ -202,8 +202,7 @@ def compress(
         device=model.device,
         progress=progress,
     )
-    for step in flat:
-        _plan(step, model, context)
+    plans = [_plan(step, model, context) for step in flat]
     if task is not None:
         task.check(model)
 
@@ -220,7 +219,7 @@ def compress(
     current = model if inplace else copy.deepcopy(model)
     finite = _is_finite(current)
     bar = tqdm(flat, desc="compress", unit="step", disable=not progress or len(flat) < 2, leave=False)
-    for step in bar:
+    for index, step in enumerate(bar):
         bar.set_description(type(step).__name__)
         if stages is not None and (stage := stages.find(step)) is not None:
             current, record, cuts = stage
@@ -228,7 +227,9 @@ def compress(
             report.steps.append(record)
             continue
         cuts_before = len(context.history)
-        current, record = _run(step, current, context, task)
+        # What stands before a later step is another model than was planned on before all work.
+        actions = plans[0] if index == 0 else _plan(step, current, context)
+        current, record = _run(step, current, actions, context, task)
         if finite and not _is_finite(current):
             raise VerificationError(
                 f"{type(step).__name__} left {type(current).__name__} with NaN or infinite outputs; the result is "
@@ -244,9 +245,8 @@ def compress(
 
 
 def _run(
-    step: Compressor, model: PreTrainedModel, context: Context, task: Task | None
+    step: Compressor, model: PreTrainedModel, actions: list[Action], context: Context, task: Task | None
 ) -> tuple[PreTrainedModel, StepRecord]:
-    actions = _plan(step, model, context)
     context.told.clear()
     model.eval()
     start = time.perf_counter()

@@ -187,9 +187,9 @@ def _use_bf16(precision: Precision, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # Where the CPU has no bf16 arithmetic it is emulated, slower than fp32.
-        known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name)() for name in known if hasattr(torch.cpu, name))
+        # AVX-512's bf16 dot product alone loses more in casts than it gains (measured: 1.1x to 1.4x slower than fp32 on
+        # MiniLM); matrix tiles pay.
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
     return False
 
 
