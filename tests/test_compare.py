@@ -32,13 +32,15 @@ def test_pairs_are_counted_example_by_example(tokenizer) -> None:
     base = tiny_model("bert")
     models = {"base": base, "same": copy.deepcopy(base), "opposite": inverted(base)}
     found = compare(models, lc.TextClassification(ROWS), tokenizer=tokenizer)
-    right = sum(one.correct for one in found.base.evaluation.score.examples)
+    right = sum(found.base.evaluation.score.right)
     same, opposite = found["same"].change, found["opposite"].change
     assert (same.flips[0].agreement, same.flips[0].right_to_wrong, same.flips[0].p_value) == (1.0, 0, 1.0)
-    assert same.quality == (0.0,)
+    assert found.test("same", "accuracy").change == 0.0
+    assert same.fidelity[0].kl_mean == pytest.approx(0, abs=1e-6)
+    assert same.fidelity[0].top1_agreement == 1.0
     assert opposite.flips[0].agreement == 0.0
     assert (opposite.flips[0].right_to_wrong, opposite.flips[0].wrong_to_right) == (right, len(ROWS) - right)
-    assert opposite.quality[0] == pytest.approx((len(ROWS) - 2 * right) / len(ROWS))
+    assert found.test("opposite", "accuracy").change == pytest.approx((len(ROWS) - 2 * right) / len(ROWS))
 
 
 def test_sizes_are_ratios_to_the_base(tokenizer) -> None:
@@ -111,7 +113,7 @@ def test_memory_is_measured_when_asked_for(tokenizer) -> None:
 def test_several_tasks_stand_side_by_side(tokenizer) -> None:
     tasks = [lc.TextClassification(ROWS), lc.TextClassification(ROWS[:6])]
     found = compare({"a": tiny_model("bert"), "b": tiny_model("bert", seed=1)}, tasks, tokenizer=tokenizer)
-    assert len(found["b"].change.quality) == len(found["b"].change.flips) == 2
+    assert len(found["b"].change.tests) == len(found["b"].change.flips) == 2
     assert lc.Comparison.from_json(found.to_json()) == found
 
 

@@ -13,8 +13,8 @@ from llmcompress.errors import ConfigError
 from llmcompress.evaluation.evaluate import Evaluation, Size
 from llmcompress.evaluation.latency import Latency, Speedup
 from llmcompress.evaluation.machine import Machine
-from llmcompress.evaluation.statistics import flips, wilson
-from llmcompress.evaluation.tasks import ExampleResult, TaskScore
+from llmcompress.evaluation.statistics import flips, paired_proportions, wilson
+from llmcompress.evaluation.tasks import ExampleResult, MetricKind, TaskScore
 from llmcompress.report.findings import headline, notes, size_text, speed_text
 from llmcompress.report.plots import Point, pareto_front, scatter
 
@@ -59,14 +59,15 @@ def score(accuracy: float, *, examples: int = 1200, seed: int = 0) -> TaskScore:
         label = index % len(CLASSES)
         hit = chance.random() < accuracy
         prediction = label if hit else (label + 1) % len(CLASSES)
-        results.append(ExampleResult(score=float(hit), label=label, prediction=prediction, confidence=0.9))
-    hits = sum(result.score for result in results)
+        results.append(
+            ExampleResult(values={"accuracy": float(hit)}, label=label, prediction=prediction, confidence=0.9)
+        )
+    hits = sum(result.values["accuracy"] for result in results)
     return TaskScore(
         task="text_classification",
         metrics={"accuracy": hits / examples},
         primary="accuracy",
-        higher_is_better=True,
-        fraction=True,
+        kinds={"accuracy": MetricKind()},
         intervals={"accuracy": wilson(int(hits), examples)},
         classes=CLASSES,
         examples=tuple(results),
@@ -93,12 +94,13 @@ def entry(
     if base is None:
         return Entry(name=name, evaluation=evaluation, change=None)
     ours, theirs = base.evaluation, evaluation
-    right = [[bool(one.correct) for one in found.score.examples] for found in (ours, theirs)]
+    right = [found.score.right for found in (ours, theirs)]
     same = [a.prediction == b.prediction for a, b in zip(ours.score.examples, theirs.score.examples, strict=True)]
     ratios = [a.median_ms / b.median_ms for a, b in zip(ours.latency, theirs.latency, strict=True)]
     change = Change(
-        quality=(theirs.score.value - ours.score.value,),
+        tests=((paired_proportions("accuracy", right[0], right[1]),),),
         flips=(flips(right[0], right[1], same),),
+        fidelity=(None,),
         smaller_on_disk=ours.size.disk_bytes / theirs.size.disk_bytes,
         smaller_in_memory=ours.size.memory_bytes / theirs.size.memory_bytes,
         fewer_weights=ours.size.nonzero / theirs.size.nonzero,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from .checkpoint import METADATA_FILE, read_metadata
 from .data import find_tokenizer
 from .errors import CheckpointError, ConfigError, MissingInputError, did_you_mean
 from .evaluation.evaluate import (
@@ -19,24 +20,33 @@ from .evaluation.evaluate import (
     latency_grid,
     load_model,
     measure_size,
-    score_tasks,
 )
+from .evaluation.fidelity import Fidelity
 from .evaluation.latency import Latency, Speedup, measure_latencies, speedup
 from .evaluation.machine import Machine, machine
 from .evaluation.memory import measure_memory
-from .evaluation.statistics import Flips, flips
+from .evaluation.scoring import Scored, score_models
+from .evaluation.statistics import Flips, PairedTest, flips
 from .evaluation.tasks import Task, TaskScore
+from .result import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SHOWN_CHARACTERS = 400
 
 
 class Change(BaseModel, frozen=True, extra="forbid"):
     """A candidate against the base. Ratios are base over candidate: 4 is four times smaller, or faster."""
 
-    quality: tuple[float, ...] = Field(description="primary metric of each task, candidate minus base")
+    tests: tuple[tuple[PairedTest, ...], ...] = Field(
+        description="for each task, every metric against the base's, on the same examples"
+    )
     flips: tuple[Flips | None, ...] = Field(
         description="for each task, what changed by example; None without right/wrong"
+    )
+    fidelity: tuple[Fidelity | None, ...] = Field(
+        description="for each task, how closely the base's answers are kept; None where the two were asked differently"
     )
     smaller_on_disk: float
     smaller_in_memory: float
@@ -50,6 +60,7 @@ class Entry(BaseModel, frozen=True, extra="forbid"):
     name: str = Field(description="the name the caller gave it")
     evaluation: Evaluation
     change: Change | None = Field(description="against the base; None for the base itself")
+    report: Report | None = Field(default=None, description="the run that made it, stage by stage, where it is known")
 
 
 class Comparison(BaseModel, frozen=True, extra="forbid"):
@@ -61,6 +72,9 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     format_version: Literal[1] = 1
     created: str = Field(description="time of the measurement, UTC, ISO 8601")
     entries: tuple[Entry, ...] = Field(description="the base first, then the candidates in the caller's order")
+    inputs: tuple[tuple[str, ...], ...] = Field(
+        default=(), description="for each task, the examples as a person reads them, cut short; empty texts for windows"
+    )
     machine: Machine
 
     @property
@@ -72,6 +86,22 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     def candidates(self) -> tuple[Entry, ...]:
         """The others."""
         return self.entries[1:]
+
+    def test(self, name: str, metric: str) -> PairedTest:
+        """Return the paired test of `metric` (of the first task that has it) for candidate `name`.
+
+        Raises:
+            ConfigError: there is no such candidate, or no such metric was tested.
+        """
+        change = self[name].change
+        found = {test.metric: test for tests in reversed(change.tests) for test in tests} if change else {}
+        if metric not in found:
+            hint = did_you_mean(metric, found) or "."
+            raise ConfigError(
+                f"metric must be one that was compared with the base, got {metric!r} for {name!r}{hint} "
+                f"There is: {', '.join(found) or 'none'}."
+            )
+        return found[metric]
 
     def __getitem__(self, name: str) -> Entry:
         found = {entry.name: entry for entry in self.entries}
@@ -201,15 +231,12 @@ def compare(
             find_tokenizer(model, own[name] or one.tokenizer, who=type(one).__name__)
 
     shapes = latency_grid(latency, loaded)
-    scores = {
-        name: score_tasks(model, tasks, tokenizer=own[name], batch_size=batch_size, progress=progress)
-        for name, model in loaded.items()
-    }
+    scored = [score_models(one, loaded, own, batch_size=batch_size, progress=progress) for one in tasks]
     timed = [measure_latencies(loaded, batch_size=rows, tokens=length, progress=progress) for rows, length in shapes]
     evaluations = {
         name: Evaluation(
             model=type(model).__name__,
-            scores=scores[name],
+            scores=tuple(found.scores[name] for found in scored),
             size=measure_size(model, sources[name]),
             latency=tuple(at_shape[name] for at_shape in timed),
             memory=measure_memory(sources[name] if is_folder(sources[name]) else model) if memory else None,
@@ -223,9 +250,14 @@ def compare(
             Entry(
                 name=name,
                 evaluation=found,
-                change=None if name == str(first) else _change(evaluations[str(first)], found),
+                report=_report(sources[name]),
+                change=None if name == str(first) else _change(evaluations[str(first)], found, name, scored),
             )
             for name, found in evaluations.items()
+        ),
+        inputs=tuple(
+            tuple(_shortened(one.shown(i)) for i in range(len(found.scores[str(first)].examples)))
+            for one, found in zip(tasks, scored, strict=True)
         ),
         machine=machine(),
     )
@@ -243,6 +275,24 @@ def _load(name: str, source: Any, task: Task) -> PreTrainedModel:
         raise ConfigError(f"models[{name!r}]: {error}") from None
 
 
+def _report(source: Any) -> Report | None:
+    """Return the account of the run that made a model: a `Result` brings it, a folder holds it."""
+    if not isinstance(source, (str, Path)):
+        report = getattr(source, "report", None)
+        return report if isinstance(report, Report) else None
+    if not (Path(source) / METADATA_FILE).is_file():
+        return None
+    content = read_metadata(source)
+    try:
+        return Report.model_validate({name: content[name] for name in Report.model_fields if name in content})
+    except ValidationError:
+        return None  # another version's account: what is measured here does not depend on it
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
 def _own_tokenizer(source: Any) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that a `Result` or a folder brings; a smaller vocabulary makes it the only right one."""
     if isinstance(source, (str, Path)):
@@ -254,12 +304,12 @@ def _own_tokenizer(source: Any) -> PreTrainedTokenizerBase | None:
     return getattr(source, "tokenizer", None)
 
 
-def _change(base: Evaluation, candidate: Evaluation) -> Change:
-    pairs = list(zip(base.scores, candidate.scores, strict=True))
+def _change(base: Evaluation, candidate: Evaluation, name: str, scored: Sequence[Scored]) -> Change:
     shapes: list[tuple[Latency, Latency]] = list(zip(base.latency, candidate.latency, strict=True))
     return Change(
-        quality=tuple(theirs.value - ours.value for ours, theirs in pairs),
-        flips=tuple(_flips(ours, theirs) for ours, theirs in pairs),
+        tests=tuple(found.tests[name] for found in scored),
+        flips=tuple(_flips(ours, theirs) for ours, theirs in zip(base.scores, candidate.scores, strict=True)),
+        fidelity=tuple(found.fidelity.get(name) for found in scored),
         smaller_on_disk=base.size.disk_bytes / candidate.size.disk_bytes,
         smaller_in_memory=base.size.memory_bytes / candidate.size.memory_bytes,
         fewer_weights=base.size.nonzero / max(candidate.size.nonzero, 1),
@@ -268,8 +318,8 @@ def _change(base: Evaluation, candidate: Evaluation) -> Change:
 
 
 def _flips(base: TaskScore, candidate: TaskScore) -> Flips | None:
-    if any(example.correct is None for example in base.examples):
+    ours, theirs = base.right, candidate.right
+    if ours is None or theirs is None or len(ours) != len(theirs):
         return None
     same = [a.prediction == b.prediction for a, b in zip(base.examples, candidate.examples, strict=True)]
-    ours, theirs = ([bool(example.correct) for example in score.examples] for score in (base, candidate))
     return flips(ours, theirs, same)

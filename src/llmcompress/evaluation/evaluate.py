@@ -60,7 +60,7 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
         for score in self.scores:
             for name, value in score.metrics.items():
                 interval = score.intervals.get(name)
-                fraction = score.fraction and 0 <= value <= 1
+                fraction = score.kinds[name].scale == "points"
                 text = score_text(value, fraction=fraction)
                 if interval:
                     text += f" [{', '.join(score_text(end, fraction=fraction) for end in interval)}]"

@@ -182,7 +182,7 @@ def _classes(comparison: Comparison) -> list[ClassRow]:
 
 
 def _recall(score: TaskScore, index: int) -> float | None:
-    hits = [bool(example.correct) for example in score.examples if example.label == index]
+    hits = [example.prediction == index for example in score.examples if example.label == index]
     return sum(hits) / len(hits) if hits else None
 
 

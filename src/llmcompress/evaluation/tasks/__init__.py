@@ -1,7 +1,18 @@
 """What a model is asked to do, each task one file, registered by name in `llmcompress.tasks`."""
 
+from .forward import Batch, ForwardTask, Run
 from .language_modeling import LanguageModeling
-from .task import ExampleResult, Task, TaskScore
+from .task import ExampleResult, MetricKind, Task, TaskScore
 from .text_classification import TextClassification
 
-__all__ = ["ExampleResult", "LanguageModeling", "Task", "TaskScore", "TextClassification"]
+__all__ = [
+    "Batch",
+    "ExampleResult",
+    "ForwardTask",
+    "LanguageModeling",
+    "MetricKind",
+    "Run",
+    "Task",
+    "TaskScore",
+    "TextClassification",
+]

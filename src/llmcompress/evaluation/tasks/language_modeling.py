@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ...data import longest_input, token_stream
-from ...errors import CompressionError, ConfigError, MissingInputError
+from ...errors import ConfigError, MissingInputError
 from ...registry import tasks
-from ..inference import evaluating
-from .task import ExampleResult, Task, TaskScore, check_positive, check_vocabulary, unfit
+from ..resampling import Floats, Metrics
+from .forward import Batch, ForwardTask, Run
+from .task import ExampleResult, MetricKind, TaskScore, check_positive, check_vocabulary, means, not_finite, unfit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Logits of one batch stay below this many numbers (512 MiB in float32), whatever the batch size asked for.
-_MOST_LOGITS = 2**27
+# Logits of one batch stay below this many numbers (128 MiB in float32), whatever the batch size asked for: a
+# comparison holds those of the base while each candidate runs.
+_MOST_LOGITS = 2**25
+# The exponential of more is no number.
+_MOST_NLL = 700.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Window:
 
 @tasks.register("language_modeling")
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LanguageModeling(Task):
+class LanguageModeling(ForwardTask):
     """Negative log-likelihood of a running text under a causal language model.
 
     The texts are joined, tokenised once, and cut into windows. A window may overlap the one before it; then only its
@@ -80,6 +84,12 @@ class LanguageModeling(Task):
     max_windows: int | None = None
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    unit: ClassVar[str] = "window"
+    kinds: ClassVar[Mapping[str, MetricKind]] = {
+        "perplexity": MetricKind(scale="ratio", lower_is_better=True),
+        "nll": MetricKind(scale="difference", lower_is_better=True),
+        "bits_per_byte": MetricKind(scale="difference", lower_is_better=True),
+    }
 
     def __post_init__(self) -> None:
         check_positive("LanguageModeling.window", self.window, least=2)
@@ -104,15 +114,11 @@ class LanguageModeling(Task):
                 f"LanguageModeling.window must be at most {most} for {type(model).__name__}, got {self.window}."
             )
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
-    ) -> TaskScore:
-        """Score `model`; see `Task.evaluate`."""
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Run:
+        """Tokenise the text as one stream and cut it into windows; see `ForwardTask.start`."""
         self.check(model)
-        check_positive("batch_size", batch_size)
         bos = self._bos(tokenizer)
         stream = token_stream(self.examples, tokenizer, join=self.join)
-        text_bytes = len(self.join.join(example.text for example in self.examples).encode())
         if len(stream) + (bos is not None) < 2:
             raise MissingInputError(
                 f"LanguageModeling.data must hold at least two tokens of text, got {len(stream)}; pass more text."
@@ -121,37 +127,45 @@ class LanguageModeling(Task):
         content = self.window - (bos is not None)
         stride = min(self.stride or content, content)
         windows = cut_windows(len(stream), content, stride)[: self.max_windows]
-        nlls = self._score(model, stream, windows, bos, batch_size, progress)
+        rows = max(1, min(batch_size, _MOST_LOGITS // (self.window * model.config.get_text_config().vocab_size)))
+        tokens, batches = torch.tensor(stream), []
+        for numbers in _equal_lengths(windows, rows):
+            ids = torch.stack([tokens[windows[i].start : windows[i].end] for i in numbers])
+            if bos is not None:
+                ids = torch.cat([torch.full((len(numbers), 1), bos), ids], dim=1)
+            # Position p of the logits predicts token p + 1 of the ids: the last one predicts nothing that is known.
+            scored = torch.zeros_like(ids, dtype=torch.bool)
+            for row, i in enumerate(numbers):
+                scored[row, -1 - (windows[i].end - _first_scored(windows[i], bos)) : -1] = True
+            batches.append(Batch(tuple(numbers), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, scored))
+        text_bytes = len(self.join.join(example.text for example in self.examples).encode())
+        protocol = {
+            "texts": len(self.examples),
+            "join": self.join,
+            "text_bytes": text_bytes,
+            "tokens": len(stream),
+            "tokens_scored": sum(int(batch.scored.sum()) for batch in batches if batch.scored is not None),
+            "windows": len(windows),
+            "window": self.window,
+            "stride": stride,
+            "bos": "none" if bos is None else f"token {bos} before every window, not scored",
+            "batch_size": rows,
+        }
+        return _Predicting(self, model, batches, windows, len(stream) / text_bytes, protocol)
 
-        counts = [window.end - _first_scored(window, bos) for window in windows]
-        nll = math.fsum(nlls) / sum(counts)
-        return TaskScore(
-            task=self.name,
-            metrics={
-                "perplexity": math.exp(min(nll, 700.0)),
-                "nll": nll,
-                "bits_per_byte": nll / math.log(2) * len(stream) / text_bytes,
-            },
-            primary="perplexity",
-            higher_is_better=False,
-            fraction=False,
-            examples=tuple(
-                ExampleResult(score=value, weight=float(count)) for value, count in zip(nlls, counts, strict=True)
-            ),
-            protocol={
-                "data_sha256": self.data_hash,
-                "texts": len(self.examples),
-                "join": self.join,
-                "text_bytes": text_bytes,
-                "tokens": len(stream),
-                "tokens_scored": sum(counts),
-                "windows": len(windows),
-                "window": self.window,
-                "stride": stride,
-                "bos": "none" if bos is None else f"token {bos} before every window, not scored",
-                "batch_size": batch_size,
-            },
-        )
+    def metrics(self, results: Sequence[ExampleResult]) -> Metrics:
+        """Perplexity, NLL a token and bits a byte; see `Task.metrics`."""
+        mean = means(results)
+
+        def metrics(counts: Floats) -> dict[str, Floats]:
+            found = mean(counts)
+            return {"perplexity": np.exp(np.minimum(found["nll"], _MOST_NLL)), **found}
+
+        return metrics
+
+    def shown(self, index: int) -> str:
+        """Nothing: a window is a stretch of all texts joined."""
+        return ""
 
     def _bos(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         token = tokenizer.bos_token_id
@@ -162,41 +176,50 @@ class LanguageModeling(Task):
         adds = self.bos == "always" or tokenizer("a")["input_ids"][:1] == [token]
         return token if adds else None
 
-    def _score(
+
+class _Predicting(Run):
+    options: ClassVar[Mapping[str, Any]] = {"use_cache": False}
+
+    def __init__(
         self,
+        task: LanguageModeling,
         model: PreTrainedModel,
-        stream: list[int],
-        windows: list[Window],
-        bos: int | None,
-        batch_size: int,
-        progress: bool,
-    ) -> list[float]:
-        """Return the summed negative log-likelihood of the new tokens of every window, in nats."""
-        tokens = torch.tensor(stream)
-        rows = max(1, min(batch_size, _MOST_LOGITS // (self.window * model.config.get_text_config().vocab_size)))
-        found: list[float] = []
-        bar = tqdm(total=len(windows), desc=self.name, unit="window", disable=not progress, leave=False)
-        with evaluating(model), bar:
-            for batch in _equal_lengths(windows, rows):
-                ids = torch.stack([tokens[window.start : window.end] for window in batch])
-                if bos is not None:
-                    ids = torch.cat([torch.full((len(batch), 1), bos), ids], dim=1)
-                ids = ids.to(model.device)
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-                # Position p of the logits predicts token p + 1 of the ids.
-                nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").cpu()
-                for i, window in enumerate(batch):
-                    new = window.end - _first_scored(window, bos)
-                    value = float(nll[i, -new:].double().sum())
-                    if not math.isfinite(value):
-                        raise CompressionError(
-                            f"{type(model).__name__} must return finite logits, got NaN or infinity in window "
-                            f"{len(found)} (tokens {window.start} to {window.end} of the text); the model is damaged, "
-                            "or its dtype too narrow: look at the step before this evaluation."
-                        )
-                    found.append(value)
-                bar.update(len(batch))
-        return found
+        batches: Sequence[Batch],
+        windows: Sequence[Window],
+        tokens_per_byte: float,
+        protocol: dict[str, str | int | float | bool | None],
+    ) -> None:
+        super().__init__(model, batches)
+        self._task, self._windows, self._protocol = task, windows, protocol
+        self._tokens_per_byte = tokens_per_byte
+        self._found: list[tuple[float, int]] = []
+
+    def read(self, batch: Batch, outputs: Any) -> None:
+        assert batch.scored is not None
+        ids = batch.inputs["input_ids"].to(outputs.logits.device)
+        nll = F.cross_entropy(outputs.logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").cpu()
+        for i, row, scored in zip(batch.rows, nll, batch.scored, strict=True):
+            value, tokens = float(row[scored[:-1]].double().sum()), int(scored.sum())
+            if not math.isfinite(value):
+                window = self._windows[i]
+                raise not_finite(self.model, f"window {i} (tokens {window.start} to {window.end} of the text)")
+            self._found.append((value, tokens))
+
+    def score(self) -> TaskScore:
+        results = [
+            ExampleResult(
+                values={
+                    "nll": nll / tokens,
+                    "bits_per_byte": nll / tokens / math.log(2) * self._tokens_per_byte,
+                },
+                weight=tokens,
+            )
+            for nll, tokens in self._found
+        ]
+        warnings = []
+        if math.fsum(nll for nll, _ in self._found) > _MOST_NLL * sum(tokens for _, tokens in self._found):
+            warnings.append("collapse: the perplexity is beyond what a number can hold")
+        return self._task.score(results, primary="perplexity", protocol=self._protocol, warnings=warnings)
 
 
 def cut_windows(tokens: int, length: int, stride: int) -> list[Window]:
@@ -223,13 +246,14 @@ def _first_scored(window: Window, bos: int | None) -> int:
     return max(window.new, window.start + (bos is None))
 
 
-def _equal_lengths(windows: list[Window], rows: int) -> Iterator[list[Window]]:
-    """Batch windows of one length: all but the last are, so that nothing is ever padded."""
-    batch: list[Window] = []
-    for window in windows:
-        if batch and (len(batch) == rows or window.end - window.start != batch[0].end - batch[0].start):
+def _equal_lengths(windows: Sequence[Window], rows: int) -> Iterator[list[int]]:
+    """Batch windows of one length, by their numbers: all but the last are, so that nothing is ever padded."""
+    batch: list[int] = []
+    for number, window in enumerate(windows):
+        first = windows[batch[0]] if batch else window
+        if batch and (len(batch) == rows or window.end - window.start != first.end - first.start):
             yield batch
             batch = []
-        batch.append(window)
+        batch.append(number)
     if batch:
         yield batch

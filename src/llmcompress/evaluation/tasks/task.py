@@ -5,54 +5,64 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, astuple, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from pydantic import BaseModel, Field
 
-from ...data import Example, load_examples
-from ...errors import ConfigError, UnsupportedModelError
+from ...data import load_examples
+from ...errors import CompressionError, ConfigError, UnsupportedModelError
 from ...registry import tasks
+from ..resampling import Floats, Metrics, resample
+from ..statistics import Scale, wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Answer = int | float | str | tuple[int, ...] | tuple[str, ...]
+"""A class index, a number, a text, or a sequence of these: one label a word, the set of a text's labels."""
 
 
 class ExampleResult(BaseModel, frozen=True, extra="forbid"):
     """What a model did on one example (or one window of a text), so that two models can be compared pairwise."""
 
-    score: float = Field(
-        description="1 or 0 for right or wrong; the summed negative log-likelihood of a window, in nats"
+    values: dict[str, float] = Field(
+        description="the metrics that a single example has: accuracy 1 or 0, the NLL of a token, the F1 of an answer"
     )
-    weight: float = Field(default=1.0, description="what the score is divided by in the mean: 1, or the tokens scored")
-    label: int | float | str | None = Field(default=None, description="what was asked for, as class index or text")
-    prediction: int | float | str | None = Field(default=None, description="what the model answered")
+    weight: float = Field(default=1.0, description="what the example counts in a mean: 1, or the tokens scored")
+    label: Answer | None = Field(default=None, description="what was asked for")
+    prediction: Answer | None = Field(default=None, description="what the model answered")
     confidence: float | None = Field(default=None, description="probability of the prediction, in [0, 1]")
+    group: int | None = Field(default=None, description="examples of one group (one source text) are not independent")
 
-    @property
-    def correct(self) -> bool | None:
-        """Whether the prediction is the label; None for a task that has no right and wrong."""
-        return None if self.label is None else self.prediction == self.label
+
+class MetricKind(BaseModel, frozen=True, extra="forbid"):
+    """How a metric is read and compared."""
+
+    scale: Scale = Field(default="points", description="points: a share of [0, 1], shown in per cent")
+    lower_is_better: bool = Field(default=False)
 
 
 class TaskScore(BaseModel, frozen=True, extra="forbid"):
     """The result of one task: its metrics, each example, and how it was done.
 
     Example:
-        >>> score = TaskScore(task="toy", metrics={"accuracy": 0.5}, primary="accuracy", higher_is_better=True,
-        ...                   fraction=True, examples=[ExampleResult(score=1), ExampleResult(score=0)], protocol={})
-        >>> score.value
-        0.5
+        >>> results = [ExampleResult(values={"accuracy": 1}), ExampleResult(values={"accuracy": 0})]
+        >>> score = TaskScore(task="toy", metrics={"accuracy": 0.5}, kinds={"accuracy": MetricKind()},
+        ...                   primary="accuracy", examples=results, protocol={})
+        >>> score.value, score.right
+        (0.5, [True, False])
     """
 
     task: str = Field(description="the task's name in the registry")
     metrics: dict[str, float] = Field(description="all metrics")
+    kinds: dict[str, MetricKind] = Field(description="how each metric is read")
     primary: str = Field(description="name of the metric that stands for the task")
-    higher_is_better: bool = Field(description="direction of the primary metric")
-    fraction: bool = Field(description="whether the primary metric lies in [0, 1] and is shown in per cent")
     intervals: dict[str, tuple[float, float]] = Field(
-        default={}, description="95 % intervals of the metrics that have one"
+        default={}, description="95 % intervals of the metrics; those that the sample cannot tell are missing"
     )
     classes: tuple[str, ...] | None = Field(default=None, description="names of the classes, by index")
     examples: tuple[ExampleResult, ...] = Field(
@@ -68,13 +78,48 @@ class TaskScore(BaseModel, frozen=True, extra="forbid"):
         """The primary metric."""
         return self.metrics[self.primary]
 
+    @property
+    def kind(self) -> MetricKind:
+        """How the primary metric is read."""
+        return self.kinds[self.primary]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the primary metric."""
+        return not self.kind.lower_is_better
+
+    @property
+    def fraction(self) -> bool:
+        """Whether the primary metric lies in [0, 1] and is shown in per cent."""
+        return self.kind.scale == "points"
+
+    @property
+    def right(self) -> list[bool] | None:
+        """Whether each example was answered right; None where the primary metric is not one of right and wrong."""
+        return self.right_by(self.primary)
+
+    def right_by(self, metric: str) -> list[bool] | None:
+        """Whether each example was right by `metric`; None where that is not a matter of right and wrong."""
+        values = [example.values.get(metric) for example in self.examples]
+        weighted = any(example.weight != 1 for example in self.examples)
+        if not values or weighted or any(value not in (0, 1) for value in values):
+            return None
+        return [value == 1 for value in values]
+
+    @property
+    def groups(self) -> list[int] | None:
+        """The group of each example; None where examples are independent."""
+        found = [example.group for example in self.examples]
+        return None if None in found else [group for group in found if group is not None]
+
 
 @dataclass(frozen=True, eq=False)
 class Task(ABC):
-    """Base of all tasks: labelled data, and how a model is scored on it.
+    """Something to be good at, with the data to measure it on.
 
     A subclass adds its settings as dataclass fields, checks them in `__post_init__` (after `super().__post_init__()`,
-    which reads the data, so that a bad file is refused at once) and implements `evaluate`.
+    which reads the data, so that a bad file is refused at once) and implements `check` and `evaluate`. One whose
+    examples go through the model batch by batch is a `ForwardTask` instead, and gets fidelity to the base for free.
 
     Attributes:
         data: anything `llmcompress.data.load_examples` takes: lists, rows, a file, a `datasets` object, a hub name.
@@ -90,6 +135,9 @@ class Task(ABC):
     auto_class: ClassVar[str] = "AutoModel"
     """The class of transformers that loads a folder with the head this task needs."""
 
+    kinds: ClassVar[Mapping[str, MetricKind]] = {}
+    """Metrics that are not a share of [0, 1] where more is better."""
+
     def __post_init__(self) -> None:
         _ = self.examples
 
@@ -99,17 +147,23 @@ class Task(ABC):
         return tasks.name_of(type(self))
 
     @cached_property
-    def examples(self) -> list[Example]:
-        """The data as a list of examples."""
+    def examples(self) -> Sequence[Any]:
+        """The data, one dataclass an example."""
         return load_examples(self.data, split=self.split, name=f"{type(self).__name__}.data")
 
     @cached_property
     def data_hash(self) -> str:
-        """The first 16 hex digits of the SHA-256 of all texts and labels, in order."""
+        """The first 16 hex digits of the SHA-256 of all examples, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(json.dumps(astuple(example), ensure_ascii=False, default=str).encode())
         return digest.hexdigest()[:16]
+
+    def shown(self, index: int) -> str:
+        """Return example number `index` as a person would read it, for reports; empty where nothing can be shown."""
+        text = getattr(self.examples[index], "text", "")
+        pair = getattr(self.examples[index], "pair", None)
+        return f"{text} | {pair}" if pair else str(text)
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
@@ -135,6 +189,56 @@ class Task(ABC):
             UnsupportedModelError: the model's head does not fit the task.
             CompressionError: the model returns NaN; the message names the example.
         """
+
+    def metrics(self, results: Sequence[ExampleResult]) -> Metrics:
+        """Return the task's metrics over `results`, as a function of how often each counts (see `resampling`).
+
+        The means of what single examples have; a task whose metrics are more than means adds them.
+        """
+        return means(results)
+
+    def score(
+        self,
+        results: Sequence[ExampleResult],
+        *,
+        primary: str,
+        protocol: Mapping[str, str | int | float | bool | None],
+        classes: tuple[str, ...] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> TaskScore:
+        """Put a score together: the metrics of `results`, each with its interval."""
+        metrics = self.metrics(results)
+        value = {name: float(values[0]) for name, values in metrics(np.ones((1, len(results)))).items()}
+        partial = TaskScore(
+            task=self.name,
+            metrics=value,
+            kinds={name: self.kinds.get(name, MetricKind()) for name in value},
+            primary=primary,
+            classes=classes,
+            examples=tuple(results),
+            protocol={"data_sha256": self.data_hash, "examples": len(results), **protocol},
+            warnings=tuple(warnings),
+        )
+        return partial.model_copy(update={"intervals": _intervals(partial, metrics)})
+
+
+def means(results: Sequence[ExampleResult]) -> Metrics:
+    """Return the weighted mean of each value that all `results` have, as a function of how often each counts.
+
+    Example:
+        >>> results = [ExampleResult(values={"nll": 2.0}, weight=3), ExampleResult(values={"nll": 1.0}, weight=1)]
+        >>> means(results)(np.array([[1.0, 1.0], [0.0, 2.0]]))["nll"].tolist()
+        [1.75, 1.0]
+    """
+    names = [name for name in results[0].values if all(name in result.values for result in results)]
+    weights = np.array([result.weight for result in results])
+    sums = np.array([[result.values[name] for name in names] for result in results]) * weights[:, None]
+
+    def metrics(counts: Floats) -> dict[str, Floats]:
+        found = (counts @ sums) / (counts @ weights)[:, None]
+        return dict(zip(names, found.T, strict=True))
+
+    return metrics
 
 
 def check_vocabulary(token_ids: list[list[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -168,3 +272,22 @@ def unfit(task: Task, model: PreTrainedModel, needs: str, instead: str) -> Unsup
         f"{type(task).__name__} needs {needs}, got {type(model).__name__}; "
         f"load it with {task.auto_class}, or {instead}."
     )
+
+
+def not_finite(model: PreTrainedModel, where: str) -> CompressionError:
+    """Return the error for a model that put out NaN or infinity; `where` names the example."""
+    return CompressionError(
+        f"{type(model).__name__} must return finite logits, got NaN or infinity for {where}; the model is damaged, or "
+        "its dtype too narrow: look at the step before this evaluation."
+    )
+
+
+def _intervals(score: TaskScore, metrics: Metrics) -> dict[str, tuple[float, float]]:
+    found = {}
+    groups = score.groups
+    for name, resampled in resample(metrics, len(score.examples), groups=groups).items():
+        right = score.right_by(name) if groups is None else None
+        ends = wilson(sum(right), len(right)) if right is not None else resampled.interval()
+        if ends is not None:
+            found[name] = ends
+    return found

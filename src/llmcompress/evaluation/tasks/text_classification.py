@@ -1,42 +1,53 @@
-"""One label a text (or pair of texts): accuracy, precision, recall, F1."""
+"""What kind of text (or pair of texts) it is: one class, several, or a score."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from ...data import encode, longest_input
-from ...errors import CompressionError, ConfigError, MissingInputError, UnsupportedModelError, did_you_mean
+from ...errors import ConfigError, MissingInputError, UnsupportedModelError, did_you_mean
 from ...registry import tasks
-from ..inference import evaluating
-from ..statistics import wilson
-from .task import ExampleResult, Task, TaskScore, check_positive, check_vocabulary, unfit
+from ..resampling import Metrics
+from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
+from .measures import classification, multi_label, regression
+from .task import ExampleResult, MetricKind, TaskScore, check_positive, check_vocabulary, not_finite, unfit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""As `config.problem_type` names them."""
+
 
 @tasks.register("text_classification")
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TextClassification(Task):
-    """Single-label classification of texts or of pairs of texts.
+class TextClassification(ForwardTask):
+    """Classification of texts or of pairs of texts: one class, a set of classes, or a real-valued score.
+
+    Which of them, the model's config says: one output is a regression, `problem_type="multi_label_classification"` a
+    set of classes (those with a probability above one half), all else one class.
 
     Texts are cut to `max_length`, sorted by length and padded to the longest of their batch; results come back in the
-    order of the data. Labels are class indices, or names that the model's `config.label2id` knows.
+    order of the data. A label is a class index, a name that the model's `config.label2id` knows, a number for a
+    regression, and for a set of classes a list of indices or names, or of 0 and 1 for every class.
+
+    Metrics: accuracy, precision, recall and F1; for sets of classes micro and macro F1, micro precision and recall, and
+    the share of sets that are right as a whole; for a regression Pearson and Spearman correlation and RMSE.
 
     Attributes:
         max_length: tokens an example is cut to, special tokens included; None takes the most that the model can.
-        average: `"macro"` is the mean over the classes that occur in labels or predictions; `"binary"` is the score of
-            class 1 of two (precision, recall and F1; a class never predicted scores 0).
+        average: of precision, recall and F1 of one class: `"macro"` is the mean over the classes that occur in labels
+            or predictions; `"binary"` is the score of class 1 of two (0 if it is never predicted).
 
     Raises:
         MissingInputError: there is no data, or an example has no label.
         ConfigError: a label is unknown to the model or out of range; a setting is out of range.
-        UnsupportedModelError: the model does not end in a single-label classifier.
+        UnsupportedModelError: the model does not end in a classifier.
 
     Example:
         >>> import llmcompress.testing as lt
@@ -50,6 +61,12 @@ class TextClassification(Task):
     average: Literal["macro", "binary"] = "macro"
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    kinds: ClassVar[Mapping[str, MetricKind]] = {
+        "pearson": MetricKind(scale="difference"),
+        "spearman": MetricKind(scale="difference"),
+        "rmse": MetricKind(scale="ratio", lower_is_better=True),
+        "squared_error": MetricKind(scale="ratio", lower_is_better=True),
+    }
 
     def __post_init__(self) -> None:
         check_positive("TextClassification.max_length", self.max_length)
@@ -64,81 +81,92 @@ class TextClassification(Task):
             )
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse a model that does not end in a single-label classifier."""
-        config = model.config
+        """Refuse a model that does not end in a classifier."""
         if not any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__):
             raise unfit(self, model, "a model with a classification head", "evaluate it with another task")
-        if config.problem_type == "multi_label_classification" or config.num_labels < 2:
-            kind = "regression" if config.num_labels < 2 else "multi-label classification"
-            raise UnsupportedModelError(
-                f"TextClassification needs one label of at least two for a text; {type(model).__name__} has "
-                f"{config.num_labels} output(s) and does {kind}; set config.num_labels and config.problem_type."
-            )
-        if self.average == "binary" and config.num_labels != 2:
+        if self.average == "binary" and (problem_of(model) != _SINGLE or model.config.num_labels != 2):
             raise ConfigError(
-                f"TextClassification.average='binary' needs a model of 2 classes, got {config.num_labels}; use 'macro'."
+                f"TextClassification.average='binary' needs a model of 2 classes, got {model.config.num_labels} and "
+                f"{problem_of(model)}; use 'macro'."
             )
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
-    ) -> TaskScore:
-        """Score `model`; see `Task.evaluate`."""
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Run:
+        """Tokenise the texts and read the labels as the model's classes; see `ForwardTask.start`."""
         self.check(model)
-        check_positive("batch_size", batch_size)
-        labels = self._labels(model)
+        labels = [self._label(index, model) for index in range(len(self.examples))]
         limit = self._limit(model, tokenizer)
         encoded = encode(self.examples, tokenizer, max_length=limit)
         lengths = [len(row["input_ids"]) for row in encoded]
         if 0 in lengths:
             raise ConfigError(f"TextClassification.data[{lengths.index(0)}] must have a text, got none; remove it.")
         check_vocabulary([row["input_ids"] for row in encoded], model, tokenizer)
-        pad, alone = _padding(model, tokenizer)
+        pad, alone = padding_of(model, tokenizer)
+        batches = [
+            Batch(rows, pad_rows([encoded[i] for i in rows], pad, tokenizer.padding_side))
+            for rows in by_length(lengths, 1 if alone else batch_size)
+        ]
+        protocol = {
+            "problem": problem_of(model),
+            "classes": model.config.num_labels,
+            "average": self.average if problem_of(model) == _SINGLE else None,
+            "max_length": limit,
+            "truncated": _count_truncated(self, tokenizer, limit, lengths),
+            "batch_size": 1 if alone else batch_size,
+            "padding": "none, one example at a time (the model names no padding token)"
+            if alone
+            else f"to the longest of the batch, token {pad}, examples sorted by length",
+        }
+        return _Classifying(self, model, batches, labels, protocol)
 
-        # Longest first: what does not fit in memory fails at once, and the time left is never underrated.
-        order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
-        predictions, confidences = [0] * len(order), [0.0] * len(order)
-        bar = tqdm(total=len(order), desc=self.name, unit="ex", disable=not progress, leave=False)
-        with evaluating(model), bar:
-            for rows in _chunks(order, 1 if alone else batch_size):
-                batch = _batch([encoded[i] for i in rows], pad, tokenizer.padding_side)
-                logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits
-                confidence, prediction = _read(logits, rows, model)
-                for i, p, c in zip(rows, prediction, confidence, strict=True):
-                    predictions[i], confidences[i] = p, c
-                bar.update(len(rows))
+    def metrics(self, results: Sequence[ExampleResult]) -> Metrics:
+        """Accuracy and F1, F1 of sets, or correlations; see `Task.metrics`."""
+        labels: list[Any] = [result.label for result in results]
+        predictions: list[Any] = [result.prediction for result in results]
+        if isinstance(labels[0], tuple):
+            classes = 1 + max((index for one in (*labels, *predictions) for index in one), default=0)
+            return multi_label(labels, predictions, classes)
+        if "squared_error" in results[0].values:
+            return regression(labels, predictions)
+        return classification(labels, predictions, average=self.average)
 
-        metrics = classification_metrics(labels, predictions, average=self.average)
-        hits = [prediction == label for prediction, label in zip(predictions, labels, strict=True)]
-        truncated = _count_truncated(self, tokenizer, limit, lengths)
-        warnings = [f"{truncated} of {len(hits)} texts were cut to {limit} tokens"] if truncated else []
-        if len(hits) > 1 and len(set(predictions)) == 1 and len(set(labels)) > 1:
-            warnings.append(f"collapse: every example was given class {predictions[0]}")
-        return TaskScore(
-            task=self.name,
-            metrics=metrics,
-            primary="accuracy",
-            higher_is_better=True,
-            fraction=True,
-            intervals={"accuracy": wilson(sum(hits), len(hits))},
-            classes=tuple(str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)),
-            examples=tuple(
-                ExampleResult(score=float(hit), label=label, prediction=prediction, confidence=confidence)
-                for hit, label, prediction, confidence in zip(hits, labels, predictions, confidences, strict=True)
-            ),
-            protocol={
-                "data_sha256": self.data_hash,
-                "examples": len(hits),
-                "classes": model.config.num_labels,
-                "average": self.average,
-                "max_length": limit,
-                "truncated": truncated,
-                "batch_size": 1 if alone else batch_size,
-                "padding": "none, one example at a time (the model names no padding token)"
-                if alone
-                else f"to the longest of the batch, token {pad}, examples sorted by length",
-            },
-            warnings=tuple(warnings),
-        )
+    def _label(self, position: int, model: PreTrainedModel) -> Any:
+        """Return an example's label as a class index, a tuple of them, or a number."""
+        given = self.examples[position].label
+        problem = problem_of(model)
+        if problem == "regression":
+            if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+                raise ConfigError(
+                    f"TextClassification.data[{position}] must have a number as label for the regression "
+                    f"{type(model).__name__} does, got {given!r}."
+                )
+            return float(given)
+        if problem == _SINGLE:
+            return self._class(position, given, model)
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ConfigError(
+                f"TextClassification.data[{position}] must have a list of classes as label for the multi-label "
+                f"{type(model).__name__}, got {given!r}; pass for instance ['toxic', 'threat'] or [0, 1, 1]."
+            )
+        if len(given) == model.config.num_labels and all(one in (0, 1) for one in given):
+            return tuple(index for index, one in enumerate(given) if one)
+        return tuple(sorted({self._class(position, one, model) for one in given}))
+
+    def _class(self, position: int, label: Any, model: PreTrainedModel) -> int:
+        names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
+        classes = model.config.num_labels
+        found = names.get(label, label) if isinstance(label, str) else label
+        if isinstance(found, str):
+            hint = did_you_mean(found, names) or "."
+            raise ConfigError(
+                f"TextClassification.data[{position}] has the label {found!r}, which config.label2id does not "
+                f"know{hint} Known: {', '.join(names)}."
+            )
+        if not isinstance(found, (int, float)) or int(found) != found or not 0 <= found < classes:
+            unlabelled = " (-1 marks the unlabelled test splits of the hub)" if found == -1 else ""
+            raise ConfigError(
+                f"TextClassification.data[{position}] must have a label in [0, {classes}), got {found!r}{unlabelled}."
+            )
+        return int(found)
 
     def _limit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
         most = longest_input(model, tokenizer)
@@ -149,108 +177,103 @@ class TextClassification(Task):
             )
         return self.max_length or most
 
-    def _labels(self, model: PreTrainedModel) -> list[int]:
-        """Return the class index of every example."""
-        names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
-        classes = model.config.num_labels
-        found = []
-        for position, example in enumerate(self.examples):
-            label = names.get(example.label, example.label) if isinstance(example.label, str) else example.label
-            if isinstance(label, str):
-                hint = did_you_mean(label, names) or "."
-                raise ConfigError(
-                    f"TextClassification.data[{position}] has the label {label!r}, which config.label2id does not "
-                    f"know{hint} Known: {', '.join(names)}."
-                )
-            if label is None or int(label) != label or not 0 <= label < classes:
-                unlabelled = " (-1 marks the unlabelled test splits of the hub)" if label == -1 else ""
-                raise ConfigError(
-                    f"TextClassification.data[{position}] must have a label in [0, {classes}), "
-                    f"got {label!r}{unlabelled}."
-                )
-            found.append(int(label))
-        return found
 
+class _Classifying(Run):
+    def __init__(
+        self,
+        task: TextClassification,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        labels: list[Any],
+        protocol: dict[str, str | int | float | bool | None],
+    ) -> None:
+        super().__init__(model, batches)
+        self._task, self._labels, self._protocol = task, labels, protocol
+        self._problem = problem_of(model)
+        self._results: list[ExampleResult | None] = [None] * len(labels)
 
-def classification_metrics(
-    labels: list[int], predictions: list[int], *, average: Literal["macro", "binary"] = "macro"
-) -> dict[str, float]:
-    """Return accuracy, precision, recall and F1, each in [0, 1]; a quotient without cases counts as 0.
+    def read(self, batch: Batch, outputs: Any) -> None:
+        expected = (len(batch.rows), self.model.config.num_labels)
+        if tuple(outputs.logits.shape) != expected:
+            raise UnsupportedModelError(
+                f"TextClassification needs logits of shape {expected}, got {tuple(outputs.logits.shape)} "
+                f"from {type(self.model).__name__}."
+            )
+        logits = outputs.logits.float().cpu()
+        finite = logits.isfinite().all(-1)
+        if not finite.all():
+            bad = min(row for row, good in zip(batch.rows, finite.tolist(), strict=True) if not good)
+            raise not_finite(self.model, f"example {bad} of the data")
+        for row, result in zip(batch.rows, self._read(logits, batch.rows), strict=True):
+            self._results[row] = result
 
-    Example:
-        >>> scores = classification_metrics([0, 0, 1, 1], [0, 1, 1, 1])
-        >>> {name: round(value, 4) for name, value in scores.items()}
-        {'accuracy': 0.75, 'precision': 0.8333, 'recall': 0.75, 'f1': 0.7333}
-    """
-    classes = [1] if average == "binary" else sorted({*labels, *predictions})
-    per_class = []
-    for index in classes:
-        both = sum(label == prediction == index for label, prediction in zip(labels, predictions, strict=True))
-        predicted, real = predictions.count(index), labels.count(index)
-        precision, recall = both / predicted if predicted else 0.0, both / real if real else 0.0
-        per_class.append((precision, recall, 2 * both / (predicted + real) if predicted + real else 0.0))
-    precision, recall, f1 = (sum(column) / len(classes) for column in zip(*per_class, strict=True))
-    hits = sum(label == prediction for label, prediction in zip(labels, predictions, strict=True))
-    return {"accuracy": hits / len(labels), "precision": precision, "recall": recall, "f1": f1}
+    def _read(self, logits: torch.Tensor, rows: Sequence[int]) -> list[ExampleResult]:
+        labels = [self._labels[row] for row in rows]
+        if self._problem == "regression":
+            return [
+                ExampleResult(values={"squared_error": (given - label) ** 2}, label=label, prediction=given)
+                for given, label in zip(logits[:, 0].tolist(), labels, strict=True)
+            ]
+        if self._problem == _SINGLE:
+            confidence, prediction = logits.softmax(-1).max(-1)
+            return [
+                ExampleResult(values={"accuracy": float(p == label)}, label=label, prediction=p, confidence=c)
+                for p, c, label in zip(prediction.tolist(), confidence.tolist(), labels, strict=True)
+            ]
+        chosen = (logits > 0).tolist()
+        sets = [tuple(index for index, taken in enumerate(row) if taken) for row in chosen]
+        return [
+            ExampleResult(values={"subset_accuracy": float(found == label)}, label=label, prediction=found)
+            for found, label in zip(sets, labels, strict=True)
+        ]
 
-
-def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
-    """Return the padding token, and whether examples must go through the model one at a time.
-
-    The model's own padding token comes first: RoBERTa counts positions by it, and the classifiers on top of decoders
-    find the last token by it. A decoder that names none refuses batches.
-    """
-    own = model.config.get_text_config().pad_token_id
-    if own is not None:
-        return own, False
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token, _is_decoder(model)
-    return 0, _is_decoder(model)
-
-
-def _is_decoder(model: PreTrainedModel) -> bool:
-    # Only encoders put their classifier on a token that padding cannot move.
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
-
-    kind = model.config.get_text_config().model_type
-    return kind in DECODERS and kind not in ENCODERS
-
-
-def _batch(rows: list[dict[str, list[int]]], pad: int, side: str) -> dict[str, torch.Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad}
-
-    def padded(key: str, values: list[int]) -> list[int]:
-        padding = [fill.get(key, 0)] * (longest - len(values))
-        return padding + values if side == "left" else values + padding
-
-    keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in rows[0]]
-    return {key: torch.tensor([padded(key, row[key]) for row in rows]) for key in keys}
-
-
-def _read(logits: torch.Tensor, rows: list[int], model: PreTrainedModel) -> tuple[list[float], list[int]]:
-    expected = (len(rows), model.config.num_labels)
-    if tuple(logits.shape) != expected:
-        raise UnsupportedModelError(
-            f"TextClassification needs logits of shape {expected}, got {tuple(logits.shape)} "
-            f"from {type(model).__name__}."
+    def score(self) -> TaskScore:
+        results = [result for result in self._results if result is not None]
+        config, truncated = self.model.config, self._protocol["truncated"]
+        warnings = []
+        if truncated:
+            warnings.append(f"{truncated} of {len(results)} texts were cut to {self._protocol['max_length']} tokens")
+        predictions, labels = {result.prediction for result in results}, {result.label for result in results}
+        if len(results) > 1 and len(predictions) == 1 and len(labels) > 1:
+            warnings.append(f"collapse: every example was given {_answer_text(predictions.pop())}")
+        names = tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
+        return self._task.score(
+            results,
+            primary=_PRIMARY[self._problem],
+            protocol=self._protocol,
+            classes=None if self._problem == "regression" else names,
+            warnings=warnings,
         )
-    probabilities = logits.float().softmax(-1)
-    bad = probabilities.isnan().any(-1)
-    if bad.any():
-        first = min(row for row, is_bad in zip(rows, bad.tolist(), strict=True) if is_bad)
-        raise CompressionError(
-            f"{type(model).__name__} must return finite logits, got NaN for example {first} of the data; "
-            "the model is damaged, or its dtype too narrow: look at the step before this evaluation."
-        )
-    confidence, prediction = probabilities.max(-1)
-    return confidence.tolist(), prediction.tolist()
+
+    def answers(self, batch: Batch, outputs: Any) -> torch.Tensor | None:
+        logits: torch.Tensor = outputs.logits
+        if self._problem == "regression":
+            return None
+        if self._problem == _SINGLE:
+            return logits
+        # Each class is a yes or no of its own: a logit x is the pair (0, x).
+        return torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1)
 
 
-def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
-    return (order[start : start + size] for start in range(0, len(order), size))
+_SINGLE: Problem = "single_label_classification"
+_PRIMARY: dict[Problem, str] = {
+    _SINGLE: "accuracy",
+    "multi_label_classification": "f1_micro",
+    "regression": "pearson",
+}
+
+
+def problem_of(model: PreTrainedModel) -> Problem:
+    """Return what a classifier does, by its config."""
+    if model.config.problem_type == "multi_label_classification":
+        return "multi_label_classification"
+    if model.config.num_labels < 2 or model.config.problem_type == "regression":
+        return "regression"
+    return _SINGLE
+
+
+def _answer_text(answer: Any) -> str:
+    return f"the number {answer:.4g}" if isinstance(answer, float) else f"class {answer}"
 
 
 def _count_truncated(

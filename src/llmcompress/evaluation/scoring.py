@@ -1,0 +1,144 @@
+"""Several models on the same tasks: each scored, and each candidate compared with the base while both run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..data import find_tokenizer
+from .fidelity import Fidelity, FidelityMeter, embeddings_of, text_embeddings
+from .statistics import PairedTest, holm, paired_metrics, paired_proportions
+from .tasks import Batch, ForwardTask, Task, TaskScore
+from .tasks.forward import advance
+from .tasks.task import check_positive
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one task says of several models.
+
+    Attributes:
+        scores: of each model, by name, the base first.
+        fidelity: of each candidate to the base; missing where the two were not asked the very same.
+        tests: every metric of each candidate against the base's.
+    """
+
+    scores: dict[str, TaskScore]
+    fidelity: dict[str, Fidelity]
+    tests: dict[str, tuple[PairedTest, ...]]
+
+
+def score_models(
+    task: Task,
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Scored:
+    """Score all `models` on `task`, the first being the base.
+
+    Args:
+        task: what they are asked to do.
+        models: by name.
+        tokenizers: of each model; where it is None the task's own is taken, or the one in the model's folder.
+        batch_size: examples a batch, at most.
+        progress: whether a bar is shown.
+
+    Raises:
+        MissingInputError: a model has no tokenizer.
+        CompressionError: what `Task.evaluate` raises.
+    """
+    check_positive("batch_size", batch_size)
+    own = {
+        name: find_tokenizer(model, tokenizers[name] or task.tokenizer, who=type(task).__name__)
+        for name, model in models.items()
+    }
+    if isinstance(task, ForwardTask):
+        scores, fidelity = _side_by_side(task, models, own, batch_size, progress)
+    else:
+        scores, fidelity = {}, {}
+        for name, model in models.items():
+            scores[name] = task.evaluate(model, own[name], batch_size=batch_size, progress=progress)
+    base, *others = scores
+    tests = {name: paired_tests(task, scores[base], scores[name]) for name in others}
+    return Scored(scores, fidelity, _corrected(tests))
+
+
+def paired_tests(task: Task, base: TaskScore, candidate: TaskScore) -> list[PairedTest]:
+    """Test every metric that both scores have; none where they are not about the same examples."""
+    if not base.examples or len(base.examples) != len(candidate.examples) or base.groups != candidate.groups:
+        return []
+    found, rest = {}, {}
+    for name in (name for name in base.metrics if name in candidate.metrics):
+        right = [score.right_by(name) for score in (base, candidate)]
+        if right[0] is not None and right[1] is not None and base.groups is None:
+            found[name] = paired_proportions(name, right[0], right[1])
+        else:
+            rest[name] = base.kinds[name].scale
+    if rest:
+        ours, theirs = (task.metrics(score.examples) for score in (base, candidate))
+        tests = paired_metrics(ours, theirs, len(base.examples), rest, groups=base.groups)
+        found.update({test.metric: test for test in tests})
+    return [found[name] for name in base.metrics if name in found]
+
+
+def _corrected(tests: Mapping[str, Sequence[PairedTest]]) -> dict[str, tuple[PairedTest, ...]]:
+    """Correct each metric's p-values for the number of candidates."""
+    corrected: dict[tuple[str, str], float] = {}
+    for metric in {test.metric for found in tests.values() for test in found}:
+        p_values = {name: test.p_value for name, found in tests.items() for test in found if test.metric == metric}
+        for name, p_value in zip(p_values, holm(list(p_values.values())), strict=True):
+            corrected[name, metric] = p_value
+    return {
+        name: tuple(test.model_copy(update={"p_holm": corrected[name, test.metric]}) for test in found)
+        for name, found in tests.items()
+    }
+
+
+def _side_by_side(
+    task: ForwardTask,
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    batch_size: int,
+    progress: bool,
+) -> tuple[dict[str, TaskScore], dict[str, Fidelity]]:
+    runs = {name: task.start(model, tokenizers[name], batch_size=batch_size) for name, model in models.items()}
+    base, *others = runs
+    # A smaller vocabulary or another tokenizer asks other questions: then only the scores can be compared.
+    alike = [
+        name
+        for name in others
+        if len(runs[name].batches) == len(runs[base].batches)
+        and all(a.same_inputs(b) for a, b in zip(runs[base].batches, runs[name].batches, strict=True))
+    ]
+    meters = {name: FidelityMeter(runs[base], runs[name]) for name in alike}
+    with embeddings_of({name: models[name] for name in (base, *alike)} if alike else {}) as hidden:
+        latest: dict[str, Any] = {}
+
+        def observe(name: str, batch: Batch, outputs: Any) -> None:
+            if name == base:
+                latest[base] = outputs
+            elif name in meters:
+                meters[name].update(batch, latest[base], outputs, _embeddings(batch, hidden, base, name))
+
+        advance(runs, title=task.name, unit=task.unit, progress=progress, observer=observe if alike else None)
+    return {name: run.score() for name, run in runs.items()}, {name: meter.result() for name, meter in meters.items()}
+
+
+def _embeddings(
+    batch: Batch, hidden: Mapping[str, torch.Tensor], base: str, name: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    mask = batch.inputs.get("attention_mask")
+    if mask is None or base not in hidden or name not in hidden:
+        return None
+    ours, theirs = hidden[base], hidden[name]
+    # A decoder that reads from an encoder has states of another length than the text.
+    if ours.shape != theirs.shape or ours.shape[:2] != mask.shape:
+        return None
+    return text_embeddings(ours, mask), text_embeddings(theirs, mask)
