@@ -23,6 +23,8 @@ Label = int | float | str
 _TEXT = ("text", "sentence", "sentence1", "question1", "premise", "content", "review")
 _PAIR = ("pair", "text_pair", "sentence2", "question2", "hypothesis")
 _LABEL = ("label", "labels", "score", "class", "target")
+# Columns of other tasks: a table that names one of them has a header.
+_OTHER = ("question", "context", "prompt", "reference", "tokens", "choices", "answer", "answers", "source", "summary")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,25 @@ def load_examples(source: Any, *, split: str = "train", name: str = "data") -> l
         >>> load_examples([("good", 1), {"sentence": "bad", "label": 0}])[1]
         Example(text='bad', pair=None, label=0)
     """
+    return [_example(row, index, name) for index, row in enumerate(load_rows(source, split=split, name=name))]
+
+
+def load_rows(source: Any, *, split: str = "train", name: str = "data") -> list[Any]:
+    """Read rows as they are: dicts, tuples or texts, for tasks whose columns are their own.
+
+    Args:
+        source: as for `load_examples`.
+        split: which split of a hub data set or a `DatasetDict`.
+        name: what to call the argument in messages.
+
+    Raises:
+        MissingInputError: nothing was passed, or it holds no row.
+        ConfigError: the file's kind is unknown, or there is no such split.
+
+    Example:
+        >>> load_rows({"test": [{"question": "2 + 2?", "answer": "4"}]}, split="test")
+        [{'question': '2 + 2?', 'answer': '4'}]
+    """
     if source is None:
         raise MissingInputError(f"{name} is missing; pass texts, rows, a file, or a datasets object.")
     if isinstance(source, (str, Path)):
@@ -66,10 +87,10 @@ def load_examples(source: Any, *, split: str = "train", name: str = "data") -> l
         if split not in source:
             raise ConfigError(f"{name} has no split {split!r}; it has: {', '.join(map(str, source))}.")
         source = source[split]
-    examples = [_example(row, index, name) for index, row in enumerate(source)]
-    if not examples:
+    rows = list(source)
+    if not rows:
         raise MissingInputError(f"{name} is empty; pass at least one example.")
-    return examples
+    return rows
 
 
 def encode(
@@ -196,7 +217,7 @@ def _read_table(path: Path, delimiter: str) -> list[Any]:
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]
-    if any(column in header for column in (*_TEXT, *_LABEL)):
+    if any(column in header for column in (*_TEXT, *_LABEL, *_OTHER)):
         return [
             {key: _number(value) if key in _LABEL else value for key, value in zip(header, row, strict=False)}
             for row in rows[1:]
