@@ -136,17 +136,29 @@ def advance(
                 bar.update(len(batch.rows))
 
 
-def by_length(lengths: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+def by_length(lengths: Sequence[int], size: int, *, most_tokens: int | None = None) -> Iterator[tuple[int, ...]]:
     """Batch examples of like length, so that little is padded; the longest first.
 
     What does not fit in memory so fails at once, and the time left is never underrated.
 
+    Args:
+        lengths: tokens of each example.
+        size: examples a batch, at most.
+        most_tokens: tokens a batch, padding included; a longer example is a batch of its own. None sets no limit.
+
     Example:
         >>> list(by_length([3, 9, 5], 2))
         [(1, 2), (0,)]
+        >>> list(by_length([3, 9, 5, 2], 2, most_tokens=10))
+        [(1,), (2, 0), (3,)]
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return (tuple(order[start : start + size]) for start in range(0, len(order), size))
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        rows = size if most_tokens is None else max(1, min(size, most_tokens // longest))
+        yield tuple(order[start : start + rows])
+        start += rows
 
 
 def pad_rows(rows: Iterable[Mapping[str, Sequence[int]]], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
