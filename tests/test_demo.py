@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llmcompress.__main__ import main
+from llmcompress.cli import main
 from llmcompress.data import Example
 from llmcompress.demo import docstrings, job, teacher
 from llmcompress.demo.docstrings import PACKAGES, docstring_data, masked

@@ -19,6 +19,7 @@ _HOME = {
     "distillation.distillation": ("KnowledgeDistillation",),
     "errors": (
         "CheckpointError",
+        "ClaimError",
         "CompressionError",
         "ConfigError",
         "DuplicateNameError",
@@ -31,7 +32,12 @@ _HOME = {
         "VerificationError",
     ),
     "evaluation.evaluate": ("Evaluation", "evaluate"),
-    "evaluation.tasks": ("LanguageModeling", "Task", "TextClassification"),
+    "evaluation.tasks": (
+        "LanguageModeling",
+        "QuestionAnswering",
+        "Task",
+        "TextClassification",
+    ),
     "pipeline": ("Pipeline", "compress"),
     "pruning.magnitude": ("MagnitudePruning",),
     "pruning.structured": ("StructuredPruning",),

@@ -14,6 +14,9 @@ from .errors import (
     CheckpointError as CheckpointError,
 )
 from .errors import (
+    ClaimError as ClaimError,
+)
+from .errors import (
     CompressionError as CompressionError,
 )
 from .errors import (
@@ -47,6 +50,9 @@ from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.tasks import (
     LanguageModeling as LanguageModeling,
+)
+from .evaluation.tasks import (
+    QuestionAnswering as QuestionAnswering,
 )
 from .evaluation.tasks import (
     Task as Task,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from .checkpoint import METADATA_FILE, read_metadata
+from .claims import check_non_inferior, check_smaller, check_speedup, chosen
 from .data import find_tokenizer
 from .errors import CheckpointError, ConfigError, MissingInputError, did_you_mean
 from .evaluation.evaluate import (
@@ -102,6 +103,55 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
                 f"There is: {', '.join(found) or 'none'}."
             )
         return found[metric]
+
+    def assert_non_inferior(self, metric: str, *, margin: float, candidate: str | None = None) -> None:
+        """Refuse candidates that may have lost more than `margin` of a metric: the far end of the interval counts.
+
+        Args:
+            metric: its name, of any task.
+            margin: 0.01 is one point of a metric in [0, 1], and a perplexity that is 1 % higher; above 0.
+            candidate: one of them; None checks all.
+
+        Raises:
+            ClaimError: (an `AssertionError`) with the numbers.
+            ConfigError: no such metric or candidate, or a margin that is not positive.
+        """
+        for entry in chosen(self, candidate):
+            kinds = {name: kind for score in reversed(entry.evaluation.scores) for name, kind in score.kinds.items()}
+            test = self.test(entry.name, metric)
+            check_non_inferior(entry, test, margin=margin, lower_is_better=kinds[metric].lower_is_better)
+
+    def assert_speedup(self, factor: float, *, candidate: str | None = None, shape: Shape | None = None) -> None:
+        """Refuse candidates that are not proven `factor` times as fast as the base: the interval's lower end counts.
+
+        Args:
+            factor: 1.5 is one and a half times the base's speed.
+            candidate: one of them; None checks all.
+            shape: (rows, tokens) at which latency was measured; None takes the first.
+
+        Raises:
+            ClaimError: (an `AssertionError`) with the numbers.
+            ConfigError: latency was not measured at this shape.
+        """
+        for entry in chosen(self, candidate):
+            assert entry.change is not None
+            found = {(one.batch_size, one.tokens): one for one in entry.change.faster}
+            wanted = shape if shape is not None else next(iter(found), None)
+            if wanted not in found:
+                raise ConfigError(
+                    f"shape must be one at which latency was measured, got {shape}; there is: "
+                    f"{', '.join(map(str, found)) or 'none, compare with latency=True'}."
+                )
+            check_speedup(entry, found[wanted], factor)
+
+    def assert_smaller(self, factor: float, *, candidate: str | None = None) -> None:
+        """Refuse candidates whose files are not at least `factor` times smaller than the base's.
+
+        Raises:
+            ClaimError: (an `AssertionError`) with the numbers.
+        """
+        for entry in chosen(self, candidate):
+            check_smaller(entry, factor)
 
     def __getitem__(self, name: str) -> Entry:
         found = {entry.name: entry for entry in self.entries}

@@ -1,7 +1,7 @@
 """Every error the library raises on purpose.
 
 One tree, so that a caller can catch `CompressionError` and be done, and each branch also is the builtin that fits
-(`ValueError`, `TypeError`, `LookupError`). A message says who.what must be X, got Y; and what to do.
+(`ValueError`, `TypeError`, `LookupError`...). A message says who.what must be X, got Y; and what to do.
 
 >>> issubclass(ConfigError, ValueError) and issubclass(ConfigError, CompressionError)
 True
@@ -55,6 +55,10 @@ class CheckpointError(CompressionError, ValueError):
 
 class VerificationError(CompressionError, RuntimeError):
     """A step's own proof failed (for instance sliced logits differ from masked logits): the result is not returned."""
+
+
+class ClaimError(CompressionError, AssertionError):
+    """A comparison does not show what was claimed of it; the message has the numbers."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -64,6 +64,7 @@ class Resampled:
         edge = 1 / (len(self.draws) + 1)
         bias = stats.norm.ppf(min(max(below, edge), 1 - edge))
         left = self.jackknife.mean() - self.jackknife
+        left = left / max(np.abs(left).max(initial=0.0), np.finfo(float).tiny)  # the cube of a large one overflows
         spread = (left**2).sum()
         acceleration = (left**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
         tail = stats.t.ppf((1 - CONFIDENCE) / 2, self.units - 1) * math.sqrt(self.units / (self.units - 1))

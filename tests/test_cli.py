@@ -1,0 +1,181 @@
+"""The command line: what it prints and writes, its exit status, and that bad input is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.claims import Condition
+from llmcompress.cli import main
+from llmcompress.testing import tiny_model
+
+
+@pytest.fixture
+def place(tmp_path: Path, tokenizer) -> Path:
+    for name, seed in (("base", 0), ("other", 1)):
+        tiny_model("bert", seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [("a good film", 1), ("a bad film", 0), ("so dull", 0), ("what a joy to see", 1)] * 3
+    (tmp_path / "test.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8")
+    return tmp_path
+
+
+def on_films(place: Path) -> list[str]:
+    return ["--task", "text_classification", "--data", str(place / "test.tsv"), "--no-latency"]
+
+
+def test_evaluate_prints_a_table_and_writes_json(place: Path, capsys) -> None:
+    out = place / "new" / "found.json"
+    assert main(["evaluate", str(place / "base"), *on_films(place), "--set", "max_length=8", "--json", str(out)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    found = lc.Evaluation.model_validate_json(out.read_text(encoding="utf-8"))
+    assert found.score.protocol["max_length"] == 8
+    assert len(found.score.examples) == 12
+
+
+def test_compare_names_models_and_writes_every_rendering(place: Path, capsys) -> None:
+    files = [place / name for name in ("report.html", "report.md", "report.json")]
+    options = [
+        part
+        for option, file in zip(("--html", "--markdown", "--json"), files, strict=True)
+        for part in (option, str(file))
+    ]
+    models = [str(place / "base"), f"mine={place / 'other'}"]
+    assert main(["compare", *models, *on_films(place), *options]) == 0
+    assert "mine" in capsys.readouterr().out
+    assert [entry["name"] for entry in json.loads(files[2].read_text(encoding="utf-8"))["entries"]] == ["base", "mine"]
+    assert "mine" in files[0].read_text(encoding="utf-8")
+    assert "mine" in files[1].read_text(encoding="utf-8")
+
+
+def test_a_condition_that_holds_gives_status_1_and_the_number(place: Path, capsys) -> None:
+    models = [str(place / "base"), f"same={place / 'base'}", f"mine={place / 'other'}"]
+    assert main(["compare", *models, *on_films(place), "--fail-if", "accuracy_drop>2", "--fail-if", "smaller<0.5"]) == 0
+    capsys.readouterr()
+    assert main(["compare", *models, *on_films(place), "--fail-if", "agreement<=1"]) == 1
+    error = capsys.readouterr().err
+    assert "same: agreement <= 1 holds, it is 1" in error
+    assert "mine: agreement <= 1" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "text_clasification", "--data", "x.csv"], "did you mean 'text_classification'"),
+        (["--task", "text_classification", "--data", "missing.csv"], "there is no file"),
+        (["--task", "text_classification", "--data", "DATA", "--set", "max_lenght=3"], "did you mean 'max_length'"),
+        (["--task", "text_classification", "--data", "DATA", "--set", "max_length=-3"], "max_length must be"),
+        (["--task", "text_classification", "--data", "DATA", "--html", "report.pdf"], "must end in .html"),
+        (["--task", "text_classification", "--data", "DATA", "--fail-if", "accuracy drop"], "NAME SIGN NUMBER"),
+        (["--task", "text_classification", "--data", "DATA", "--tokenizer", "nowhere/at/all"], "cannot be loaded"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(place: Path, capsys, arguments: list[str], message: str) -> None:
+    arguments = [str(place / "test.tsv") if part == "DATA" else part for part in arguments]
+    assert main(["compare", str(place / "base"), str(place / "other"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_two_models_of_one_name_are_refused(place: Path, capsys) -> None:
+    assert main(["compare", str(place / "base"), str(place / "base"), *on_films(place)]) == 2
+    assert "NAME=" in capsys.readouterr().err
+
+
+def test_a_wrong_option_and_a_missing_folder(place: Path, capsys) -> None:
+    assert main(["compare", str(place / "base"), "--taks", "x"]) == 2
+    assert main(["evaluate", str(place / "nowhere"), *on_films(place)]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_tasks_lists_every_task_of_the_registry(capsys) -> None:
+    assert main(["tasks"]) == 0
+    assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] != " "} == set(
+        lc.tasks.list()
+    )
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"llmcompress {lc.__version__}"
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared() -> lc.Comparison:
+    from llmcompress.testing import tiny_tokenizer
+
+    base = tiny_model("bert")
+    rows = [(f"text number {i} is {'good' if i % 3 else 'bad'}", i % 2) for i in range(40)]
+    small = lc.compress(base, lc.DynamicQuantization(), progress=False).model
+    models = {"base": base, "same": tiny_model("bert"), "int8": small}
+    task = lc.TextClassification(rows)
+    return lc.compare(models, task, tokenizer=tiny_tokenizer(), latency=[(1, 8)], progress=False)
+
+
+def test_non_inferiority_is_proven_by_the_interval(compared: lc.Comparison) -> None:
+    test = compared.test("same", "accuracy")
+    assert test.change == 0
+    compared.assert_non_inferior("accuracy", margin=-test.low + 1e-9, candidate="same")
+    # 40 equal answers cannot prove a loss below half a point: the message says what they could see.
+    with pytest.raises(lc.ClaimError, match=r"same: accuracy must not be worse by more than 0.005.*sample of 40"):
+        compared.assert_non_inferior("accuracy", margin=0.005, candidate="same")
+    with pytest.raises(AssertionError):
+        compared.assert_non_inferior("accuracy", margin=1e-6)
+
+
+def test_claims_of_size_and_speed(compared: lc.Comparison) -> None:
+    compared.assert_smaller(0.99)
+    with pytest.raises(lc.ClaimError, match="same: must be at least 4x smaller"):
+        compared.assert_smaller(4)
+    compared.assert_speedup(compared["int8"].change.faster[0].low, candidate="int8")
+    with pytest.raises(lc.ClaimError, match=r"at least 1000x as fast .* at 1x8 tokens, got .*interval"):
+        compared.assert_speedup(1000, shape=(1, 8))
+    with pytest.raises(lc.ConfigError, match=r"\(1, 8\)"):
+        compared.assert_speedup(1, shape=(2, 8))
+
+
+def test_claims_about_what_is_not_there(compared: lc.Comparison) -> None:
+    with pytest.raises(lc.ConfigError, match="did you mean 'accuracy'"):
+        compared.assert_non_inferior("acuracy", margin=0.1)
+    with pytest.raises(lc.ConfigError, match="is the base"):
+        compared.assert_smaller(1, candidate="base")
+    with pytest.raises(lc.ConfigError, match="margin must be above 0"):
+        compared.assert_non_inferior("accuracy", margin=0)
+    with pytest.raises(lc.ConfigError, match="did you mean 'accuracy_drop'"):
+        Condition.parse("acuracy_drop>0.1").holds(compared, compared["same"])
+
+
+def test_conditions_know_which_way_is_worse(compared: lc.Comparison) -> None:
+    entry = compared["int8"]
+    ours, theirs = compared.base.evaluation.score, entry.evaluation.score
+    assert Condition.parse("accuracy_drop>0").value(compared, entry) == pytest.approx(ours.value - theirs.value)
+    assert Condition.parse("smaller < 4").value(compared, entry) == entry.change.smaller_on_disk
+
+
+def test_a_higher_perplexity_is_a_loss(tokenizer) -> None:
+    texts = ["the cat sat on the mat and looked at the dog for a while"] * 12
+    base = tiny_model("llama")
+    worse = tiny_model("llama")
+    with torch.no_grad():
+        worse.get_output_embeddings().weight.mul_(40)  # as wrong as before, and sure of it
+    models = {"base": base, "worse": worse}
+    found = lc.compare(
+        models, lc.LanguageModeling(texts, window=16), tokenizer=tokenizer, latency=False, progress=False
+    )
+    test = found.test("worse", "perplexity")
+    ratio = found["worse"].evaluation.score.value / found.base.evaluation.score.value
+    assert test.scale == "ratio"
+    assert test.change == pytest.approx(ratio)
+    assert test.low > 1
+    assert Condition.parse("perplexity_ratio>1").value(found, found["worse"]) == pytest.approx(ratio)
+    found.assert_non_inferior("perplexity", margin=test.high - 1 + 1e-6)
+    with pytest.raises(lc.ClaimError, match="perplexity must not be worse"):
+        found.assert_non_inferior("perplexity", margin=(test.high - 1) / 2)
