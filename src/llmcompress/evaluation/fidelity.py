@@ -127,7 +127,11 @@ class FidelityMeter:
             self._entropies[number] -= float((share * log).nansum())
             found = torch.bincount(best[number], minlength=log.shape[-1])
             before = self._counts[number]
-            self._counts[number] = found if before is None else before + found
+            if before is not None:
+                # Where classes are positions in a text, a batch of longer texts has more of them.
+                width = max(len(before), len(found))
+                found = F.pad(before, (0, width - len(before))) + F.pad(found, (0, width - len(found)))
+            self._counts[number] = found
 
     def _collapse(self, base_share: float, share: float, base_entropy: float, entropy: float) -> str | None:
         if self._answers < _FEWEST_ANSWERS:

@@ -2,6 +2,7 @@
 
 from .forward import Batch, ForwardTask, Run
 from .language_modeling import LanguageModeling
+from .question_answering import QuestionAnswering
 from .task import ExampleResult, MetricKind, Task, TaskScore
 from .text_classification import TextClassification
 
@@ -11,6 +12,7 @@ __all__ = [
     "ForwardTask",
     "LanguageModeling",
     "MetricKind",
+    "QuestionAnswering",
     "Run",
     "Task",
     "TaskScore",
