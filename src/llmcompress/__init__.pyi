@@ -52,6 +52,15 @@ from .evaluation.tasks import (
     LanguageModeling as LanguageModeling,
 )
 from .evaluation.tasks import (
+    LMEvalTask as LMEvalTask,
+)
+from .evaluation.tasks import (
+    MaskedLanguageModeling as MaskedLanguageModeling,
+)
+from .evaluation.tasks import (
+    MultipleChoice as MultipleChoice,
+)
+from .evaluation.tasks import (
     QuestionAnswering as QuestionAnswering,
 )
 from .evaluation.tasks import (
@@ -59,6 +68,9 @@ from .evaluation.tasks import (
 )
 from .evaluation.tasks import (
     TextClassification as TextClassification,
+)
+from .evaluation.tasks import (
+    TokenClassification as TokenClassification,
 )
 from .pipeline import Pipeline as Pipeline
 from .pipeline import compress as compress

@@ -2,19 +2,27 @@
 
 from .forward import Batch, ForwardTask, Run
 from .language_modeling import LanguageModeling
+from .lm_eval_task import LMEvalTask
+from .masked_language_modeling import MaskedLanguageModeling
+from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .task import ExampleResult, MetricKind, Task, TaskScore
 from .text_classification import TextClassification
+from .token_classification import TokenClassification
 
 __all__ = [
     "Batch",
     "ExampleResult",
     "ForwardTask",
+    "LMEvalTask",
     "LanguageModeling",
+    "MaskedLanguageModeling",
     "MetricKind",
+    "MultipleChoice",
     "QuestionAnswering",
     "Run",
     "Task",
     "TaskScore",
     "TextClassification",
+    "TokenClassification",
 ]
