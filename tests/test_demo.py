@@ -308,7 +308,5 @@ class TestInterrupted:
 
 def test_help_and_version(capsys):
     for argument, expected in (("--version", "llmcompress"), ("--help", "demo")):
-        with pytest.raises(SystemExit) as stopped:
-            main([argument])
-        assert stopped.value.code == 0
+        assert main([argument]) == 0
         assert expected in capsys.readouterr().out

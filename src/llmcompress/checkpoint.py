@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,8 @@ def save(
         draft.mkdir()
         # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
         plain = getattr(model, "quantization_method", None) == "bitsandbytes"
-        model.save_pretrained(draft, save_original_format=not plain)
+        with _bars_hidden():
+            model.save_pretrained(draft, save_original_format=not plain)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         weights = {path.name: _fingerprint(path) for path in sorted(draft.glob("*.safetensors"))}
@@ -75,6 +77,20 @@ def save(
         if draft.exists():
             shutil.rmtree(draft)
     return folder
+
+
+@contextmanager
+def _bars_hidden() -> Iterator[None]:
+    """Keep transformers' bar over the files off the terminal: whoever saves did not ask for it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:

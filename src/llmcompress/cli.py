@@ -55,14 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return _BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        problems.print("\n[yellow]interrupted; nothing half-written[/]", highlight=False)
-        return _INTERRUPTED
+        status = _INTERRUPTED
     except Exception as error:
         # Usage errors: newer releases of typer have a click of their own, older ones raise click's.
         if not hasattr(error, "show"):
             raise
         error.show()
         return int(getattr(error, "exit_code", _BAD_INPUT))
+    if status == _INTERRUPTED:  # which newer releases of typer return
+        problems.print("\n[yellow]interrupted; nothing half-written[/]", highlight=False)
     return status if isinstance(status, int) else 0
 
 
@@ -77,12 +78,14 @@ def demo(
     model: Annotated[str | None, typer.Option(help="folder or hub name; else the MiniLM encoder from PyPI")] = None,
     train: Annotated[str | None, typer.Option(help=".csv, .tsv, .jsonl file or hub data set, with labels")] = None,
     test: Annotated[str | None, typer.Option(help="the same, to measure on")] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="more texts, without labels, to distil with")] = None,
     out: Annotated[Path, typer.Option(help="where report and model go")] = Path("demo-output"),
     cache: Annotated[Path | None, typer.Option(help="where trained stages are kept; else the user's cache")] = None,
     threads: _Threads = None,
     seed: Annotated[int, typer.Option(help="seeds data and training")] = 0,
     train_examples: Annotated[int | None, typer.Option(min=1, help="docstrings a package to train with")] = None,
     test_examples: Annotated[int | None, typer.Option(min=1, help="docstrings a package to measure on")] = None,
+    unlabelled_examples: Annotated[int | None, typer.Option(min=0, help="docstrings a package to distil with")] = None,
     teacher_epochs: Annotated[float | None, typer.Option(help="passes over the data to fine-tune the teacher")] = None,
     epochs: Annotated[float | None, typer.Option(help="passes over the data of each distillation")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens a text is cut to")] = None,
@@ -96,12 +99,14 @@ def demo(
     asked: dict[str, Any] = {
         "train_examples": train_examples,
         "test_examples": test_examples,
+        "unlabelled_examples": unlabelled_examples,
         "teacher_epochs": teacher_epochs,
         "epochs": epochs,
         "max_length": max_length,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    run(model=model, train=train, test=test, out=out, cache=cache, threads=threads, seed=seed, **given)
+    places: dict[str, Any] = {"train": train, "test": test, "unlabelled": unlabelled, "out": out, "cache": cache}
+    run(model=model, **places, threads=threads, seed=seed, **given)
 
 
 @app.command()

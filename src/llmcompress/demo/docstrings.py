@@ -46,22 +46,25 @@ class DocstringData:
     """Docstrings labelled with the name of their package, as many of each package.
 
     Attributes:
-        train: examples to fine-tune and to distil with.
+        train: examples to fine-tune with.
         test: examples of other modules than those of `train`.
+        unlabelled: texts of yet other modules, without labels, to distil with; fewer where a package has no more.
         modules: for each side, the files that its examples come from, as `package/path/in/it.py`.
     """
 
     train: list[Example]
     test: list[Example]
+    unlabelled: list[Example]
     modules: dict[str, frozenset[str]]
 
 
-def docstring_data(*, train: int = 300, test: int = 120, seed: int = 0) -> DocstringData:
-    """Collect `train` and `test` docstrings of each of `PACKAGES`, the same ones for the same seed and versions.
+def docstring_data(*, train: int = 300, test: int = 120, unlabelled: int = 0, seed: int = 0) -> DocstringData:
+    """Collect docstrings of each of `PACKAGES`, the same ones for the same seed and versions.
 
     Args:
         train: examples of each class to train with, at least 1.
         test: examples of each class to test with, at least 1.
+        unlabelled: texts of each class to distil with, as far as there are so many.
         seed: shuffles the modules, and with them the split.
 
     Raises:
@@ -73,10 +76,11 @@ def docstring_data(*, train: int = 300, test: int = 120, seed: int = 0) -> Docst
         >>> len(data.train), len(data.test), data.test[0].label
         (14, 7, 'matplotlib')
     """
-    wanted = {"test": test, "train": train}
+    wanted = {"test": test, "train": train, "unlabelled": unlabelled}
     for side, count in wanted.items():
-        if count < 1:
-            raise ConfigError(f"{side} examples a class must be at least 1, got {count}.")
+        least = 0 if side == "unlabelled" else 1
+        if count < least:
+            raise ConfigError(f"{side} examples a class must be at least {least}, got {count}.")
     sources = {package: _docstrings(package, seed) for package in PACKAGES}
     kept = _Distinct()
     sides: dict[str, list[Example]] = {}
@@ -86,17 +90,17 @@ def docstring_data(*, train: int = 300, test: int = 120, seed: int = 0) -> Docst
         short = [
             f"{package} has {len(rows)}" for package, rows in zip(PACKAGES, taken, strict=True) if len(rows) < count
         ]
-        if short:
+        if short and side != "unlabelled":
             raise ConfigError(
                 f"{side} examples a class must be at most what is there, got {count}; {', '.join(short)}."
             )
         sides[side] = [
-            Example(text, label=package)
+            Example(text, label=package if side != "unlabelled" else None)
             for package, rows in zip(PACKAGES, taken, strict=True)
             for _, text in rows[:count]
         ]
         modules[side] = frozenset(module for rows in taken for module, _ in rows[:count])
-    return DocstringData(sides["train"], sides["test"], modules)
+    return DocstringData(**sides, modules=modules)
 
 
 def masked(docstring: str, own: str = "") -> str:

@@ -43,7 +43,7 @@ KEEPS = 0.98
 TEACHER = "teacher"
 _STEPS = 7
 _RELOADED_EXAMPLES = 200
-_RECOVERY = 1 / 5
+_RECOVERY_EPOCHS = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,16 @@ def run(
     model: str | Path | None = None,
     train: str | Path | None = None,
     test: str | Path | None = None,
+    unlabelled: str | Path | None = None,
     out: str | Path = "demo-output",
     cache: str | Path | None = None,
     threads: int | None = None,
     seed: int = 0,
     train_examples: int = 300,
     test_examples: int = 120,
+    unlabelled_examples: int = 700,
     teacher_epochs: float = 2.0,
-    epochs: float = 5.0,
+    epochs: float = 2.0,
     max_length: int = 48,
     latency: bool | Sequence[Shape] = True,
     console: Console | None = None,
@@ -92,14 +94,17 @@ def run(
             classes is the teacher as it is.
         train: file or hub data set to train with; None takes docstrings of installed packages, and so for `test`.
         test: file or hub data set (its split `test`) to measure on.
+        unlabelled: file or hub data set with more texts to distil with; labels in it are not looked at. Without it, the
+            student learns from the teacher and the labels of `train`; with it from the teacher alone, on both.
         out: folder for `report.html` and the best model (`model`).
         cache: folder where finished training stages are kept for the next run; None takes the user's cache folder.
         threads: intra-op threads of torch; None leaves them.
         seed: seeds data, training and the teacher's new head.
         train_examples: docstrings of each package to train with.
         test_examples: docstrings of each package to measure on.
+        unlabelled_examples: docstrings of each package, beyond those, to distil with; fewer where there are no more.
         teacher_epochs: passes over the data to fine-tune the teacher.
-        epochs: passes over the data to distil the small student; the pruned one, which lost less, gets a fifth.
+        epochs: passes over the data to distil the small student; the pruned one, which lost less, gets one of `train`.
         max_length: tokens a text is cut to, at least 2.
         latency: True, or the (rows, tokens) shapes to time; the first decides which model is the fastest.
         console: where to write; None takes the terminal.
@@ -111,31 +116,36 @@ def run(
     terminal = _Terminal(console or Console())
     out, cache = Path(out), Path(cache) if cache is not None else cache_folder()
     training: dict[str, Any] = {"max_length": max_length, "precision": "fp32"}
-    fine_tune = KnowledgeDistillation(alpha=0.0, epochs=teacher_epochs, **training)
-    training |= {"hidden": 1.0, "learning_rate": 2e-4}
-    distil = KnowledgeDistillation(epochs=epochs, **training)
-    recover = KnowledgeDistillation(epochs=epochs * _RECOVERY, **training)
+    fine_tune = KnowledgeDistillation(alpha=0.0, epochs=teacher_epochs, learning_rate=3e-4, **training)
+    training["hidden"] = 1.0
+    recover = KnowledgeDistillation(epochs=_RECOVERY_EPOCHS, learning_rate=2e-4, **training)
+    distil = KnowledgeDistillation(epochs=epochs, learning_rate=5e-4, batch_size=16, **training)
     _check_places(out, cache)
     source = Path(model) if model is not None else encoder_folder()
     reused = []
 
     with threads_set_to(threads):
         with terminal.step("Data" if train else "Data: docstrings, and which package each comes from"):
-            examples, tests = _data(train, test, train_examples, test_examples, seed)
+            examples, tests, texts = _data(
+                train, test, unlabelled, (train_examples, test_examples, unlabelled_examples), seed
+            )
             names = class_names(examples, tests)
             terminal.say(
-                f"{len(examples)} to train, {len(tests)} to test, {len(names)} classes: {escape(_listed(names))}"
+                f"{len(examples)} to train, {len(tests)} to test, {len(texts)} more without labels, "
+                f"{len(names)} classes: {escape(_listed(names))}"
             )
             task = TextClassification(tests, max_length=max_length)
             base, tokenizer, ready = load_classifier(model if model is not None else source, names, seed=seed)
 
-        def trained(name: str, start: PreTrainedModel, steps: Sequence[Compressor]) -> Result:
+        def trained(
+            name: str, start: PreTrainedModel, steps: Sequence[Compressor], data: Sequence[Example] = examples
+        ) -> Result:
             before = set(cache.iterdir()) if cache.is_dir() else set()
             keep = cache if any(isinstance(step, KnowledgeDistillation) for step in steps) else None
             # Most of a small encoder's weights are word embeddings, and most words never occur in so little data.
             start.get_input_embeddings().requires_grad_(False)
             result = compress(
-                start, list(steps), data=examples, tokenizer=tokenizer, seed=seed, resume_dir=keep, progress=progress
+                start, list(steps), data=data, tokenizer=tokenizer, seed=seed, resume_dir=keep, progress=progress
             )
             # Stages are named by a hash of all that they depend on: that none is new means that every one was found.
             if keep is not None and set(cache.iterdir()) == before:
@@ -148,10 +158,11 @@ def run(
         ):
             teacher = base if ready else trained(TEACHER, base, [fine_tune]).model
         models: dict[str, Any] = {TEACHER: teacher}
-        for name, steps in _chains(teacher, recover, distil).items():
+        distil = distil.model_copy(update={"student": _student(teacher), "alpha": 1.0 if texts else 0.5})
+        for name, (steps, data) in _chains(teacher, recover, distil, examples, [*examples, *texts]).items():
             with terminal.step(f"{name}: {' -> '.join(type(step).__name__ for step in steps)}"):
                 try:
-                    models[name] = trained(name, teacher, steps)
+                    models[name] = trained(name, teacher, steps, data)
                 except (NothingToCompressError, UnsupportedModelError) as error:
                     terminal.say(f"[yellow]left out:[/] {escape(str(error))}")
         with terminal.step("Compare"):
@@ -166,6 +177,8 @@ def run(
                 terminal.say(
                     f"[yellow]no compressed model keeps {KEEPS:.0%} of the teacher's accuracy; none is saved[/]"
                 )
+                if (out / "model").exists():
+                    terminal.say(f"[yellow]{out / 'model'} is of an earlier run[/]")
             else:
                 folder = models[best].save_pretrained(out / "model")
                 seen = tests[:: max(len(tests) // _RELOADED_EXAMPLES, 1)]
@@ -191,37 +204,61 @@ def cache_folder() -> Path:
 
 
 def _chains(
-    teacher: PreTrainedModel, recover: KnowledgeDistillation, distil: KnowledgeDistillation
-) -> Mapping[str, Sequence[Compressor]]:
-    layers = min((len(stack) for stack in find_stacks(teacher)), default=1)
-    kept = max(layers // 3, 1)
-    student = distil.model_copy(update={"student": f"layers:{kept}"})
+    teacher: PreTrainedModel,
+    recover: KnowledgeDistillation,
+    distil: KnowledgeDistillation,
+    few: Sequence[Example],
+    many: Sequence[Example],
+) -> Mapping[str, tuple[Sequence[Compressor], Sequence[Example]]]:
+    """Return each compressed version's steps and the data it is trained on."""
+    half = StructuredPruning(ffn=0.5)
+    kept, of = len(_kept_blocks(teacher)), _blocks(teacher)
     return {
-        "int8": [DynamicQuantization()],
-        "half FFN": [StructuredPruning(ffn=0.5), recover],
-        f"half FFN, {kept} of {layers} layers, int8": [StructuredPruning(ffn=0.5), student, DynamicQuantization()],
+        "int8": ([DynamicQuantization()], few),
+        "half FFN": ([half, recover], few),
+        f"half FFN, {kept} of {of} layers, int8": ([half, distil, DynamicQuantization()], many),
     }
 
 
+def _blocks(teacher: PreTrainedModel) -> int:
+    return min((len(stack) for stack in find_stacks(teacher)), default=1)
+
+
+def _kept_blocks(teacher: PreTrainedModel) -> Sequence[int]:
+    """Every third block, from the first on: each does the work of three."""
+    return range(0, _blocks(teacher), 3)
+
+
+def _student(teacher: PreTrainedModel) -> str:
+    return f"layers:{','.join(map(str, _kept_blocks(teacher)))},"
+
+
 def _data(
-    train: str | Path | None, test: str | Path | None, train_examples: int, test_examples: int, seed: int
-) -> tuple[list[Example], list[Example]]:
-    if train is None and test is None:
-        found = docstring_data(train=train_examples, test=test_examples, seed=seed)
-        return found.train, found.test
+    train: str | Path | None,
+    test: str | Path | None,
+    unlabelled: str | Path | None,
+    counts: tuple[int, int, int],
+    seed: int,
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Return examples to train with, to test on, and texts without labels."""
+    if train is None and test is None and unlabelled is None:
+        found = docstring_data(train=counts[0], test=counts[1], unlabelled=counts[2], seed=seed)
+        return found.train, found.test, found.unlabelled
     if train is None or test is None:
         raise MissingInputError(f"--{'train' if train is None else 'test'} is missing; pass both --train and --test.")
-    return _load(train, "train"), _load(test, "test")
+    texts = _load(unlabelled, "unlabelled") if unlabelled is not None else []
+    return _load(train, "train"), _load(test, "test"), [Example(text.text, text.pair) for text in texts]
 
 
-def _load(source: str | Path, split: str) -> list[Example]:
+def _load(source: str | Path, side: str) -> list[Example]:
+    split = "train" if side == "unlabelled" else side
     try:
-        return load_examples(source, split=split, name=f"--{split}")
+        return load_examples(source, split=split, name=f"--{side}")
     except CompressionError:
         raise
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise MissingInputError(f"--{split} {source} is no file and cannot be read from the hub: {lines[0]}") from error
+        raise MissingInputError(f"--{side} {source} is no file and cannot be read from the hub: {lines[0]}") from error
 
 
 def _check_places(out: Path, cache: Path) -> None:
