@@ -13,19 +13,12 @@ from .checkpoint import METADATA_FILE, read_metadata
 from .claims import check_non_inferior, check_smaller, check_speedup, chosen
 from .data import find_tokenizer
 from .errors import CheckpointError, ConfigError, MissingInputError, did_you_mean
-from .evaluation.evaluate import (
-    Evaluation,
-    Shape,
-    as_tasks,
-    is_folder,
-    latency_grid,
-    load_model,
-    measure_size,
-)
+from .evaluation.cost import Shape, measure_costs, plan_costs
+from .evaluation.evaluate import Evaluation, as_tasks, load_model
 from .evaluation.fidelity import Fidelity
-from .evaluation.latency import Latency, Speedup, measure_latencies, speedup
+from .evaluation.generation_latency import GenerationSpeedup, generation_speedup
+from .evaluation.latency import Speedup, speedup
 from .evaluation.machine import Machine, machine
-from .evaluation.memory import measure_memory
 from .evaluation.scoring import Scored, score_models
 from .evaluation.statistics import Flips, PairedTest, flips
 from .evaluation.tasks import Task, TaskScore
@@ -53,6 +46,9 @@ class Change(BaseModel, frozen=True, extra="forbid"):
     smaller_in_memory: float
     fewer_weights: float = Field(description="ratio of the weights that are not zero")
     faster: tuple[Speedup, ...] = Field(description="one entry a shape at which latency was measured")
+    generation: tuple[GenerationSpeedup, ...] = Field(
+        default=(), description="one entry a (prompt, new) pair at which generation was measured"
+    )
 
 
 class Entry(BaseModel, frozen=True, extra="forbid"):
@@ -233,7 +229,9 @@ def compare(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 32,
     latency: bool | Sequence[Shape] = True,
+    generation: bool | Sequence[Shape] | None = None,
     memory: bool = False,
+    threads: int | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure several models on the same examples and the same machine, and compare each with the base.
@@ -249,13 +247,16 @@ def compare(
         batch_size: examples a batch, at most.
         latency: whether to time the forward pass, or the (rows, tokens) shapes at which to; the first is
             the headline's.
+        generation: whether to time generation, or the (prompt, new) tokens at which to; None does so where latency is
+            measured and all models generate.
         memory: whether to measure peak memory, each model in a fresh process (some seconds each).
+        threads: intra-op threads of torch while models are timed; None leaves them.
         progress: whether bars are shown.
 
     Raises:
         MissingInputError: there is no model, no data, or no tokenizer.
         ConfigError: `base` is no name in `models`, or a setting is out of range.
-        UnsupportedModelError: a model's head does not fit a task.
+        UnsupportedModelError: a model's head does not fit a task, or it cannot generate.
 
     Example:
         >>> import llmcompress as lc
@@ -280,18 +281,11 @@ def compare(
             one.check(model)
             find_tokenizer(model, own[name] or one.tokenizer, who=type(one).__name__)
 
-    shapes = latency_grid(latency, loaded)
+    plan = plan_costs(loaded, latency=latency, generation=generation, memory=memory, threads=threads)
     scored = [score_models(one, loaded, own, batch_size=batch_size, progress=progress) for one in tasks]
-    timed = [measure_latencies(loaded, batch_size=rows, tokens=length, progress=progress) for rows, length in shapes]
+    costs = measure_costs(loaded, sources, plan, progress=progress)
     evaluations = {
-        name: Evaluation(
-            model=type(model).__name__,
-            scores=tuple(found.scores[name] for found in scored),
-            size=measure_size(model, sources[name]),
-            latency=tuple(at_shape[name] for at_shape in timed),
-            memory=measure_memory(sources[name] if is_folder(sources[name]) else model) if memory else None,
-            machine=machine(),
-        )
+        name: Evaluation.of(model, [found.scores[name] for found in scored], costs[name])
         for name, model in loaded.items()
     }
     return Comparison(
@@ -355,7 +349,6 @@ def _own_tokenizer(source: Any) -> PreTrainedTokenizerBase | None:
 
 
 def _change(base: Evaluation, candidate: Evaluation, name: str, scored: Sequence[Scored]) -> Change:
-    shapes: list[tuple[Latency, Latency]] = list(zip(base.latency, candidate.latency, strict=True))
     return Change(
         tests=tuple(found.tests[name] for found in scored),
         flips=tuple(_flips(ours, theirs) for ours, theirs in zip(base.scores, candidate.scores, strict=True)),
@@ -363,7 +356,11 @@ def _change(base: Evaluation, candidate: Evaluation, name: str, scored: Sequence
         smaller_on_disk=base.size.disk_bytes / candidate.size.disk_bytes,
         smaller_in_memory=base.size.memory_bytes / candidate.size.memory_bytes,
         fewer_weights=base.size.nonzero / max(candidate.size.nonzero, 1),
-        faster=tuple(speedup(ours, theirs) for ours, theirs in shapes),
+        faster=tuple(speedup(ours, theirs) for ours, theirs in zip(base.latency, candidate.latency, strict=True)),
+        generation=tuple(
+            generation_speedup(ours, theirs)
+            for ours, theirs in zip(base.generation, candidate.generation, strict=True)
+        ),
     )
 
 

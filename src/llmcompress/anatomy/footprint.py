@@ -77,6 +77,20 @@ def disk_bytes(model: nn.Module) -> int:
     return 8 + (length + 7) // 8 * 8 + offset
 
 
+def sparse_bytes(model: nn.Module) -> int:
+    """Return the bytes of a file that leaves zeros out: for each weight one bit, and the value where it is not zero.
+
+    Theoretical: no file is written so and no kernel reads it. A tensor that would grow by it counts as it is, as do
+    packed ones, whose zeros cannot be told apart.
+    """
+    saved = 0
+    for tensor, logical in _weights(model):
+        if tensor.numel() == logical and tensor.device.type != "meta":
+            zeros = tensor.numel() - int(torch.count_nonzero(tensor))
+            saved += max(0, zeros * tensor.element_size() - (tensor.numel() + 7) // 8)
+    return disk_bytes(model) - saved
+
+
 _SAFETENSORS_NAME = {
     torch.float64: "F64",
     torch.float32: "F32",

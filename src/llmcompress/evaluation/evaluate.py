@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from ..anatomy.footprint import footprint
-from ..data import find_tokenizer, longest_input
+from ..data import find_tokenizer
 from ..errors import CheckpointError, ConfigError, MissingInputError
-from .latency import Latency, measure_latencies
+from .cost import Cost, Shape, measure_costs, plan_costs
+from .flops import Flops
+from .generation_latency import GenerationLatency
+from .latency import Latency
 from .machine import Machine, machine
-from .memory import Memory, measure_memory
+from .memory import Memory
+from .scoring import score_models
+from .size import Size
 from .table import Table
 from .tasks.task import Task, TaskScore
 from .units import bytes_text, count_text, milliseconds_text, score_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Shape = tuple[int, int]
-"""Rows and tokens of a batch."""
-
-LATENCY_GRID: tuple[Shape, ...] = ((1, 128), (8, 128))
-"""Where latency is measured if nothing else is asked for: a single text, and a batch."""
-
-
-class Size(BaseModel, frozen=True, extra="forbid"):
-    """How big the model is; tied weights counted once."""
-
-    parameters: int = Field(description="weights, whatever their encoding")
-    nonzero: int = Field(description="weights that are not zero")
-    memory_bytes: int = Field(description="bytes of all tensors in memory")
-    disk_bytes: int = Field(description="bytes of the safetensors files")
-    from_files: bool = Field(description="whether disk_bytes was read off the folder, or predicted from the tensors")
 
 
 class Evaluation(BaseModel, frozen=True, extra="forbid"):
@@ -44,9 +32,29 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
     model: str = Field(description="name of the model's class")
     scores: tuple[TaskScore, ...] = Field(description="one score a task")
     size: Size
+    flops: Flops | None = Field(default=None, description="of one forward pass at the first shape of `latency`")
     latency: tuple[Latency, ...] = Field(default=(), description="one entry a shape")
+    generation: tuple[GenerationLatency, ...] = Field(default=(), description="one entry a (prompt, new) pair")
+    quantization: str | None = Field(default=None, description="`quant_method` of the model's config, if it has one")
     memory: Memory | None = Field(default=None, description="peaks in a fresh process, if asked for")
     machine: Machine
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, scores: Sequence[TaskScore], cost: Cost) -> Evaluation:
+        """Put together what was measured of `model`."""
+        quantization = getattr(model.config, "quantization_config", None) or {}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return cls(
+            model=type(model).__name__,
+            scores=tuple(scores),
+            size=cost.size,
+            flops=cost.flops,
+            latency=cost.latency,
+            generation=cost.generation,
+            quantization=getattr(method, "value", method),
+            memory=cost.memory,
+            machine=machine(),
+        )
 
     @property
     def score(self) -> TaskScore:
@@ -65,19 +73,7 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
                 if interval:
                     text += f" [{', '.join(score_text(end, fraction=fraction) for end in interval)}]"
                 rows.append((f"{name} ({score.task})" if len(self.scores) > 1 else name, text))
-        rows.append(("size on disk", bytes_text(self.size.disk_bytes)))
-        rows.append(("size in memory", bytes_text(self.size.memory_bytes)))
-        rows.append(("parameters", count_text(self.size.parameters)))
-        rows.append(("parameters, non-zero", count_text(self.size.nonzero)))
-        for found in self.latency:
-            spread = f"{milliseconds_text(found.median_ms)} (p90 {milliseconds_text(found.p90_ms)})"
-            rows.append((f"latency {found.batch_size}x{found.tokens}", spread))
-            rows.append(
-                (f"throughput {found.batch_size}x{found.tokens}", f"{count_text(found.tokens_per_second)} tokens/s")
-            )
-        if self.memory:
-            rows.append(("peak memory, load", bytes_text(self.memory.load_peak_bytes)))
-            rows.append(("peak memory, inference", bytes_text(self.memory.inference_peak_bytes)))
+        rows += _cost_rows(self)
         notes = [warning for score in self.scores for warning in score.warnings]
         return Table(("measured", "value"), rows, title=self.model, notes=[*notes, str(self.machine)])
 
@@ -107,7 +103,9 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 32,
     latency: bool | Sequence[Shape] = True,
+    generation: bool | Sequence[Shape] | None = None,
     memory: bool = False,
+    threads: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measure the quality, size and speed of a model.
@@ -118,12 +116,15 @@ def evaluate(
         tokenizer: the model's; if None the task's is taken, else the one in the model's folder.
         batch_size: examples a batch, at most.
         latency: whether to time the forward pass, or the (rows, tokens) shapes at which to.
+        generation: whether to time generation, or the (prompt, new) tokens at which to; None does so where latency is
+            measured and the model generates.
         memory: whether to measure the peak memory in a fresh process (some seconds).
+        threads: intra-op threads of torch while the model is timed; None leaves them.
         progress: whether bars are shown.
 
     Raises:
         MissingInputError: no tokenizer was passed or found, or the data is empty.
-        UnsupportedModelError: the model's head does not fit a task.
+        UnsupportedModelError: the model's head does not fit a task, or it cannot generate.
         ConfigError: a label or a setting is out of range.
         CompressionError: the model returns NaN.
 
@@ -139,20 +140,13 @@ def evaluate(
     loaded = load_model(model, tasks[0])
     for one in tasks:
         one.check(loaded)
-    shapes = latency_grid(latency, {"model": loaded})
-    scores = score_tasks(loaded, tasks, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
-    latencies = []
-    for rows, tokens in shapes:
-        timed = measure_latencies({"model": loaded}, batch_size=rows, tokens=tokens, progress=progress)
-        latencies.append(timed["model"])
-    return Evaluation(
-        model=type(loaded).__name__,
-        scores=scores,
-        size=measure_size(loaded, model),
-        latency=tuple(latencies),
-        memory=measure_memory(model if is_folder(model) else loaded) if memory else None,
-        machine=machine(),
-    )
+        find_tokenizer(loaded, tokenizer or one.tokenizer, who=type(one).__name__)
+    models = {"model": loaded}
+    plan = plan_costs(models, latency=latency, generation=generation, memory=memory, threads=threads)
+    tokenizers = {"model": tokenizer}
+    scored = [score_models(one, models, tokenizers, batch_size=batch_size, progress=progress) for one in tasks]
+    costs = measure_costs(models, {"model": model}, plan, progress=progress)
+    return Evaluation.of(loaded, [found.scores["model"] for found in scored], costs["model"])
 
 
 def as_tasks(task: Task | Sequence[Task]) -> tuple[Task, ...]:
@@ -192,52 +186,34 @@ def load_model(source: PreTrainedModel | str | Path, task: Task) -> PreTrainedMo
         raise CheckpointError(f"{task.auto_class} cannot load {str(source)!r}: {error}") from error
 
 
-def score_tasks(
-    model: PreTrainedModel,
-    tasks: Sequence[Task],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    batch_size: int,
-    progress: bool,
-) -> tuple[TaskScore, ...]:
-    """Score `model` on each task; every tokenizer is found before the first task runs."""
-    pairs = [(one, find_tokenizer(model, tokenizer or one.tokenizer, who=type(one).__name__)) for one in tasks]
-    return tuple(one.evaluate(model, its_own, batch_size=batch_size, progress=progress) for one, its_own in pairs)
-
-
-def measure_size(model: PreTrainedModel, source: object = None) -> Size:
-    """Measure how big `model` is; `source` is the folder it was loaded from, if it was."""
-    found = footprint(model)
-    files = list(Path(source).glob("*.safetensors")) if isinstance(source, (str, Path)) else []
-    return Size(
-        parameters=found.parameters,
-        nonzero=found.nonzero,
-        memory_bytes=found.memory_bytes,
-        disk_bytes=sum(file.stat().st_size for file in files) if files else found.disk_bytes,
-        from_files=bool(files),
-    )
-
-
-def latency_grid(asked: bool | Sequence[Shape], models: Mapping[str, PreTrainedModel]) -> tuple[Shape, ...]:
-    """Return the shapes to time; those of the default are cut to what the models can take.
-
-    Raises:
-        ConfigError: a shape is not a pair of positive integers, or longer than a model can take.
-    """
-    if asked is False:
-        return ()
-    limits = [limit for model in models.values() if (limit := longest_input(model)) is not None]
-    if asked is True:
-        return tuple(dict.fromkeys((rows, min([tokens, *limits])) for rows, tokens in LATENCY_GRID))
-    shapes = tuple(tuple(shape) for shape in asked)
-    for shape in shapes:
-        if len(shape) != 2 or not all(isinstance(number, int) and number > 0 for number in shape):
-            raise ConfigError(f"latency must be True, False, or (rows, tokens) pairs such as (1, 128), got {shape!r}.")
-        if shape[1] > min(limits, default=shape[1]):
-            raise ConfigError(f"latency must be at most {min(limits)} tokens for these models, got {shape!r}.")
-    return tuple((shape[0], shape[1]) for shape in shapes)
-
-
-def is_folder(source: object) -> bool:
-    """Whether `source` names a local model folder."""
-    return isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file()
+def _cost_rows(found: Evaluation) -> list[tuple[str, str]]:
+    size, memory = found.size, found.memory
+    rows = [
+        ("size on disk", bytes_text(size.disk_bytes)),
+        ("size in memory", bytes_text(size.memory_bytes)),
+        ("parameters", count_text(size.parameters)),
+        ("parameters, non-zero", count_text(size.nonzero)),
+    ]
+    if size.sparse_bytes is not None:
+        rows.append(("size without zeros (theoretical, not realised)", bytes_text(size.sparse_bytes)))
+    if found.flops:
+        counted = count_text(found.flops.count) if found.flops.count is not None else found.flops.reason
+        rows.append((f"operations {found.flops.batch_size}x{found.flops.tokens}", counted))
+    for one in found.latency:
+        at = f"{one.batch_size}x{one.tokens}"
+        rows.append((f"latency {at}", f"{milliseconds_text(one.median_ms)} (p90 {milliseconds_text(one.p90_ms)})"))
+        rows.append((f"throughput {at}", f"{count_text(one.tokens_per_second)} tokens/s"))
+        if one.energy:
+            rows.append((f"energy {at}", f"{one.energy.joules:.3g} J a pass ({', '.join(one.energy.counters)})"))
+    for told in found.generation:
+        at = f"{told.batch_size}x({told.prompt_tokens}+{told.new_tokens})"
+        first, token = milliseconds_text(told.first_token_ms), milliseconds_text(told.token_ms)
+        rows.append((f"first token {at}", f"{first} (p90 {milliseconds_text(told.first_token_p90_ms)})"))
+        rows.append((f"further token {at}", f"{token} (p90 {milliseconds_text(told.token_p90_ms)})"))
+        rows.append((f"generation {at}", f"{count_text(told.tokens_per_second)} tokens/s"))
+    if memory:
+        rows.append(("peak memory, load", bytes_text(memory.load_peak_bytes)))
+        rows.append(("peak memory, inference", bytes_text(memory.inference_peak_bytes)))
+        if memory.cuda_peak_bytes is not None:
+            rows.append(("peak memory, CUDA", bytes_text(memory.cuda_peak_bytes)))
+    return rows

@@ -5,28 +5,31 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
-from tqdm.auto import tqdm
 
 from ..anatomy.probe import probe_inputs
 from ..data import longest_input
 from ..errors import ConfigError, MissingInputError
+from .energy import Energy, find_counters, measure_energy
 from .inference import evaluating, threads_set_to
-from .statistics import median_interval
 from .tasks.task import check_positive
+from .turns import Ratio, ratio_of, take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A turn first lets the model find its weights in the caches that another model has just used, then is timed. A pass
-# that takes longer than this does not notice: then one pass makes the turn.
+QUICK_MS = 50.0
+"""Where a pass is so quick, a turn first lets the model find its weights in the caches that others have just used."""
+
 _PASSES_A_TURN = 3
-_QUICK_MS = 50.0
-_FEWEST_ROUNDS = 5
+# Energy is measured for so long at most, a model.
+_ENERGY_SECONDS = 1.0
 
 
 class Latency(BaseModel, frozen=True, extra="forbid"):
@@ -42,19 +45,18 @@ class Latency(BaseModel, frozen=True, extra="forbid"):
     repeats: int = Field(description="timed passes")
     warmup: int = Field(description="passes before them")
     threads: int = Field(description="intra-op threads of torch")
+    interop_threads: int | None = Field(default=None, description="inter-op threads of torch; None if not recorded")
     dtype: str = Field(description="dtype of most floating-point weights; what a quantized layer computes in")
     device: str
     turns_ms: tuple[float, ...] = Field(description="median of each turn, in order; two turns make a round")
+    energy: Energy | None = Field(default=None, description="of a pass; None where no counter can be read")
 
 
-class Speedup(BaseModel, frozen=True, extra="forbid"):
-    """How many times faster than the base, from turns taken in the order base, candidate, candidate, base."""
+class Speedup(Ratio, frozen=True, extra="forbid"):
+    """How many times faster than the base the forward pass is."""
 
     batch_size: int
     tokens: int
-    ratio: float = Field(description="time of the base over time of the candidate, the median over all rounds")
-    low: float = Field(description="lower end of its 95 % interval")
-    high: float = Field(description="upper end of its 95 % interval")
 
 
 def measure_latency(
@@ -73,7 +75,7 @@ def measure_latency(
         batch_size: rows a batch, at least 1.
         tokens: tokens a row, at most what the model can take.
         warmup: passes before the first timed one.
-        seconds: how long to measure, at least five rounds whatever it says.
+        seconds: how long to measure, at least six rounds whatever it says.
         threads: intra-op threads of torch while it measures; None leaves them.
 
     Raises:
@@ -101,10 +103,11 @@ def measure_latencies(
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Latency]:
-    """Time several models in turns: a round goes through them in order and back again (ABBA).
+    """Time several models in turns: a round goes through them in a drawn order and back again (ABBA or BAAB).
 
     A clock that slows down, or a neighbour that wakes up, so hits all of them alike, and `speedup` compares turns of
-    the same round. Arguments as `measure_latency`; `seconds` is for each model.
+    the same round. Where the hardware counts energy, up to another second a model goes into that. Arguments as
+    `measure_latency`; `seconds` is for each model.
 
     Raises:
         MissingInputError: there is no model.
@@ -123,38 +126,33 @@ def measure_latencies(
     inputs = {name: forward_inputs(model, batch_size, tokens) for name, model in models.items()}
     passes: dict[str, list[float]] = {name: [] for name in models}
     turns: dict[str, list[float]] = {name: [] for name in models}
-    quick: dict[str, bool] = {}
+    counters = {name: find_counters(model.device) for name, model in models.items()}
 
-    def take_turn(name: str) -> None:
-        with evaluating(models[name]):
-            if quick[name]:
+    with ExitStack() as stack:
+        in_force = stack.enter_context(threads_set_to(threads))
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        first = [_timed_pass(model, inputs[name]) for name, model in models.items() for _ in range(warmup)]
+        # Slow passes notice no caches: one makes the turn. The rule is one for all of them, since a median of three
+        # passes and a single one are not alike.
+        quick = not first or min(first) < QUICK_MS
+
+        def take_turn(name: str) -> None:
+            if quick:
                 _timed_pass(models[name], inputs[name])
-            times = [_timed_pass(models[name], inputs[name]) for _ in range(_PASSES_A_TURN if quick[name] else 1)]
-        passes[name] += times
-        turns[name].append(statistics.median(times))
+            times = [_timed_pass(models[name], inputs[name]) for _ in range(_PASSES_A_TURN if quick else 1)]
+            passes[name] += times
+            turns[name].append(statistics.median(times))
 
-    budget = seconds * len(models)
-    title = f"latency {batch_size}x{tokens}"
-    with (
-        threads_set_to(threads) as in_force,
-        tqdm(
-            total=1.0, desc=title, disable=not progress, leave=False, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
-        ) as bar,
-    ):
-        for name, model in models.items():
-            with evaluating(model):
-                first = [_timed_pass(model, inputs[name]) for _ in range(warmup)]
-            quick[name] = not first or min(first) < _QUICK_MS
-        begin, rounds = time.perf_counter(), 0
-        while rounds < _FEWEST_ROUNDS or time.perf_counter() - begin < budget:
-            for name in (*models, *reversed(list(models))):
-                take_turn(name)
-            rounds += 1
-            spent = (time.perf_counter() - begin) / budget if budget else 1.0
-            bar.update(min(spent, rounds / _FEWEST_ROUNDS, 1.0) - bar.n)
+        title = f"latency {batch_size}x{tokens}"
+        take_turns(take_turn, list(models), seconds=seconds, title=title, progress=progress)
+        energy = {}
+        if seconds:
+            runs = {name: partial(_timed_pass, model, inputs[name]) for name, model in models.items()}
+            energy = measure_energy(runs, counters, seconds=min(seconds, _ENERGY_SECONDS))
 
     return {
-        name: _summary(passes[name], turns[name], model, batch_size, tokens, warmup, in_force)
+        name: _summary(passes[name], turns[name], model, batch_size, tokens, warmup, in_force, energy.get(name))
         for name, model in models.items()
     }
 
@@ -179,11 +177,8 @@ def speedup(base: Latency, candidate: Latency) -> Speedup:
             f"base and candidate must be timed together, got (batch, tokens, turns) {ours} and {theirs}; "
             "pass both to measure_latencies."
         )
-    # A round is two turns of each model; their sum cancels a drift that is linear in time.
-    times = (np.asarray(one.turns_ms).reshape(-1, 2).sum(1) for one in (base, candidate))
-    ratios = np.divide(*times).tolist()
-    low, high = median_interval(ratios)
-    return Speedup(batch_size=base.batch_size, tokens=base.tokens, ratio=statistics.median(ratios), low=low, high=high)
+    found = ratio_of(base.turns_ms, candidate.turns_ms)
+    return Speedup(batch_size=base.batch_size, tokens=base.tokens, **found.model_dump())
 
 
 def forward_inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -200,14 +195,15 @@ def forward_inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict
 
 def _timed_pass(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
     """Run one forward pass and return its milliseconds."""
-    _synchronize(model.device)
+    synchronize(model.device)
     begin = time.perf_counter()
     model(**inputs)
-    _synchronize(model.device)
+    synchronize(model.device)
     return (time.perf_counter() - begin) * 1000
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was asked for; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -222,6 +218,7 @@ def _summary(
     tokens: int,
     warmup: int,
     threads: int,
+    energy: Energy | None,
 ) -> Latency:
     p90, p99 = np.percentile(passes, [90, 99])
     median = statistics.median(passes)
@@ -236,7 +233,9 @@ def _summary(
         repeats=len(passes),
         warmup=warmup,
         threads=threads,
+        interop_threads=torch.get_num_interop_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         turns_ms=tuple(turns),
+        energy=energy,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,19 @@ _FLAGS_THAT_MATTER = frozenset(
 )
 
 
+# Of the environment: they set or bind threads, or narrow the instructions that kernels use.
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY",
+    "OMP_PROC_BIND",
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
 class Machine(BaseModel, frozen=True, extra="forbid"):
     """The hardware and the software under a measurement.
 
@@ -46,6 +59,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     python: str
     torch: str
     transformers: str
+    settings: dict[str, str] = Field(default={}, description="of torch and its environment, where they bear on speed")
 
     def __str__(self) -> str:
         flags = f" ({', '.join(self.cpu_flags)})" if self.cpu_flags else ""
@@ -56,9 +70,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         )
 
 
-@cache
 def machine() -> Machine:
-    """Describe the machine this process runs on."""
+    """Describe the machine this process runs on, with the settings now in force."""
     import transformers
 
     info = _cpuinfo()
@@ -74,7 +87,20 @@ def machine() -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
+        settings=_settings(),
     )
+
+
+def _settings() -> dict[str, str]:
+    found = {
+        "intra-op threads": str(torch.get_num_threads()),
+        "inter-op threads": str(torch.get_num_interop_threads()),
+        "kernels built for": torch.backends.cpu.get_cpu_capability(),
+        "oneDNN": "on" if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "off",
+        "int8 engine": torch.backends.quantized.engine,
+        "float32 products": torch.get_float32_matmul_precision(),
+    }
+    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _cpuinfo() -> dict[str, str]:

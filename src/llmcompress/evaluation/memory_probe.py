@@ -35,7 +35,7 @@ def probe(folder: Path, batch_size: int, tokens: int, device: str) -> Memory:
         baseline_bytes=baseline,
         load_peak_bytes=load_peak,
         inference_peak_bytes=_peak_bytes(),
-        cuda_peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+        cuda_peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
         batch_size=batch_size,
         tokens=tokens,
     )
