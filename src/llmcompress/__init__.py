@@ -33,6 +33,7 @@ _HOME = {
     ),
     "evaluation.evaluate": ("Evaluation", "evaluate"),
     "evaluation.tasks": (
+        "CustomTask",
         "LMEvalTask",
         "LanguageModeling",
         "MaskedLanguageModeling",
@@ -40,6 +41,7 @@ _HOME = {
         "QuestionAnswering",
         "Task",
         "TextClassification",
+        "TextGeneration",
         "TokenClassification",
     ),
     "pipeline": ("Pipeline", "compress"),

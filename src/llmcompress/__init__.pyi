@@ -49,6 +49,9 @@ from .errors import (
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.tasks import (
+    CustomTask as CustomTask,
+)
+from .evaluation.tasks import (
     LanguageModeling as LanguageModeling,
 )
 from .evaluation.tasks import (
@@ -68,6 +71,9 @@ from .evaluation.tasks import (
 )
 from .evaluation.tasks import (
     TextClassification as TextClassification,
+)
+from .evaluation.tasks import (
+    TextGeneration as TextGeneration,
 )
 from .evaluation.tasks import (
     TokenClassification as TokenClassification,

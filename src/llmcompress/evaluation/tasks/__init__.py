@@ -1,5 +1,6 @@
 """What a model is asked to do, each task one file, registered by name in `llmcompress.tasks`."""
 
+from .custom import CustomTask
 from .forward import Batch, ForwardTask, Run
 from .language_modeling import LanguageModeling
 from .lm_eval_task import LMEvalTask
@@ -8,10 +9,12 @@ from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .task import ExampleResult, MetricKind, Task, TaskScore
 from .text_classification import TextClassification
+from .text_generation import TextGeneration
 from .token_classification import TokenClassification
 
 __all__ = [
     "Batch",
+    "CustomTask",
     "ExampleResult",
     "ForwardTask",
     "LMEvalTask",
@@ -24,5 +27,6 @@ __all__ = [
     "Task",
     "TaskScore",
     "TextClassification",
+    "TextGeneration",
     "TokenClassification",
 ]

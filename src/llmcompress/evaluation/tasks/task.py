@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, astuple, dataclass
+from dataclasses import KW_ONLY, astuple, dataclass, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -156,7 +156,8 @@ class Task(ABC):
         """The first 16 hex digits of the SHA-256 of all examples, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
-            digest.update(json.dumps(astuple(example), ensure_ascii=False, default=str).encode())
+            plain = astuple(example) if is_dataclass(example) and not isinstance(example, type) else example
+            digest.update(json.dumps(plain, ensure_ascii=False, default=str).encode())
         return digest.hexdigest()[:16]
 
     def shown(self, index: int) -> str:
