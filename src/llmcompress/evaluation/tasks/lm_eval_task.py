@@ -31,7 +31,7 @@ _AVERAGE = "average"
 _SHOWN_CHARACTERS = 400
 
 
-@tasks.register("lm_eval_task")
+@tasks.register("lm_eval")
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LMEvalTask(Task):
     """Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), run by lm-eval itself.
@@ -45,7 +45,7 @@ class LMEvalTask(Task):
     lm-eval computes (BLEU of a corpus, the numbers of a group) is told in the protocol.
 
     Attributes:
-        data: names of tasks or groups, or one name.
+        data: names of tasks or groups: a list, or one text with commas between them.
         num_fewshot: solved examples before each question; None leaves it to each task.
         limit: so many examples a task, from the first on, or a share of them below 1; None takes all.
         include_path: folder of your own tasks as lm-eval's YAML files, searched first; if it has all tasks of `data`,
@@ -78,12 +78,12 @@ class LMEvalTask(Task):
     @cached_property
     def examples(self) -> Sequence[str]:
         """The names of the tasks: lm-eval reads their examples when it runs them."""
-        names = [self.data] if isinstance(self.data, str) else self.data
+        names = self.data.split(",") if isinstance(self.data, str) else self.data
         if names is None or (isinstance(names, Sequence) and not names):
             raise MissingInputError("LMEvalTask.data is empty; name at least one task, for instance ['arc_easy'].")
         if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"LMEvalTask.data must be a list of lm-eval's names of tasks, got {names!r:.80}.")
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(name.strip() for name in names))
 
     @cached_property
     def data_hash(self) -> str:
@@ -101,29 +101,9 @@ class LMEvalTask(Task):
         """Score `model` by lm-eval; see `Task.evaluate`. lm-eval shows how it builds its prompts in any case."""
         check_positive("batch_size", batch_size)
         self.check(model)
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-
-        try:
-            loaded = self._index.load(list(self.examples))
-        except OSError as error:
-            raise MissingInputError(
-                f"LMEvalTask: the data of {', '.join(self.examples)} can be neither found nor downloaded "
-                f"({type(error).__name__}: {error}); give tasks with data of your own by include_path."
-            ) from error
-        # lm-eval would set a padding token in the caller's tokenizer, tie weights anew, and seed the caller's numbers.
+        # lm-eval seeds the caller's random numbers, sets a padding token in the tokenizer, and ties weights anew.
         with _random_numbers_kept(), evaluating(model), _without_tying(model):
-            runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-            for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-                setattr(runner, request, partial(getattr(runner, request), disable_tqdm=not progress))
-            found = lm_eval.simple_evaluate(
-                model=runner,
-                tasks=list(loaded["groups"].values()) + _alone(loaded),
-                num_fewshot=self.num_fewshot,
-                limit=self.limit,
-                bootstrap_iters=0,
-                task_manager=self._index,
-            )
+            found = self._run(model, copy.deepcopy(tokenizer), batch_size, progress)
         return self._read(model, found, batch_size)
 
     def metrics(self, results: Sequence[ExampleResult]) -> Metrics:
@@ -165,6 +145,34 @@ class LMEvalTask(Task):
                     "your own by include_path."
                 )
         return indices[0]
+
+    def _run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: bool
+    ) -> dict[str, Any]:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        try:
+            loaded = self._index.load(list(self.examples))
+        except OSError as error:
+            raise MissingInputError(
+                f"LMEvalTask: the data of {', '.join(self.examples)} can be neither found nor downloaded "
+                f"({type(error).__name__}: {error}); give tasks with data of your own by include_path."
+            ) from error
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(runner, request, partial(getattr(runner, request), disable_tqdm=not progress))
+        grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+        alone = [task for name, task in loaded["tasks"].items() if name not in grouped]
+        found: dict[str, Any] = lm_eval.simple_evaluate(
+            model=runner,
+            tasks=[*loaded["groups"].values(), *alone],
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            bootstrap_iters=0,
+            task_manager=self._index,
+        )
+        return found
 
     def _read(self, model: PreTrainedModel, found: Mapping[str, Any], batch_size: int) -> TaskScore:
         """Turn what lm-eval returns into a score."""
@@ -228,12 +236,6 @@ def _index_of(include_path: str | None, defaults: bool) -> Any:
             "LMEvalTask needs lm-eval, which is not installed; run `pip install llmcompress[eval]`."
         ) from error
     return TaskManager(include_path=include_path, include_defaults=defaults)
-
-
-def _alone(loaded: Mapping[str, Any]) -> list[Any]:
-    """Return the loaded tasks that belong to no loaded group."""
-    grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    return [task for name, task in loaded["tasks"].items() if name not in grouped]
 
 
 def _named(key: str, prefix: str) -> str:

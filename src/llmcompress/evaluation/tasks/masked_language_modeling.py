@@ -197,11 +197,12 @@ class _Unmasking(Run):
         logits = outputs.logits[batch.scored.to(outputs.logits.device)].float()
         asked = [self._texts[index]["input_ids"][place] for index, place in (self._copies[row] for row in batch.rows)]
         nll = -logits.log_softmax(-1)[range(len(asked)), asked]
+        if not nll.isfinite().all():
+            bad = (self._copies[row] for row, good in zip(batch.rows, nll.isfinite().tolist(), strict=True) if not good)
+            index, place = min(bad)
+            raise not_finite(self.model, f"example {index} of the data, token {place}")
         for row, value in zip(batch.rows, nll.tolist(), strict=True):
-            index, place = self._copies[row]
-            if not math.isfinite(value):
-                raise not_finite(self.model, f"example {index} of the data, token {place}")
-            self._nll[index].append(value)
+            self._nll[self._copies[row][0]].append(value)
 
     def score(self) -> TaskScore:
         results = [
