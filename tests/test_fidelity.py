@@ -1,4 +1,4 @@
-"""Fidelity to the base: equal to a computation on full logits, streamed and absent where models are asked differently."""
+"""Fidelity to the base: equal to a computation on full logits, streamed, absent where models are asked differently."""
 
 from __future__ import annotations
 
