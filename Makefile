@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test check bench schema docs clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,9 @@ check: install
 bench: install
 	$(RUN) benchmarks/int8_bert.py
 	$(RUN) benchmarks/sst2_chain.py
+
+schema: install
+	$(RUN) -m llmcompress.report.schema > docs/comparison.schema.json
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

@@ -293,18 +293,6 @@ class TestInterrupted:
         assert not [path for path in stages if path.name.startswith(".")]
         assert all(json.loads((path / "llmcompress.json").read_text())["record"] for path in stages)
 
-    def test_while_the_report_is_written(self, monkeypatch, tmp_path):
-        class Broken:
-            def save(self, path):
-                Path(path).write_text("<html")
-                raise KeyboardInterrupt
-
-        (tmp_path / "report.html").write_text("earlier")
-        with pytest.raises(KeyboardInterrupt):
-            job._save_report(Broken(), tmp_path)
-        assert self.left(tmp_path) == ["report.html"]
-        assert (tmp_path / "report.html").read_text() == "earlier"
-
 
 def test_help_and_version(capsys):
     for argument, expected in (("--version", "llmcompress"), ("--help", "demo")):

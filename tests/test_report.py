@@ -2,126 +2,27 @@
 
 from __future__ import annotations
 
-import random
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import jsonschema
 import pytest
+from rich.console import Console
 
-from llmcompress.comparison import Change, Comparison, Entry
+from comparisons import NASTY, comparison, of_scores
+from llmcompress.comparison import Comparison
 from llmcompress.errors import ConfigError
-from llmcompress.evaluation.evaluate import Evaluation, Size
-from llmcompress.evaluation.latency import Latency, Speedup
-from llmcompress.evaluation.machine import Machine
-from llmcompress.evaluation.statistics import flips, paired_proportions, wilson
 from llmcompress.evaluation.tasks import ExampleResult, MetricKind, TaskScore
-from llmcompress.report.findings import headline, notes, size_text, speed_text
-from llmcompress.report.plots import Point, pareto_front, scatter
+from llmcompress.report import schema
 
-NASTY = '<script>alert("1")</script> | *x* $y$'
-CLASSES = ("argparse", "asyncio", "collections", "email", "numpy", "torch", "transformers", "unittest")
-MACHINE = Machine(
-    cpu="Test CPU",
-    cpu_flags=("avx2", "avx512_vnni"),
-    physical_cores=2,
-    logical_cores=2,
-    memory_bytes=8 * 2**30,
-    gpu=None,
-    system="Linux x86_64",
-    python="3.11",
-    torch="2.13",
-    transformers="5.23",
-)
-
-
-def latency(median: float, batch_size: int = 1) -> Latency:
-    return Latency(
-        batch_size=batch_size,
-        tokens=128,
-        median_ms=median,
-        mean_ms=median * 1.02,
-        p90_ms=median * 1.1,
-        p99_ms=median * 1.3,
-        tokens_per_second=batch_size * 128 / median * 1000,
-        repeats=120,
-        warmup=3,
-        threads=2,
-        dtype="float32",
-        device="cpu",
-        turns_ms=(median,) * 10,
-    )
-
-
-def score(accuracy: float, *, examples: int = 1200, seed: int = 0) -> TaskScore:
-    chance = random.Random(seed)
-    results = []
-    for index in range(examples):
-        label = index % len(CLASSES)
-        hit = chance.random() < accuracy
-        prediction = label if hit else (label + 1) % len(CLASSES)
-        results.append(
-            ExampleResult(values={"accuracy": float(hit)}, label=label, prediction=prediction, confidence=0.9)
-        )
-    hits = sum(result.values["accuracy"] for result in results)
-    return TaskScore(
-        task="text_classification",
-        metrics={"accuracy": hits / examples},
-        primary="accuracy",
-        kinds={"accuracy": MetricKind()},
-        intervals={"accuracy": wilson(int(hits), examples)},
-        classes=CLASSES,
-        examples=tuple(results),
-        protocol={"examples": examples, "batch_size": 32},
-    )
-
-
-def entry(
-    name: str, accuracy: float, megabytes: float, milliseconds: float, nonzero: float, base: Entry | None, seed: int = 0
-) -> Entry:
-    evaluation = Evaluation(
-        model="BertForSequenceClassification",
-        scores=(score(accuracy, seed=seed),),
-        size=Size(
-            parameters=22_700_000,
-            nonzero=int(nonzero * 1e6),
-            memory_bytes=int(megabytes * 1.01e6),
-            disk_bytes=int(megabytes * 1e6),
-            from_files=True,
-        ),
-        latency=(latency(milliseconds), latency(milliseconds * 6.5, batch_size=8)),
-        machine=MACHINE,
-    )
-    if base is None:
-        return Entry(name=name, evaluation=evaluation, change=None)
-    ours, theirs = base.evaluation, evaluation
-    right = [found.score.right for found in (ours, theirs)]
-    same = [a.prediction == b.prediction for a, b in zip(ours.score.examples, theirs.score.examples, strict=True)]
-    ratios = [a.median_ms / b.median_ms for a, b in zip(ours.latency, theirs.latency, strict=True)]
-    change = Change(
-        tests=((paired_proportions("accuracy", right[0], right[1]),),),
-        flips=(flips(right[0], right[1], same),),
-        fidelity=(None,),
-        smaller_on_disk=ours.size.disk_bytes / theirs.size.disk_bytes,
-        smaller_in_memory=ours.size.memory_bytes / theirs.size.memory_bytes,
-        fewer_weights=ours.size.nonzero / theirs.size.nonzero,
-        faster=tuple(
-            Speedup(batch_size=batch, tokens=128, ratio=ratio, low=ratio * 0.97, high=ratio * 1.03)
-            for batch, ratio in zip((1, 8), ratios, strict=True)
-        ),
-    )
-    return Entry(name=name, evaluation=evaluation, change=change)
-
-
-def comparison(nasty: str = NASTY) -> Comparison:
-    base = entry("teacher", 0.93, 90.9, 48.0, 22.7, None)
-    entries = (
-        base,
-        entry("int8", 0.928, 23.1, 19.5, 22.7, base, seed=1),
-        entry(nasty, 0.916, 8.2, 9.1, 7.9, base, seed=2),
-        entry("bnb-nf4", 0.92, 51.0, 118.0, 22.7, base, seed=3),
-        entry("magnitude 50 %", 0.86, 90.9, 48.2, 11.4, base, seed=4),
-    )
-    return Comparison(created="2026-11-24T01:00:00+00:00", entries=entries, machine=MACHINE)
+PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "comparison.schema.json"
 
 
 class Page(HTMLParser):
@@ -131,13 +32,13 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.handlers: list[str] = []
         self.shown: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [
-            value or "" for name, value in attrs if name in {"src", "href", "xlink:href"} or name[:2] == "on"
-        ]
+        self.links += [value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "action"}]
+        self.handlers += [name for name, _ in attrs if name.startswith("on") or name == "style"]
 
     def handle_data(self, data: str) -> None:
         self.shown.append(data)
@@ -148,101 +49,191 @@ def page() -> str:
     return comparison().to_html()
 
 
-def test_html_runs_and_fetches_nothing_and_shows_a_nasty_name_as_it_is(page: str) -> None:
-    parsed = Page()
-    parsed.feed(page)
-    assert "script" not in parsed.tags
-    assert all(link.startswith("#") for link in parsed.links)
-    assert not re.search(r"url\((?!#)", page)
-    assert "@import" not in page
-    text = "".join(parsed.shown)
-    assert text.count(NASTY) >= 6  # card, tables, plots
+class TestPage:
+    def test_runs_its_own_script_and_fetches_nothing(self, page: str) -> None:
+        parsed = Page()
+        parsed.feed(page)
+        assert parsed.tags.count("script") == 1
+        assert parsed.links == parsed.handlers == []
+        assert "url(" not in page
+        assert "@import" not in page
+
+    def test_policy_allows_this_script_and_style_and_nothing_else(self, page: str) -> None:
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+        for tag in ("script", "style"):
+            content = re.search(f"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL).group(1)
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert policy.startswith("default-src 'none';")
+        assert "unsafe" not in policy
+
+    def test_a_nasty_name_text_and_label_is_shown_as_it_is(self, page: str) -> None:
+        parsed = Page()
+        parsed.feed(page)
+        text = "".join(parsed.shown)
+        assert re.search(rf"text \d+ {re.escape(NASTY)}", text)  # an example that was answered otherwise
+        assert text.count(NASTY) >= 25  # card, tables, plots, classes, examples
+        assert page.count("<script") == 1
+
+    def test_has_every_model_in_both_plots(self, page: str) -> None:
+        drawings = re.findall(r"<svg[^>]*role=.*?</svg>", page, flags=re.DOTALL)
+        assert len(drawings) == 2
+        for drawing in drawings:
+            for name in ("teacher", "int8", "bnb-nf4", "magnitude 50 %"):
+                assert f">{name}</text>" in drawing
+
+    def test_collapse_is_an_alarm(self) -> None:
+        found = comparison()
+        entry = found["magnitude 50 %"]
+        one = entry.change.fidelity[0].model_copy(update={"collapse": "collapse: one answer is given to 90%"})
+        change = entry.change.model_copy(update={"fidelity": (one,)})
+        collapsed = entry.model_copy(update={"change": change})
+        alarmed = found.model_copy(update={"entries": (*found.entries[:-1], collapsed)})
+        assert '<p class="alarm"><b>Collapsed:</b> one answer is given to 90%</p>' in alarmed.to_html()
+        assert "magnitude 50 %: COLLAPSED: same size" in str(alarmed)
+        assert "alarm" not in re.sub(r"<style>.*?</style>", "", found.to_html(), flags=re.DOTALL)
+
+    def test_one_model_alone_has_a_page(self) -> None:
+        found = comparison()
+        alone = found.model_copy(update={"entries": found.entries[:1]})
+        assert "Side by side" in alone.to_html()
+        assert "Answers that changed" not in alone.to_html()
 
 
-def test_html_has_every_model_in_both_plots_with_ids_of_their_own(page: str) -> None:
-    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 2
-    for drawing in drawings:
-        for name in ("teacher", "int8", "bnb-nf4", "magnitude 50 %"):
-            assert f">{name}</text>" in drawing
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
-    assert not re.search(r"#0102\d\d", page)  # matplotlib's stand-in colours are all replaced
+class TestDocument:
+    def test_json_is_the_whole_comparison(self, tmp_path) -> None:
+        found = comparison()
+        assert Comparison.from_json(found.to_json()) == found
+        assert Comparison.from_json(found.save(tmp_path / "deep" / "report.json").read_text()) == found
+
+    def test_saved_json_renders_to_the_same_page(self, page: str) -> None:
+        assert Comparison.from_json(comparison().to_json()).to_html() == page
+
+    def test_saved_json_fits_the_schema(self) -> None:
+        found = json.loads(comparison().to_json())
+        checker = jsonschema.Draft202012Validator(Comparison.json_schema())
+        checker.validate(found)
+        found["entries"][1]["change"]["smaller_on_disk"] = "much"
+        assert [list(error.path)[:4] for error in checker.iter_errors(found)] == [["entries", 1, "change"]]
+
+    def test_published_schema_is_this_one(self) -> None:
+        assert json.loads(PUBLISHED.read_text()) == schema.json_schema(), (
+            "docs/comparison.schema.json is out of date; write it anew with: make schema"
+        )
+
+    def test_numbers_that_json_has_not_come_back(self) -> None:
+        score = TaskScore(
+            task="toy",
+            metrics={"pearson": math.nan, "perplexity": math.inf},
+            kinds={"pearson": MetricKind(scale="difference"), "perplexity": MetricKind(scale="ratio")},
+            primary="perplexity",
+            protocol={},
+        )
+        found = of_scores(score, score)
+        text = found.to_json()
+        jsonschema.Draft202012Validator(Comparison.json_schema()).validate(json.loads(text))
+        back = Comparison.from_json(text).base.evaluation.score.metrics
+        assert math.isnan(back["pearson"])
+        assert back["perplexity"] == math.inf
+        assert "perplexity" in found.to_html()
 
 
-def test_json_is_the_whole_comparison(tmp_path) -> None:
-    found = comparison()
-    assert Comparison.from_json(found.to_json()) == found
-    assert Comparison.from_json(found.save(tmp_path / "deep" / "report.json").read_text()) == found
+class TestText:
+    def test_markdown_escapes_names_and_keeps_its_columns(self, tmp_path) -> None:
+        text = comparison().save(tmp_path / "report.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(rows) == 2 + 5
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(re.findall(r"(?<!\\)\|", rows[0]))}
+        assert "<script>" not in text
+        assert "- int8: 3.9x smaller, 2.5x faster, accuracy" in text
+
+    def test_terminal_shows_brackets_and_tags_as_text(self) -> None:
+        text = str(comparison("[bold]x[/bold]"))
+        assert text.count("[bold]x[/bold]") >= 2
+        assert "teacher" in text
+
+    def test_rich_fits_the_console_and_reads_no_markup(self) -> None:
+        out = io.StringIO()
+        Console(file=out, width=100, force_terminal=True, color_system="standard").print(comparison("[bold]x[/bold]"))
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+        assert "[bold]x[/bold]" in plain
+        assert max(map(len, plain.splitlines())) <= 100
+        assert "\x1b[" in out.getvalue()
+
+    def test_notebook_table_is_escaped(self) -> None:
+        found = comparison()._repr_html_()
+        assert "<script>" not in found
+        assert "&lt;script&gt;" in found
 
 
-def test_markdown_escapes_names_and_keeps_its_columns(tmp_path) -> None:
-    text = comparison().save(tmp_path / "report.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 5
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(re.findall(r"(?<!\\)\|", rows[0]))}
-    assert "<script>" not in text
-    assert "- int8: 3.9x smaller, 2.5x faster, accuracy" in text
+class TestFrame:
+    def test_csv_has_the_numbers_as_they_are(self, tmp_path) -> None:
+        found = comparison()
+        rows = list(csv.DictReader(io.StringIO(found.save(tmp_path / "report.csv").read_text())))
+        assert [row["name"] for row in rows] == [entry.name for entry in found.entries]
+        test = found["int8"].change.tests[0][0]
+        assert float(rows[1]["accuracy"]) == found["int8"].evaluation.score.value
+        assert float(rows[1]["accuracy_change_low"]) == test.low
+        assert float(rows[1]["accuracy_p_holm"]) == test.p_holm
+        assert float(rows[1]["speedup_8x128"]) == found["int8"].change.faster[1].ratio
+        assert rows[0]["accuracy_change"] == rows[0]["right_to_wrong"] == ""
+
+    def test_dataframe_is_the_csv(self) -> None:
+        frame = comparison().to_dataframe()
+        assert list(frame["is_base"]) == [True, False, False, False, False]
+        assert frame["latency_ms_1x128"].tolist() == [48.0, 19.5, 9.1, 118.0, 48.2]
+        header = comparison().to_csv().splitlines()[0]
+        assert list(frame.columns) == next(csv.reader([header]))
+
+    def test_two_tasks_of_one_name_are_numbered(self) -> None:
+        found = comparison()
+        entries = []
+        for entry in found.entries:
+            scores = (entry.evaluation.score, entry.evaluation.score.model_copy(update={"metrics": {"accuracy": 0.5}}))
+            change = entry.change and entry.change.model_copy(
+                update={name: getattr(entry.change, name) * 2 for name in ("tests", "flips", "fidelity")}
+            )
+            evaluation = entry.evaluation.model_copy(update={"scores": scores})
+            entries.append(entry.model_copy(update={"evaluation": evaluation, "change": change}))
+        twice = found.model_copy(update={"entries": tuple(entries), "inputs": found.inputs * 2})
+        frame = twice.to_dataframe()
+        assert frame["text_classification_2/accuracy"].tolist() == [0.5] * 5
+        assert frame["text_classification_1/accuracy"][0] == found.base.evaluation.score.value
+        assert twice.to_html().count("Quality: text classification") == 2
 
 
-def test_terminal_shows_brackets_and_tags_as_text() -> None:
-    text = str(comparison("[bold]x[/bold]"))
-    assert text.count("[bold]x[/bold]") >= 2
-    assert "teacher" in text
+class TestSave:
+    def test_other_endings_are_refused_and_leave_no_file(self, tmp_path) -> None:
+        with pytest.raises(ConfigError, match=r"\.html, \.md, \.json, \.csv"):
+            comparison().save(tmp_path / "report.pdf")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_interrupted_write_leaves_the_earlier_report(self, tmp_path, monkeypatch) -> None:
+        (tmp_path / "report.md").write_text("earlier")
+        write = Path.write_text
+
+        def half(self: Path, text: str, **options: str) -> int:
+            write(self, text[: len(text) // 2], **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            comparison().save(tmp_path / "report.md")
+        assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+        assert (tmp_path / "report.md").read_text() == "earlier"
 
 
-def test_notebook_table_is_escaped() -> None:
-    found = comparison()._repr_html_()
-    assert "<script>" not in found
-    assert "&lt;script&gt;" in found
+def test_generated_texts_stand_side_by_side_with_the_differing_words_marked() -> None:
+    def score(*texts: str) -> TaskScore:
+        results = [ExampleResult(values={"rouge": 0.5}, label="the <b>cat</b> sat", prediction=text) for text in texts]
+        kinds = {"rouge": MetricKind()}
+        return TaskScore(
+            task="toy", metrics={"rouge": 0.5}, kinds=kinds, primary="rouge", examples=tuple(results), protocol={}
+        )
 
-
-def test_save_refuses_other_endings_and_leaves_no_file(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"\.html, \.md, \.json"):
-        comparison().save(tmp_path / "report.pdf")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_headline_and_notes_say_slower_and_say_what_zeros_do_not_save() -> None:
-    found = comparison()
-    said = headline(found, found["bnb-nf4"])
-    assert said.startswith("1.8x smaller, 2.5x slower, accuracy -")
-    told = "\n".join(notes(found))
-    assert "bnb-nf4 is slower than teacher on this CPU: 0.41x at 1x128 tokens" in told
-    assert "magnitude 50 % has 50% zeros" in told
-    assert "magnitude 50 % is no faster than teacher" in told
-    assert "int8 is no faster" not in told
-    assert "more than chance" in next(line for line in told.splitlines() if line.startswith("magnitude 50 %: accuracy"))
-
-
-@pytest.mark.parametrize(
-    ("ratio", "size", "speed"),
-    [
-        (1.0, "same size", "same speed"),
-        (1.04, "same size", "same speed"),
-        (0.5, "2.0x larger", "2.0x slower"),
-        (12.4, "12x smaller", "12x faster"),
-    ],
-)
-def test_ratios_in_words(ratio: float, size: str, speed: str) -> None:
-    assert (size_text(ratio), speed_text(ratio)) == (size, speed)
-
-
-def test_pareto_front_of_hand_cases() -> None:
-    points = [Point("a", 4, 0.9), Point("b", 1, 0.8), Point("c", 2, 0.8), Point("d", 2, 0.85), Point("e", 5, 0.9)]
-    assert [point.name for point in pareto_front(points, higher_is_better=True)] == ["b", "d", "a"]
-    assert [point.name for point in pareto_front(points, higher_is_better=False)] == ["b"]
-
-
-def test_plot_does_not_read_a_name_as_mathematics_or_markup() -> None:
-    points = [Point(r"$\frac{1}{$ <b>", 2.0, 0.5), Point("z", 1.0, 0.4)]
-    svg = scatter(
-        points,
-        cost="size",
-        quality="accuracy",
-        higher_is_better=True,
-        cost_text=str,
-        quality_text=str,
-        prefix="p",
-    )
-    assert r"$\frac{1}{$ &lt;b&gt;" in svg
+    found = of_scores(score("a <i>red</i> cat", "same"), score("a <script>x</script> cat", "same"), texts=("in", "put"))
+    page = found.to_html()
+    assert "a <mark>&lt;i&gt;red&lt;/i&gt; </mark>cat" in page
+    assert "a <mark>&lt;script&gt;x&lt;/script&gt; </mark>cat" in page
+    assert "the &lt;b&gt;cat&lt;/b&gt; sat" in page
+    assert "1 of 2 answers differ" in page

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +28,7 @@ from .evaluation.tasks import Task, TaskScore
 from .result import Report
 
 if TYPE_CHECKING:
+    import pandas
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN_CHARACTERS = 400
@@ -63,7 +67,7 @@ class Entry(BaseModel, frozen=True, extra="forbid"):
 class Comparison(BaseModel, frozen=True, extra="forbid"):
     """Several models on one task, with every number's protocol: the one document that all renderings are made from.
 
-    `print(comparison)` is a table, as is a notebook cell; `to_markdown`, `to_json` and `save` write it.
+    `print(comparison)` is a table, as is a notebook cell; `to_markdown`, `to_json`, `to_csv` and `save` write it.
     """
 
     format_version: Literal[1] = 1
@@ -157,12 +161,21 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
         return found[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain dicts and lists."""
-        return self.model_dump(mode="json")
+        """Return it as plain dicts and lists: what `to_json` writes."""
+        from .report.schema import document
+
+        return document(self)
 
     def to_json(self) -> str:
         """Return it as JSON, every example included; `from_json` reads it back."""
-        return self.model_dump_json(indent=1)
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """Return the JSON schema of what `to_json` writes; it is published as `docs/comparison.schema.json`."""
+        from .report.schema import json_schema
+
+        return json_schema()
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
@@ -184,36 +197,63 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
         return to_markdown(self)
 
+    def to_csv(self) -> str:
+        """Return all numbers as CSV, one row a model; the columns are those of `to_dataframe`."""
+        from .report.frame import to_csv
+
+        return to_csv(self)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return all numbers as a data frame, one row a model: metrics, changes, p-values, sizes, times, ratios.
+
+        Raises:
+            MissingInputError: pandas is not installed.
+        """
+        from .report.frame import to_dataframe
+
+        return to_dataframe(self)
+
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page.
 
         Raises:
-            MissingInputError: jinja2 or matplotlib is not installed (`pip install llmcompress[report]`).
+            MissingInputError: jinja2 is not installed (`pip install llmcompress[report]`).
         """
         from .report.html import to_html
 
         return to_html(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write the report; the ending of `path` says which: `.html`, `.md` or `.json`.
+        """Write the report; the ending of `path` says which: `.html`, `.md`, `.json` or `.csv`.
+
+        The file is there in whole or as it was before, whatever happens meanwhile.
 
         Raises:
             ConfigError: another ending.
         """
         path = Path(path)
-        writers = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}
+        writers = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json, ".csv": self.to_csv}
         if path.suffix.lower() not in writers:
             raise ConfigError(f"save() must have a path ending in {', '.join(writers)}, got {path.name!r}.")
-        # Rendered before the file is opened: a failure leaves an older report as it was.
         text = writers[path.suffix.lower()]()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        draft = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
         return path
 
     def __str__(self) -> str:
         from .report.text import to_terminal
 
         return to_terminal(self)
+
+    def __rich__(self) -> Any:
+        from .report.text import to_rich
+
+        return to_rich(self)
 
     def _repr_html_(self) -> str:
         from .report.text import to_notebook
@@ -358,8 +398,7 @@ def _change(base: Evaluation, candidate: Evaluation, name: str, scored: Sequence
         fewer_weights=base.size.nonzero / max(candidate.size.nonzero, 1),
         faster=tuple(speedup(ours, theirs) for ours, theirs in zip(base.latency, candidate.latency, strict=True)),
         generation=tuple(
-            generation_speedup(ours, theirs)
-            for ours, theirs in zip(base.generation, candidate.generation, strict=True)
+            generation_speedup(ours, theirs) for ours, theirs in zip(base.generation, candidate.generation, strict=True)
         ),
     )
 

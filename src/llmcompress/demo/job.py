@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +166,7 @@ def run(
                     terminal.say(f"[yellow]left out:[/] {escape(str(error))}")
         with terminal.step("Compare"):
             comparison = compare(models, task, base=TEACHER, tokenizer=tokenizer, latency=latency, progress=progress)
-            report = _save_report(comparison, out)
+            report = comparison.save(out / "report.html")
         terminal.show(str(comparison))
 
         with terminal.step("Save the best and read it back in a fresh process"):
@@ -273,19 +272,8 @@ def _check_places(out: Path, cache: Path) -> None:
     model = out / "model"
     if model.exists() and not (model / METADATA_FILE).is_file():
         raise ConfigError(f"{model} holds something that no demo wrote; move it away or choose another --out.")
-    missing = [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]
-    if missing:
-        raise MissingInputError(f"the report needs {' and '.join(missing)}; pip install 'llmcompress[report]'.")
-
-
-def _save_report(comparison: Comparison, out: Path) -> Path:
-    report = out / "report.html"
-    draft = report.with_name(f".{uuid.uuid4().hex}.html")
-    try:
-        os.replace(comparison.save(draft), report)
-    finally:
-        draft.unlink(missing_ok=True)
-    return report
+    if find_spec("jinja2") is None:
+        raise MissingInputError("the report needs jinja2, which is not installed; pip install 'llmcompress[report]'.")
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:

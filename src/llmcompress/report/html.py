@@ -1,32 +1,42 @@
-"""A comparison as one HTML page: no network, no script, every text escaped, light and dark."""
+"""A comparison as one HTML page: nothing is fetched, every text escaped, light and dark."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from ..errors import MissingInputError
-from ..evaluation.units import (
-    bytes_text,
-    change_text,
-    count_text,
-    milliseconds_text,
-    percent_text,
-    ratio_text,
-    score_text,
+from ..evaluation.units import bytes_text, change_text, count_text, percent_text, ratio_text, score_text
+from .classes import Matrix, commonest_confusions, confusions, recalls
+from .cost import cost_sheets
+from .examples import Differences, differences
+from .findings import (
+    change_words,
+    collapses,
+    gain,
+    headline,
+    interval_text,
+    metric_name,
+    notes,
+    primary_test,
+    size_text,
+    speed_text,
+    verdict,
 )
-from .findings import SIGNIFICANT, headline, notes, size_text, speed_text
 from .plots import Point, scatter
-from .text import protocol_lines, summary
+from .quality import fidelity, flip_counts, other_tests, primary_tests
+from .sheets import Sheet, summary
+from .text import protocol_lines
+from .waterfall import waterfalls
 
 if TYPE_CHECKING:
     from ..comparison import Comparison, Entry
-    from ..evaluation.tasks import TaskScore
 
-_TEMPLATE = "report.html.j2"
+_TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
 # A table of recalls with more rows is folded away: the page is read from the top.
 _MOST_OPEN_CLASSES = 12
 
@@ -37,33 +47,39 @@ class Figure:
 
     value: str
     words: str
+    small: tuple[str, ...]
     good: bool | None
 
 
 @dataclass(frozen=True)
 class Card:
-    """A candidate in one glance."""
+    """A candidate in one glance; `collapses` are the signs that it no longer answers at all."""
 
     name: str
     headline: str
     figures: tuple[Figure, ...]
+    collapses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class ClassRow:
-    """Recall of one class under each model; `changes` in points, None for the base."""
+class TaskSection:
+    """All that one task says: tests, flips, fidelity, classes, and examples that were answered otherwise."""
 
     name: str
-    examples: int
-    recalls: tuple[str, ...]
-    changes: tuple[float | None, ...]
+    sheets: tuple[Sheet, ...]
+    other_metrics: Sheet | None
+    recalls: Sheet | None
+    recalls_open: bool
+    matrices: tuple[Matrix, ...]
+    confused: Sheet | None
+    differences: tuple[Differences, ...]
 
 
 def to_html(comparison: Comparison) -> str:
     """Render `comparison` as one self-contained page.
 
     Raises:
-        MissingInputError: jinja2 or matplotlib is not installed.
+        MissingInputError: jinja2 is not installed.
     """
     try:
         import jinja2
@@ -76,149 +92,125 @@ def to_html(comparison: Comparison) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    template, style, script = (_part(name) for name in (_TEMPLATE, _STYLE, _SCRIPT))
     score = comparison.base.evaluation.score
-    return environment.from_string(source).render(
+    return environment.from_string(template).render(
         comparison=comparison,
         score=score,
-        examples=len(score.examples),
+        # The page's own style and script, and drawings whose texts were escaped as they were drawn: nothing else on
+        # the page is exempt from escaping, and the browser runs only what has these hashes.
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        plots=[(title, Markup(drawing)) for title, drawing in _plots(comparison)],
+        base_collapses=collapses(comparison.base),
         cards=[_card(comparison, entry) for entry in comparison.candidates],
         summary=summary(comparison),
-        # Matplotlib escaped the names in it; nothing else on the page is exempt from escaping.
-        plots=[Markup(plot) for plot in _plots(comparison)],
-        classes=_classes(comparison),
-        most_open_classes=_MOST_OPEN_CLASSES,
-        flips=[
-            (entry.name, entry.change.flips[0])
-            for entry in comparison.candidates
-            if entry.change and entry.change.flips[0]
-        ],
-        timing=_timing(comparison),
-        sizes=_sizes(comparison),
         notes=notes(comparison),
+        waterfalls=waterfalls(comparison),
+        sections=[_section(comparison, task) for task in range(len(comparison.base.evaluation.scores))],
+        costs=cost_sheets(comparison),
         protocol=protocol_lines(comparison),
         percent=percent_text,
     )
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _card(comparison: Comparison, entry: Entry) -> Card:
     assert entry.change is not None
     figures = [_ratio_figure(entry.change.smaller_on_disk, size_text)]
     if entry.change.faster:
-        figures.append(_ratio_figure(entry.change.faster[0].ratio, speed_text))
-    base, own = comparison.base.evaluation.scores, entry.evaluation.scores
-    for ours, theirs, flip in zip(base, own, entry.change.flips, strict=True):
-        text = change_text(theirs.value, ours.value, fraction=theirs.fraction)
-        gain = theirs.value - ours.value if theirs.higher_is_better else ours.value - theirs.value
-        value, words = (text.split()[0], f"points of {theirs.primary}") if theirs.fraction else (text, theirs.primary)
-        chance = flip is not None and flip.p_value >= SIGNIFICANT
-        figures.append(Figure(value, words, None if gain == 0 or chance else gain > 0))
-    return Card(entry.name, headline(comparison, entry), tuple(figures))
+        faster = entry.change.faster[0]
+        ends = (faster.low, faster.high) if faster.ratio >= 1 else (1 / faster.high, 1 / faster.low)
+        small = f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+        figures.append(_ratio_figure(faster.ratio, speed_text, (small,)))
+    figures += [_quality_figure(comparison, entry, task) for task in range(len(entry.evaluation.scores))]
+    return Card(entry.name, headline(comparison, entry), tuple(figures), tuple(collapses(entry)))
 
 
-def _ratio_figure(ratio: float, words: Callable[[float], str]) -> Figure:
+def _quality_figure(comparison: Comparison, entry: Entry, task: int) -> Figure:
+    test, metric = primary_test(entry, task), metric_name(comparison, task)
+    if test is None:
+        ours, theirs = comparison.base.evaluation.scores[task], entry.evaluation.scores[task]
+        return Figure(change_text(theirs.value, ours.value, fraction=theirs.fraction), metric, ("not paired",), None)
+    value = change_words(test).removesuffix(" points")
+    words = f"{metric}, points" if test.scale == "points" else metric
+    small = tuple(text for text in (interval_text(test), verdict(test)) if text)
+    return Figure(value, words, small, gain(entry, task))
+
+
+def _ratio_figure(ratio: float, words: Callable[[float], str], small: tuple[str, ...] = ()) -> Figure:
     text = words(ratio)
     number, _, word = text.partition(" ")
     if text.startswith("same"):
-        return Figure(ratio_text(1.0), text, None)
-    return Figure(number, word, ratio > 1)
+        return Figure(ratio_text(1.0), text, small, None)
+    return Figure(number, word, small, ratio > 1)
 
 
-def _plots(comparison: Comparison) -> list[str]:
-    score = comparison.base.evaluation.score
-    direction = "" if score.higher_is_better else ", lower is better"
-    draw = partial(
-        scatter,
-        quality=f"{score.primary}{direction}",
-        higher_is_better=score.higher_is_better,
-        quality_text=lambda value: f"{100 * value:.4g} %" if score.fraction else f"{value:.4g}",
+def _section(comparison: Comparison, task: int) -> TaskSection:
+    score = comparison.base.evaluation.scores[task]
+    sheets = (primary_tests(comparison, task), flip_counts(comparison, task), fidelity(comparison, task))
+    recall = recalls(comparison, task)
+    found = (differences(comparison, entry, task) for entry in comparison.candidates)
+    return TaskSection(
+        name=score.task.replace("_", " "),
+        sheets=tuple(sheet for sheet in sheets if sheet is not None),
+        other_metrics=other_tests(comparison, task),
+        recalls=recall,
+        recalls_open=recall is not None and len(recall.rows) <= _MOST_OPEN_CLASSES,
+        matrices=tuple(confusions(comparison, task)),
+        confused=commonest_confusions(comparison, task),
+        differences=tuple(one for one in found if one is not None),
     )
-    drawings = [
-        draw(
-            [_point(entry, entry.evaluation.size.disk_bytes) for entry in comparison.entries],
-            cost="size on disk",
-            cost_text=lambda value: bytes_text(value).replace(".0 ", " "),
-            prefix="size",
-        )
+
+
+def _plots(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return title and drawing of the quality against each cost that was measured."""
+    entries, base = comparison.entries, comparison.base.evaluation
+    costs: list[tuple[str, str, list[float], Callable[[float], str]]] = [
+        ("size", "size on disk", [one.evaluation.size.disk_bytes for one in entries], _tick_bytes)
     ]
-    if comparison.base.evaluation.latency:
-        first = comparison.base.evaluation.latency[0]
-        drawings.append(
-            draw(
-                [_point(entry, entry.evaluation.latency[0].median_ms) for entry in comparison.entries],
-                cost=f"latency of {first.batch_size}x{first.tokens} tokens",
-                cost_text=lambda value: f"{value:.3g} ms",
-                prefix="latency",
-            )
+    if base.latency:
+        shape = f"{base.latency[0].batch_size}x{base.latency[0].tokens}"
+        times = [one.evaluation.latency[0].median_ms for one in entries]
+        costs.append(("latency", f"latency of {shape} tokens", times, lambda value: f"{value:.3g} ms"))
+    peaks = [float(one.evaluation.memory.model_bytes) for one in entries if one.evaluation.memory]
+    if len(peaks) == len(entries):
+        costs.append(("memory", "peak memory beyond the libraries", peaks, _tick_bytes))
+    score = base.score
+    direction = "" if score.higher_is_better else ", lower is better"
+    drawings = []
+    for name, axis, values, text in costs:
+        drawing = scatter(
+            [_point(entry, value) for entry, value in zip(entries, values, strict=True)],
+            cost=axis,
+            quality=f"{score.primary}{direction}",
+            higher_is_better=score.higher_is_better,
+            cost_text=text,
+            quality_text=lambda value: f"{100 * value:.4g} %" if score.fraction else _plain(value),
         )
+        drawings.append((f"{score.primary} against {name}", drawing))
     return drawings
+
+
+def _tick_bytes(value: float) -> str:
+    return "0" if value == 0 else bytes_text(value).replace(".00 ", " ").replace(".0 ", " ")
+
+
+def _plain(value: float) -> str:
+    text = count_text(value) if abs(value) >= 1000 else score_text(value, fraction=False)
+    return text.replace(".00 ", " ").replace(".0 ", " ")
 
 
 def _point(entry: Entry, cost: float) -> Point:
     score = entry.evaluation.score
     low, high = score.intervals.get(score.primary, (None, None))
     return Point(entry.name, cost, score.value, low, high, base=entry.change is None)
-
-
-def _classes(comparison: Comparison) -> list[ClassRow]:
-    score = comparison.base.evaluation.score
-    if score.classes is None or not score.examples:
-        return []
-    rows = []
-    for index, name in enumerate(score.classes):
-        of_class = [_recall(entry.evaluation.score, index) for entry in comparison.entries]
-        if of_class[0] is None:
-            continue
-        recalls = [recall for recall in of_class if recall is not None]
-        rows.append(
-            ClassRow(
-                name=name,
-                examples=sum(example.label == index for example in score.examples),
-                recalls=tuple(score_text(recall, fraction=True) for recall in recalls),
-                changes=(None, *(100 * (recall - recalls[0]) for recall in recalls[1:])),
-            )
-        )
-    return rows
-
-
-def _recall(score: TaskScore, index: int) -> float | None:
-    hits = [example.prediction == index for example in score.examples if example.label == index]
-    return sum(hits) / len(hits) if hits else None
-
-
-def _timing(comparison: Comparison) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for entry in comparison.entries:
-        for number, found in enumerate(entry.evaluation.latency):
-            faster = entry.change.faster[number] if entry.change else None
-            interval = f"{faster.low:.2f}x to {faster.high:.2f}x" if faster else ""
-            rows.append(
-                (
-                    entry.name,
-                    f"{found.batch_size}x{found.tokens}",
-                    milliseconds_text(found.median_ms),
-                    milliseconds_text(found.p90_ms),
-                    milliseconds_text(found.p99_ms),
-                    count_text(found.tokens_per_second),
-                    ratio_text(faster.ratio) if faster else "",
-                    interval,
-                )
-            )
-    return rows
-
-
-def _sizes(comparison: Comparison) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for entry in comparison.entries:
-        size, memory = entry.evaluation.size, entry.evaluation.memory
-        row = [
-            entry.name,
-            count_text(size.parameters),
-            count_text(size.nonzero),
-            bytes_text(size.memory_bytes),
-            bytes_text(size.disk_bytes),
-        ]
-        if memory:
-            row += [bytes_text(memory.load_peak_bytes), bytes_text(memory.inference_peak_bytes)]
-        rows.append(tuple(row))
-    return rows

@@ -1,52 +1,22 @@
-"""Quality against cost, as an SVG that takes its colours from the page it stands in."""
+"""Quality against cost, as an SVG that takes its colours and its font from the page it stands in."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
-import textwrap
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
-from ..errors import MissingInputError
+from .labels import Box, Label, place
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Matplotlib draws with these; they are then replaced by the page's own colours, so that one drawing serves light and
-# dark. Each is a colour that nothing else uses.
-_INK, _FAINT, _ACCENT, _MUTED, _PAPER = "#010203", "#010204", "#010205", "#010206", "#010207"
-_PAGE_COLOURS = {
-    _INK: "var(--ink)",
-    _FAINT: "var(--line)",
-    _ACCENT: "var(--accent)",
-    _MUTED: "var(--muted)",
-    _PAPER: "var(--paper)",
-}
-_INCHES = (5.4, 3.5)
-_FONT_POINTS = 10.5
-# A cost axis begins at zero unless the models lie further apart than this: then it is logarithmic.
+# The drawing in its own units; the page scales it to the width it has.
+_WIDTH, _HEIGHT = 400.0, 300.0
+_LEFT, _TOP, _RIGHT, _BOTTOM = 58.0, 12.0, 390.0, 250.0
+_RADIUS = 4.5
+_TICKS = 5
+# An axis is linear unless the models lie further apart than this: then it is logarithmic.
 _LARGEST_LINEAR_RATIO = 25
-_LABEL_WIDTH = 24  # characters a line
-_DOT = 7  # pixels around the middle of a point that no label may cover
-# Where a label may stand beside its point, in points of print: the first free place is taken.
-_LABEL_PLACES = (
-    (9, 0, "left", "center"),
-    (-9, 0, "right", "center"),
-    (0, 9, "center", "bottom"),
-    (0, -9, "center", "top"),
-    (8, 9, "left", "bottom"),
-    (8, -9, "left", "top"),
-    (-8, 9, "right", "bottom"),
-    (-8, -9, "right", "top"),
-    (9, 20, "left", "bottom"),
-    (9, -20, "left", "top"),
-    (-9, 20, "right", "bottom"),
-    (-9, -20, "right", "top"),
-)
 
 
 @dataclass(frozen=True)
@@ -68,6 +38,34 @@ class Point:
     low: float | None = None
     high: float | None = None
     base: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to places along one side of the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def at(self, value: float) -> float:
+        """Return the place of `value`."""
+        low, high, value = (math.log(one) if self.log else one for one in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Return round values, about five."""
+        if not self.log:
+            step = _round_step((self.high - self.low) / _TICKS)
+            first = math.ceil(self.low / step - 1e-9)
+            return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        apart = max(1, math.ceil(len(decades) / _TICKS))
+        marks = (1, 2, 5) if len(decades) <= 2 else (1,)
+        found = [mark * 10.0**power for power in decades if power % apart == 0 for mark in marks]
+        return [value for value in found if self.low <= value <= self.high]
 
 
 def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
@@ -94,156 +92,137 @@ def scatter(
     higher_is_better: bool,
     cost_text: Callable[[float], str],
     quality_text: Callable[[float], str],
-    prefix: str,
 ) -> str:
     """Draw quality against cost, the front marked, each point labelled, and return the `<svg>` element.
+
+    Points whose quality or cost is no number are left out.
 
     Args:
         points: the models.
         cost: title of the horizontal axis.
-        quality: title of the plot: what the vertical axis shows.
-        higher_is_better: direction of the quality.
+        quality: what the vertical axis shows.
+        higher_is_better: direction of the quality; better is drawn further up.
         cost_text: writes a tick of the horizontal axis.
         quality_text: writes a tick of the vertical axis.
-        prefix: makes the ids of this drawing differ from those of others on the page.
-
-    Raises:
-        MissingInputError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-    except ImportError as error:
-        raise MissingInputError(
-            "the HTML report needs matplotlib, which is not installed; do pip install llmcompress[report]."
-        ) from error
-
-    # Text stays text: it takes the page's font, can be searched and copied, and a name is never read as mathematics.
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": _FONT_POINTS}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=_INCHES, layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots()
-        _draw_axes(axes, cost)
-        front = pareto_front(points, higher_is_better=higher_is_better)
-        axes.plot(
-            [point.cost for point in front],
-            [point.quality for point in front],
-            drawstyle="steps-post",
-            color=_ACCENT,
-            alpha=0.45,
-            linewidth=1.4,
-            zorder=1,
+    points = [point for point in points if math.isfinite(point.quality) and math.isfinite(point.cost)]
+    front = pareto_front(points, higher_is_better=higher_is_better)
+    across, up = _axes(points, higher_is_better)
+    parts = []
+    for value in up.ticks():
+        height = _number(up.at(value))
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{height}" y2="{height}"/>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 8}" y="{height}" dy="4" text-anchor="end">{_t(quality_text(value))}</text>'
         )
-        for point in points:
-            colour = _ACCENT if point in front else _MUTED
-            if point.low is not None and point.high is not None:
-                axes.plot([point.cost] * 2, [point.low, point.high], color=colour, alpha=0.35, linewidth=2.5, zorder=2)
-            # The base is a ring: what the others are measured against.
-            face = _PAPER if point.base else colour
-            axes.plot(point.cost, point.quality, "o", color=colour, markerfacecolor=face, markersize=8, zorder=3)
-        _scale(axes, points)
-        if axes.get_xscale() == "linear":
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost_text(value)))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: quality_text(value)))
-        if not higher_is_better:
-            axes.invert_yaxis()  # up is better in every plot
-        _label(figure, axes, points, front)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(out.getvalue(), prefix, f"{quality} against {cost}")
+    for value in across.ticks():
+        along = _number(across.at(value))
+        parts.append(
+            f'<text class="tick" x="{along}" y="{_BOTTOM + 19}" text-anchor="middle">{_t(cost_text(value))}</text>'
+        )
+    parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>')
+    parts.append(f'<text class="tick" x="{_RIGHT}" y="{_BOTTOM + 40}" text-anchor="end">{_t(cost)} →</text>')
+
+    places = [(across.at(point.cost), up.at(point.quality)) for point in points]
+    steps = _steps([(across.at(point.cost), up.at(point.quality)) for point in front])
+    bars = [_bar(point, middle, up) for point, middle in zip(points, places, strict=True)]
+    if len(steps) > 1:
+        parts.append(f'<polyline class="front" points="{" ".join(f"{_number(x)},{_number(y)}" for x, y in steps)}"/>')
+    labels = place(
+        [point.name for point in points],
+        places,
+        lines=[*(bar for bar in bars if bar is not None), *_segments(steps)],
+        frame=Box(_LEFT, 0, _WIDTH, _BOTTOM),
+        radius=_RADIUS + 1.5,
+    )
+    for point, (x, y), bar, label in zip(points, places, bars, labels, strict=True):
+        kind = " ".join(["point", "on" if point in front else "off", *(["base"] if point.base else [])])
+        ends = (
+            f'<line x1="{_number(x)}" x2="{_number(x)}" y1="{_number(bar.top)}" y2="{_number(bar.bottom)}"/>'
+            if bar
+            else ""
+        )
+        dot = f'<circle cx="{_number(x)}" cy="{_number(y)}" r="{_RADIUS}"/>'
+        told = _t(f"{point.name}: {quality_text(point.quality)}, {cost_text(point.cost)}")
+        parts.append(f'<g class="{kind}"><title>{told}</title>{ends}{dot}</g>{_name(label, (x, y))}')
+    title = _t(f"{quality} against {cost}")
+    box = f"0 0 {_WIDTH:.0f} {_HEIGHT:.0f}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
 
 
-def _draw_axes(axes: Axes, cost: str) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    axes.tick_params(colors=_MUTED, length=0, pad=6)
-    axes.tick_params(which="minor", length=0)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(cost, color=_MUTED, loc="right", parse_math=False)
-
-
-def _scale(axes: Axes, points: Sequence[Point]) -> None:
-    costs = [point.cost for point in points]
+def _axes(points: Sequence[Point], higher_is_better: bool) -> tuple[Axis, Axis]:
+    costs = [point.cost for point in points] or [1.0]
     if min(costs) > 0 and max(costs) / min(costs) > _LARGEST_LINEAR_RATIO:
-        axes.set_xscale("log")
-        axes.set_xlim(min(costs) / 1.8, max(costs) * 1.8)
+        across = Axis(min(costs) / 1.8, max(costs) * 1.8, _LEFT, _RIGHT, log=True)
     else:
-        axes.set_xlim(0, max(costs) * 1.12 or 1)
-    axes.margins(y=0.18)
+        across = Axis(0.0, max(costs) * 1.15 or 1.0, _LEFT, _RIGHT, log=False)
+    values = [
+        value
+        for point in points
+        for value in (point.quality, point.low, point.high)
+        if value is not None and math.isfinite(value)
+    ] or [0.0]
+    low, high = min(values), max(values)
+    log = low > 0 and high / low > _LARGEST_LINEAR_RATIO and not higher_is_better
+    if log:
+        room = (high / low) ** 0.12
+        low, high = low / room, high * room
+    else:
+        room = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+        low, high = low - room, high + room
+    ends = (_BOTTOM, _TOP) if higher_is_better else (_TOP, _BOTTOM)
+    return across, Axis(low, high, *ends, log=log)
 
 
-def _label(figure: Figure, axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """Put each name beside its point, where it covers neither a point, nor a line, nor another name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
+def _round_step(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(mark * power for mark in (1, 2, 2.5, 5, 10) if mark * power >= step * (1 - 1e-9))
 
-    figure.draw_without_rendering()
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    frame = axes.get_window_extent(renderer)
 
-    def between(ends: Sequence[tuple[float, float]], around: float) -> Bbox:
-        corners = axes.transData.transform(ends)
-        return Bbox([corners.min(0) - around, corners.max(0) + around])
+def _steps(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the corners of the front: what the money up to the next model buys."""
+    found: list[tuple[float, float]] = []
+    for x, y in places:
+        if found:
+            found.append((x, found[-1][1]))
+        found.append((x, y))
+    return found
 
-    taken = [between([(point.cost, point.quality)], _DOT) for point in points]
-    lines = [
-        between([(p.cost, p.low), (p.cost, p.high)], 1) for p in points if p.low is not None and p.high is not None
-    ]
-    for left, right in itertools.pairwise(front):
-        corner = (right.cost, left.quality)
-        lines += [between([(left.cost, left.quality), corner], 1), between([corner, (right.cost, right.quality)], 1)]
-    for index, point in enumerate(points):
-        text = axes.annotate(
-            "\n".join(textwrap.wrap(point.name, _LABEL_WIDTH, max_lines=2, placeholder="…")),
-            (point.cost, point.quality),
-            xytext=(0, 0),
-            textcoords="offset points",
-            color=_INK,
-            parse_math=False,
-            zorder=4,
+
+def _segments(corners: Sequence[tuple[float, float]]) -> list[Box]:
+    pairs = itertools.pairwise(corners)
+    return [Box(min(a, c), min(b, d), max(a, c), max(b, d)).grown(0.5) for (a, b), (c, d) in pairs]
+
+
+def _bar(point: Point, at: tuple[float, float], up: Axis) -> Box | None:
+    if point.low is None or point.high is None or not math.isfinite(point.low) or not math.isfinite(point.high):
+        return None
+    ends = sorted((up.at(point.low), up.at(point.high)))
+    return Box(at[0] - 1.2, ends[0], at[0] + 1.2, ends[1])
+
+
+def _name(label: Label, point: tuple[float, float]) -> str:
+    lead = ""
+    if label.lead is not None:
+        (x, y), (px, py) = label.lead, point
+        apart = math.dist((x, y), (px, py))
+        near = (_RADIUS + 1.5) / apart
+        lead = (
+            f'<line class="lead" x1="{_number(x)}" y1="{_number(y)}" '
+            f'x2="{_number(px + (x - px) * near)}" y2="{_number(py + (y - py) * near)}"/>'
         )
-        others = [box for number, box in enumerate(taken) if number != index]
-        best, fewest = _LABEL_PLACES[0], None
-        for place in _LABEL_PLACES:
-            _place(text, place)
-            box = text.get_window_extent(renderer)
-            outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            hits = 3 * outside + 2 * box.count_overlaps(others) + box.count_overlaps(lines)
-            if fewest is None or hits < fewest:
-                best, fewest = place, hits
-        _place(text, best)
-        taken.append(text.get_window_extent(renderer))
+    height = (label.box.bottom - label.box.top) / len(label.lines)
+    lines = "".join(
+        f'<text class="name" x="{_number(label.x)}" y="{_number(label.box.top + height * (number + 0.78))}" '
+        f'text-anchor="{label.anchor}">{_t(line)}</text>'
+        for number, line in enumerate(label.lines)
+    )
+    return lead + lines
 
 
-def _place(text: Any, place: tuple[int, int, str, str]) -> None:
-    right, up, horizontal, vertical = place
-    text.set_position((right, up))
-    text.set_horizontalalignment(horizontal)
-    text.set_verticalalignment(vertical)
+def _t(text: str) -> str:
+    return escape(text, {'"': "&quot;"})
 
 
-def _inline(svg: str, prefix: str, title: str) -> str:
-    """Make a drawing part of a page: no prologue, own ids, the page's colours and font, any width."""
-    from xml.sax.saxutils import escape
-
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = svg.replace("url(#", f"url(#{prefix}-").replace('href="#', f'href="#{prefix}-')
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for drawn, wanted in _PAGE_COLOURS.items():
-        svg = svg.replace(drawn, wanted)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    opening = svg.index(">") + 1
-    return f'{svg[: opening - 1]} role="img"><title>{escape(title)}</title>{svg[opening:]}'
+def _number(value: float) -> str:
+    return f"{value:.1f}"

@@ -2,82 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.table import Table
-from ..evaluation.units import bytes_text, count_text, milliseconds_text, ratio_text, score_text
-from .findings import headline, notes, value_text
+from ..evaluation.units import score_text
+from .findings import collapses, evidence, headline, notes
+from .sheets import summary
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison, Entry
+    from ..comparison import Comparison
 
 
 def to_terminal(comparison: Comparison) -> str:
-    """Return headlines, table and notes with box characters."""
-    table = summary(comparison)
+    """Return headlines, table and notes with box characters, without colours."""
     return "\n".join(
         [
             *(f"{entry.name}: {headline(comparison, entry)}" for entry in comparison.candidates),
             "",
-            table.text(),
+            summary(comparison).table().text(),
             "",
-            *(f"- {note}" for note in notes(comparison)),
+            *(f"- {note}" for note in _remarks(comparison)),
             f"Measured on {comparison.machine}.",
             *protocol_lines(comparison),
         ]
     )
 
 
+def to_rich(comparison: Comparison) -> Any:
+    """Return the same as something that rich prints in colours, fitted to the width of its console."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    lines = []
+    for entry in comparison.candidates:
+        style = "bold red" if collapses(entry) else ""
+        lines.append(Text.assemble((entry.name, "bold"), ": ", (headline(comparison, entry), style)))
+    sheet = summary(comparison)
+    table = RichTable(box=box.SIMPLE_HEAD)
+    for index, name in enumerate(sheet.header):
+        table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+    for row in sheet.rows:
+        cells = []
+        for cell in row:
+            style = "dim" if cell.good is None else "green" if cell.good else "red"
+            cells.append(Text.assemble(cell.text, (f"\n{cell.small}", style) if cell.small else ""))
+        table.add_row(*cells)
+    remarks = [Text(f"- {note}", style="red" if ": collapse:" in note else "") for note in _remarks(comparison)]
+    protocol = [Text(f"Measured on {comparison.machine}."), *map(Text, protocol_lines(comparison))]
+    for line in protocol:
+        line.stylize("dim")
+    return Group(*lines, table, *remarks, *protocol)
+
+
 def to_markdown(comparison: Comparison) -> str:
     """Return headlines, table, notes and protocol in Markdown."""
-    escaped = Table(("", ""), (), notes=[f"{e.name}: {headline(comparison, e)}" for e in comparison.candidates])
-    remarks = [*notes(comparison), f"Measured on {comparison.machine}.", *protocol_lines(comparison)]
-    table = summary(comparison)
-    blocks = [escaped.bullets(), Table(table.header, table.rows, notes=remarks).markdown()]
+    headlines = Table(("", ""), (), notes=[f"{e.name}: {headline(comparison, e)}" for e in comparison.candidates])
+    remarks = [*_remarks(comparison), f"Measured on {comparison.machine}.", *protocol_lines(comparison)]
+    table = summary(comparison).table()
+    blocks = [headlines.bullets(), Table(table.header, table.rows, notes=remarks).markdown()]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def to_notebook(comparison: Comparison) -> str:
     """Return the table and the notes as HTML for a notebook cell."""
-    table = summary(comparison)
-    return Table(table.header, table.rows, notes=notes(comparison)).html()
-
-
-def summary(comparison: Comparison) -> Table:
-    """Return one row a model: scores, size, weights, latency, throughput, each with its ratio to the base."""
-    base = comparison.base.evaluation
-    header = ["model", *(score.primary for score in base.scores), "on disk", "weights, non-zero"]
-    if base.latency:
-        first, last = base.latency[0], base.latency[-1]
-        header += [f"latency {first.batch_size}x{first.tokens}", f"tokens/s at {last.batch_size}x{last.tokens}"]
-    if base.memory:
-        header.append("peak memory")
-    return Table(header, [_row(comparison, entry) for entry in comparison.entries])
-
-
-def _row(comparison: Comparison, entry: Entry) -> list[str]:
-    found, change = entry.evaluation, entry.change
-    row = [entry.name, *(value_text(comparison, entry, task) for task in range(len(found.scores)))]
-    row.append(bytes_text(found.size.disk_bytes) + _ratio(change.smaller_on_disk if change else None, " smaller"))
-    row.append(count_text(found.size.nonzero) + _ratio(change.fewer_weights if change else None, " fewer"))
-    if found.latency:
-        row.append(
-            milliseconds_text(found.latency[0].median_ms)
-            + _ratio(change.faster[0].ratio if change else None, " faster")
-        )
-        row.append(
-            count_text(found.latency[-1].tokens_per_second) + _ratio(change.faster[-1].ratio if change else None, "")
-        )
-    if found.memory:
-        row.append(bytes_text(max(found.memory.load_peak_bytes, found.memory.inference_peak_bytes)))
-    return row
-
-
-def _ratio(ratio: float | None, word: str) -> str:
-    if ratio is None:
-        return ""
-    # "0.41x faster" reads as a gain: below one the bare ratio stands, and the notes say it in words.
-    return f" ({ratio_text(ratio)}{word if ratio_text(ratio) != '1.0x' and ratio > 1 else ''})"
+    table = summary(comparison).table()
+    headlines = [f"{entry.name}: {headline(comparison, entry)}" for entry in comparison.candidates]
+    return Table(table.header, table.rows, notes=[*headlines, *notes(comparison)]).html()
 
 
 def protocol_lines(comparison: Comparison) -> list[str]:
@@ -96,3 +88,7 @@ def protocol_lines(comparison: Comparison) -> list[str]:
             f"thread(s), {first.device}; the models took turns (ABBA) and ratios are medians over rounds."
         )
     return lines
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    return [*notes(comparison), *evidence(comparison)]
