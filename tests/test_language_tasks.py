@@ -467,6 +467,11 @@ def test_pairs_by_hand(bos_tokenizer) -> None:
     assert texts("<s>ab", "c") == ["<s>ab", "c"]
 
 
+def test_a_tokenizer_that_ends_every_text_is_told(marking_tokenizer) -> None:
+    found = score(small_llama(), lc.MultipleChoice(ROWS), marking_tokenizer)
+    assert found.warnings[0].startswith("the tokenizer ends every text with token 3")
+
+
 def test_choices_in_the_formats_of_the_hub() -> None:
     arc = {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
     mmlu = {"question": "q", "choices": ["x", "y"], "answer": 1}
@@ -630,14 +635,24 @@ def test_several_tasks_of_lm_eval_have_an_average(folder, tokenizer) -> None:
 
 
 def test_lm_eval_leaves_compressed_weights_alone(folder, tokenizer) -> None:
-    model = tiny_model("llama")  # head and embeddings are tied
-    result = lc.compress(model, "dynamic_quantization", progress=False)
-    before = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
-    found = score(result.model, LMEvalTask("tiny_mcq", include_path=folder), tokenizer)
-    assert found.metrics == score(result.model, lc.MultipleChoice(MCQ), tokenizer).metrics
-    after = result.model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    quantized = lc.compress(tiny_model("llama"), "dynamic_quantization", progress=False).model
+    loose = tiny_model("llama")  # its config says that the head is tied to the embeddings, and it no longer is
+    loose.lm_head.weight = torch.nn.Parameter(loose.lm_head.weight.flip(0).clone())
+    for model in (quantized, loose):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found = score(model, LMEvalTask("tiny_mcq", include_path=folder), tokenizer)
+        assert found.metrics == score(model, lc.MultipleChoice(MCQ), tokenizer).metrics
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_groups_of_lm_eval(folder, tokenizer) -> None:
+    group = "group: tiny_group\ntask: [tiny_mcq, tiny_text]\naggregate_metric_list:\n  - metric: acc\n"
+    (folder / "tiny_group.yaml").write_text(group)
+    found = score(small_llama(), LMEvalTask("tiny_group", include_path=folder), tokenizer)
+    assert found.protocol["tasks"] == "tiny_mcq, tiny_text"
+    assert found.protocol["tiny_group/acc,none"] == found.metrics["tiny_mcq/accuracy"]
 
 
 def test_lm_eval_task_refuses_what_it_cannot_do(folder, tokenizer, monkeypatch) -> None:

@@ -139,7 +139,14 @@ class MultipleChoice(ForwardTask):
             "batch_size": batch_size,
             "padding": "to the longest of the batch, on the right, choices sorted by length",
         }
-        return ChoiceRun(self, model, batches, options, asked, protocol)
+        run = ChoiceRun(self, model, batches, options, asked, protocol)
+        ids, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        if ids[-len(bare) :] != bare:
+            run.warnings.append(
+                f"the tokenizer ends every text with token {ids[-1]}, which lm-eval's way of splitting takes for "
+                "a part of the choice: make it add no special tokens behind a text"
+            )
+        return run
 
     def shown(self, index: int) -> str:
         """Question number `index` and its choices."""
@@ -154,6 +161,7 @@ class ChoiceRun(Run):
 
     Attributes:
         loglikelihoods: of each choice of each question, in nats, once all batches were read.
+        warnings: what a reader of the score should know.
     """
 
     options: ClassVar[Mapping[str, Any]] = {"use_cache": False}
@@ -168,6 +176,7 @@ class ChoiceRun(Run):
         protocol: dict[str, str | int | float | bool | None],
     ) -> None:
         super().__init__(model, batches)
+        self.warnings: list[str] = []
         self._task, self._protocol, self._choices = task, protocol, choices
         self.loglikelihoods = [[math.nan] * len(example.choices) for example in task.examples]
         place_of = [(i, k) for i, example in enumerate(task.examples) for k in range(len(example.choices))]
@@ -207,7 +216,7 @@ class ChoiceRun(Run):
                     confidence=1 / math.fsum(math.exp(value - best) for value in values),
                 )
             )
-        truncated, warnings = self._protocol["truncated"], []
+        truncated, warnings = self._protocol["truncated"], list(self.warnings)
         if truncated:
             limit = self._protocol["max_length"]
             warnings.append(
