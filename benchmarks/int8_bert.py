@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import random
 import statistics
 import tempfile
 import time
@@ -38,7 +39,7 @@ def main() -> None:
     chosen = [name for name in arguments.engines.split(",") if name]
     makers = {name: make for name, make in ENGINES.items() if not chosen or name in chosen}
     engines = {name: make(model, arguments.threads) for name, make in makers.items()}
-    print(f"# int8, BERT-base shape\n\n{describe_machine()}\n- rounds: {arguments.rounds}, engines in turn\n")
+    print(f"# int8, BERT-base shape\n\n{describe_machine()}\n- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
     print("Median milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     print("| engine | " + " | ".join(f"{batch}x{tokens}" for batch, tokens in shapes) + " |")
@@ -58,10 +59,12 @@ def measure(engines: dict[str, Engine], batch: int, tokens: int, rounds: int) ->
     ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     times: dict[str, list[float]] = {name: [] for name in engines}
+    order = random.Random(0)
     for round_ in range(rounds + 2):
-        for name, engine in engines.items():
+        # By lot: in a fixed order each engine would always meet the caches and the clock that one other leaves behind.
+        for name in order.sample(list(engines), len(engines)):
             start = time.perf_counter()
-            engine(inputs)
+            engines[name](inputs)
             if round_ >= 2:  # the first two warm up
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
