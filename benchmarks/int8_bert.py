@@ -39,7 +39,8 @@ def main() -> None:
     chosen = [name for name in arguments.engines.split(",") if name]
     makers = {name: make for name, make in ENGINES.items() if not chosen or name in chosen}
     engines = {name: make(model, arguments.threads) for name, make in makers.items()}
-    print(f"# int8, BERT-base shape\n\n{describe_machine()}\n- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
+    print(f"# int8, BERT-base shape\n\n{describe_machine()}")
+    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
     print("Median milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     print("| engine | " + " | ".join(f"{batch}x{tokens}" for batch, tokens in shapes) + " |")
