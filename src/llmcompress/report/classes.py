@@ -15,6 +15,7 @@ from .sheets import Cell, Sheet
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
+    from ..evaluation.tasks.task import Answer
 
 # A matrix with more classes is no longer read as a picture: the commonest confusions are listed instead.
 MOST_MATRIX_CLASSES = 14
@@ -102,7 +103,7 @@ def _found(score: TaskScore) -> tuple[Counter[int], Counter[int]]:
     hits, totals = Counter[int](), Counter[int]()
     if _has_sets(score):
         for example in score.examples:
-            labels, answers = _indices(example.label), set(_indices(example.prediction))
+            labels, answers = _indices(example.label, score), set(_indices(example.prediction, score))
             totals.update(labels)
             hits.update(label for label in labels if label in answers)
     else:
@@ -122,9 +123,9 @@ def _uneven(base: TaskScore, score: TaskScore, label: int) -> bool:
     if len(base.examples) != len(score.examples):
         return False
     found = [
-        (label in _indices(ours.prediction), label in _indices(theirs.prediction))
+        (label in _indices(ours.prediction, base), label in _indices(theirs.prediction, score))
         for ours, theirs in zip(base.examples, score.examples, strict=True)
-        if label in _indices(ours.label)
+        if label in _indices(ours.label, base)
     ]
     return mcnemar(found.count((True, False)), found.count((False, True))) < SIGNIFICANT
 
@@ -137,17 +138,19 @@ def _has_sets(score: TaskScore) -> bool:
 def _pairs(score: TaskScore) -> Iterator[tuple[int, int]]:
     """Yield label and answer of each example, or of each word where every word has a label."""
     for example in score.examples:
-        labels, answers = _indices(example.label), _indices(example.prediction)
+        labels, answers = _indices(example.label, score), _indices(example.prediction, score)
         if _has_sets(score):
             yield from ((label, label) for label in labels)
         elif len(labels) == len(answers):
             yield from zip(labels, answers, strict=True)
 
 
-def _indices(answer: object) -> Sequence[int]:
-    if isinstance(answer, tuple):
-        return tuple(one for one in answer if isinstance(one, int))
-    return (answer,) if isinstance(answer, int) else ()
+def _indices(answer: Answer | None, score: TaskScore) -> Sequence[int]:
+    """Return an answer as numbers of classes: one, or one a word, or those of a set."""
+    several = answer if isinstance(answer, tuple) else (answer,)
+    numbers = {name: number for number, name in enumerate(score.classes or ())}
+    found = (numbers.get(one) if isinstance(one, str) else one for one in several)
+    return tuple(one for one in found if isinstance(one, int))
 
 
 def _matrix(name: str, score: TaskScore, classes: tuple[str, ...]) -> Matrix:

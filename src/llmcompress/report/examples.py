@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..evaluation.tasks import ExampleResult, TaskScore
+from ..evaluation.tasks.choices import letters
 
 if TYPE_CHECKING:
     from ..comparison import Comparison, Entry
@@ -113,10 +114,10 @@ def _difference(
     if isinstance(ours.prediction, str) and isinstance(theirs.prediction, str):
         base, candidate = marked(ours.prediction[:_MOST_CHARACTERS], theirs.prediction[:_MOST_CHARACTERS])
     elif _by_word(ours.prediction, theirs.prediction, score):
-        base, candidate = _word_labels(ours.prediction, theirs.prediction, score.classes)
+        base, candidate = _word_labels(ours.prediction, theirs.prediction, score, text)
     else:
-        base, candidate = ((Piece(_text(one.prediction, score.classes) + _sure(one), False),) for one in (ours, theirs))
-    return Difference(number, text, _text(ours.label, score.classes), base, candidate, gain)
+        base, candidate = ((Piece(_text(one.prediction, score) + _sure(one), False),) for one in (ours, theirs))
+    return Difference(number, text, _text(ours.label, score), base, candidate, gain)
 
 
 def _gain(ours: ExampleResult, theirs: ExampleResult, score: TaskScore) -> float:
@@ -157,28 +158,30 @@ def _by_word(ours: Answer | None, theirs: Answer | None, score: TaskScore) -> bo
 
 
 def _word_labels(
-    ours: Answer | None, theirs: Answer | None, classes: tuple[str, ...] | None
+    ours: Answer | None, theirs: Answer | None, score: TaskScore, text: str
 ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """Write the labels of the words on which two models differ: `3: B-PER, 4: I-PER`."""
+    """Write the labels of the words on which two models differ: `Ada: B-PER, Lovelace: I-PER`."""
     assert isinstance(ours, tuple)
     assert isinstance(theirs, tuple)
     at = [number for number, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    # A long text is stored cut short: its words can then only be numbered.
+    words = text.split(" ") if text.count(" ") + 1 == len(ours) else [f"word {n + 1}" for n in range(len(ours))]
     left, right = (
-        ", ".join(f"word {number + 1}: {_text(answers[number], classes)}" for number in at)
-        for answers in (ours, theirs)
+        ", ".join(f"{words[number]}: {_text(answers[number], score)}" for number in at) for answers in (ours, theirs)
     )
     return (Piece(left, False),), (Piece(right, False),)
 
 
-def _text(answer: Answer | None, classes: tuple[str, ...] | None) -> str:
+def _text(answer: Answer | None, score: TaskScore) -> str:
     if answer is None:
         return ""
     if isinstance(answer, tuple):
-        return ", ".join(_text(one, classes) for one in answer) or "none"
+        return ", ".join(_text(one, score) for one in answer) or "none"
     if isinstance(answer, float):
         return f"{answer:.4g}"
     if isinstance(answer, int):
-        return classes[answer] if classes is not None and 0 <= answer < len(classes) else str(answer)
+        names = score.classes or (letters(answer + 1) if score.task == "multiple_choice" else ())
+        return names[answer] if 0 <= answer < len(names) else str(answer)
     return answer[:_MOST_CHARACTERS]
 
 

@@ -64,7 +64,7 @@ def quality_text(comparison: Comparison, entry: Entry, task: int) -> str:
     test = primary_test(entry, task)
     if test is None:
         return f"{metric} {_unpaired(comparison, entry, task)}"
-    return f"{metric} {test_text(test)} {verdict(test)}"
+    return f"{metric} {effect_text(test)} {verdict(test)}"
 
 
 def metric_name(comparison: Comparison, task: int) -> str:
@@ -83,7 +83,7 @@ def primary_test(entry: Entry, task: int) -> PairedTest | None:
     return next((test for test in entry.change.tests[task] if test.metric == primary), None)
 
 
-def test_text(test: PairedTest) -> str:
+def effect_text(test: PairedTest) -> str:
     """Write a change with its 95 % interval: `-0.3 points [-1.2, +0.6]`, or as a ratio `x1.043 [1.03, 1.06]`."""
     return f"{change_words(test)} {interval_text(test)}".strip()
 
@@ -182,7 +182,7 @@ def evidence(comparison: Comparison) -> list[str]:
                 else f"{test.units} independent units"
             )
             found.append(
-                f"{entry.name}: {metric_name(comparison, task)} {test_text(test)} is {verdict(test)} ({basis}; "
+                f"{entry.name}: {metric_name(comparison, task)} {effect_text(test)} is {verdict(test)} ({basis}; "
                 f"{test.method}, p = {p_text(test.p_value)}, after Holm {p_text(test.p_holm)})."
             )
     return found

@@ -14,6 +14,7 @@ FONT = 12.0
 _LINE = 1.2 * FONT
 _WRAP = 24  # characters a line
 _LINES = 2
+_ROUNDS = 3
 # Places around a point are tried from near to far; from the second ring on a thin line leads from name to point.
 _RINGS = (11.0, 22.0, 36.0, 52.0, 70.0)
 _ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 60, 120, 300, 240))
@@ -106,14 +107,17 @@ def place(
     placed: dict[int, Label] = {}
     # The most crowded first: it has the fewest places to go.
     crowd = [sum(math.dist(a, b) < 90 for b in points) for a in points]
-    for index in sorted(range(len(names)), key=lambda number: -crowd[number]):
-        taken = [*(dot.grown(1) for dot in dots), *(label.box.grown(1.5) for label in placed.values())]
+    order = sorted(range(len(names)), key=lambda number: -crowd[number])
+    # A name that came late may have left its neighbours a better place: all are looked at again.
+    for index in order * _ROUNDS:
+        taken = [*(dot.grown(1) for dot in dots)]
+        taken += [label.box.grown(1.5) for number, label in placed.items() if number != index]
         best, least = None, math.inf
         for label in _candidates(names[index], points[index]):
             outside = label.box.area - label.box.overlap(frame)
             covered = sum(label.box.overlap(box) for box in taken)
             crossed = sum(label.box.grown(1).overlap(box.grown(0.5)) for box in lines)
-            cost = 3 * outside + 2 * covered + 2 * crossed + (_led_through(label, points[index], taken, dots[index]))
+            cost = 20 * (outside + covered + crossed) + _led_through(label, points[index], taken, dots[index])
             if cost < least:
                 best, least = label, cost
             if cost == 0:

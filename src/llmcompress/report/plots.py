@@ -63,7 +63,7 @@ class Axis:
             return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         apart = max(1, math.ceil(len(decades) / _TICKS))
-        marks = (1, 2, 5) if len(decades) <= 2 else (1,)
+        marks = (1, 2, 5) if self.high / self.low <= 100 else (1,)
         found = [mark * 10.0**power for power in decades if power % apart == 0 for mark in marks]
         return [value for value in found if self.low <= value <= self.high]
 
