@@ -38,10 +38,10 @@ def test_evaluate_prints_a_table_and_writes_json(place: Path, capsys) -> None:
 
 
 def test_compare_names_models_and_writes_every_rendering(place: Path, capsys) -> None:
-    files = [place / name for name in ("report.html", "report.md", "report.json")]
+    files = [place / name for name in ("report.html", "report.md", "report.json", "report.csv")]
     options = [
         part
-        for option, file in zip(("--html", "--markdown", "--json"), files, strict=True)
+        for option, file in zip(("--html", "--markdown", "--json", "--csv"), files, strict=True)
         for part in (option, str(file))
     ]
     models = [str(place / "base"), f"mine={place / 'other'}"]

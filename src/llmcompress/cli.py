@@ -169,6 +169,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write the report as one HTML page")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="write it in Markdown")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="write everything as JSON")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="write one row a model as CSV")] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(metavar="CONDITION", help="exit with 1 if it holds for a candidate: 'accuracy_drop>0.01'"),
@@ -180,7 +181,7 @@ def compare(
     from .evaluation.inference import threads_set_to
 
     conditions = [Condition.parse(text) for text in fail_if or ()]
-    places = {".html": html, ".md": markdown, ".json": json}
+    places = {".html": html, ".md": markdown, ".json": json, ".csv": csv}
     _check_endings(places)
     asked = _make_task(task, data, split, settings)
     with threads_set_to(threads):
