@@ -153,7 +153,8 @@ def run(
             return result
 
         with terminal.step(
-            f"Teacher: {escape(source.name)}, " + ("a classifier already, as it is" if ready else "fine-tuned")
+            f"Teacher: {escape(source.name) if model is not None else 'MiniLM, 6 layers'}, "
+            + ("a classifier already, as it is" if ready else "fine-tuned")
         ):
             teacher = base if ready else trained(TEACHER, base, [fine_tune]).model
         models: dict[str, Any] = {TEACHER: teacher}
