@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..comparison import Comparison, Entry
     from ..evaluation.latency import Speedup
     from ..evaluation.statistics import PairedTest
+    from ..evaluation.turns import Ratio
 
 # Ratios nearer to one than this are told as "the same": it is what the tables' digits can show.
 _SAME = 0.05
@@ -33,7 +34,7 @@ def headline(comparison: Comparison, entry: Entry) -> str:
         return "the base"
     parts = [size_text(entry.change.smaller_on_disk)]
     if entry.change.faster:
-        parts.append(speed_text(entry.change.faster[0].ratio))
+        parts.append(faster_text(entry.change.faster[0]))
     parts += [quality_text(comparison, entry, task) for task in range(len(entry.evaluation.scores))]
     return ("COLLAPSED: " if collapses(entry) else "") + ", ".join(parts)
 
@@ -51,6 +52,17 @@ def size_text(ratio: float) -> str:
 def speed_text(ratio: float) -> str:
     """Write a ratio of speeds in words: `2.4x faster`, `same speed`, `2.5x slower`."""
     return _in_words(ratio, "faster", "same speed", "slower")
+
+
+def faster_text(speedup: Ratio) -> str:
+    """Write a measured ratio of speeds in words, and say so where its interval cannot tell faster from slower."""
+    text = speed_text(speedup.ratio)
+    return f"{text} within noise" if within_noise(speedup) and not text.startswith("same") else text
+
+
+def within_noise(speedup: Ratio) -> bool:
+    """Whether the interval of a speed-up holds 1."""
+    return speedup.low <= 1 <= speedup.high
 
 
 def shape_text(one: Speedup) -> str:
@@ -110,8 +122,8 @@ def change_number(test: PairedTest, value: float, *, digits: int = 4) -> str:
     if test.scale == "points":
         return f"{100 * value:+.1f}".replace("-0.0", "+0.0")
     if test.scale == "difference":
-        return f"{value:+.{digits - 1}g}"
-    return f"{value:.{digits}g}" if value < 1000 else count_text(value)
+        return f"{value:+#.{digits - 1}g}".rstrip(".")
+    return f"{value:#.{digits}g}".rstrip(".") if value < 1000 else count_text(value)
 
 
 def verdict(test: PairedTest) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from .findings import (
     size_text,
     speed_text,
     verdict,
+    within_noise,
 )
 from .plots import Point, scatter
 from .quality import fidelity, flip_counts, other_tests, primary_tests
@@ -130,8 +131,10 @@ def _card(comparison: Comparison, entry: Entry) -> Card:
     if entry.change.faster:
         faster = entry.change.faster[0]
         ends = (faster.low, faster.high) if faster.ratio >= 1 else (1 / faster.high, 1 / faster.low)
-        small = f"[{ends[0]:.2f}, {ends[1]:.2f}]"
-        figures.append(_ratio_figure(faster.ratio, speed_text, (small,)))
+        figure = _ratio_figure(faster.ratio, speed_text, (f"[{ends[0]:.2f}, {ends[1]:.2f}]",))
+        if within_noise(faster):
+            figure = replace(figure, small=(*figure.small, "within noise"), good=None)
+        figures.append(figure)
     figures += [_quality_figure(comparison, entry, task) for task in range(len(entry.evaluation.scores))]
     return Card(entry.name, headline(comparison, entry), tuple(figures), tuple(collapses(entry)))
 

@@ -13,13 +13,14 @@ FONT = 12.0
 
 _LINE = 1.2 * FONT
 _WRAP = 24  # characters a line
-_LINES = 2
+# So many names may take two lines each; of more, each takes one.
+_MOST_TALL = 5
 _ROUNDS = 3
 # Places around a point are tried from near to far; from the second ring on a thin line leads from name to point.
-_RINGS = (11.0, 22.0, 36.0, 52.0, 70.0)
+_RINGS = (11.0, 22.0, 36.0, 52.0, 70.0, 95.0, 125.0)
 _ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 60, 120, 300, 240))
 # Widths of letters in ems, of the widest of the usual fonts (DejaVu Sans, Verdana): in others names only get more room.
-_NARROW, _WIDE = frozenset("iljtfrI.,:;'|!()[] "), frozenset("mwMWQ@%—…")
+_NARROW, _WIDE = frozenset("iljtfrI.,:;'|!()[] "), frozenset("mwMWQ@%—…<>+=~&#")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ def text_width(text: str) -> float:
     return ems * FONT
 
 
+def shortened(name: str, most: int) -> str:
+    """Return `name` in at most `most` characters: its middle goes, since names often differ at their ends.
+
+    Example:
+        >>> shortened("magnitude pruning of 50 % of the weights", 20)
+        'magnitude pr…weights'
+    """
+    end = most * 3 // 8
+    return name if len(name) <= most else f"{name[: most - end - 1].rstrip()}…{name[-end:].lstrip()}"
+
+
 def place(
     names: Sequence[str],
     points: Sequence[tuple[float, float]],
@@ -105,6 +117,7 @@ def place(
     """
     dots = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     placed: dict[int, Label] = {}
+    lines_each = 2 if len(names) <= _MOST_TALL else 1
     # The most crowded first: it has the fewest places to go.
     crowd = [sum(math.dist(a, b) < 90 for b in points) for a in points]
     order = sorted(range(len(names)), key=lambda number: -crowd[number])
@@ -113,7 +126,7 @@ def place(
         taken = [*(dot.grown(1) for dot in dots)]
         taken += [label.box.grown(1.5) for number, label in placed.items() if number != index]
         best, least = None, math.inf
-        for label in _candidates(names[index], points[index]):
+        for label in _candidates(names[index], points[index], lines_each):
             outside = label.box.area - label.box.overlap(frame)
             covered = sum(label.box.overlap(box) for box in taken)
             crossed = sum(label.box.grown(1).overlap(box.grown(0.5)) for box in lines)
@@ -127,8 +140,8 @@ def place(
     return [placed[index] for index in range(len(names))]
 
 
-def _candidates(name: str, point: tuple[float, float]) -> list[Label]:
-    wrapped = tuple(textwrap.wrap(name, _WRAP, max_lines=_LINES, placeholder="…", break_long_words=True) or [""])
+def _candidates(name: str, point: tuple[float, float], lines: int) -> list[Label]:
+    wrapped = tuple(textwrap.wrap(shortened(name, lines * _WRAP - 2), _WRAP, max_lines=lines, placeholder="…") or [""])
     width, height = max(map(text_width, wrapped)), _LINE * len(wrapped)
     x, y = point
     found = []

@@ -12,7 +12,7 @@ from .labels import Box, Label, place
 
 # The drawing in its own units; the page scales it to the width it has.
 _WIDTH, _HEIGHT = 400.0, 300.0
-_LEFT, _TOP, _RIGHT, _BOTTOM = 58.0, 12.0, 390.0, 250.0
+_LEFT, _TOP, _RIGHT, _BOTTOM = 56.0, 12.0, 384.0, 250.0
 _RADIUS = 4.5
 _TICKS = 5
 # An axis is linear unless the models lie further apart than this: then it is logarithmic.
@@ -115,7 +115,8 @@ def scatter(
         parts.append(
             f'<text class="tick" x="{_LEFT - 8}" y="{height}" dy="4" text-anchor="end">{_t(quality_text(value))}</text>'
         )
-    for value in across.ticks():
+    # A tick at the very end would be written beyond the drawing.
+    for value in (tick for tick in across.ticks() if across.at(tick) <= _RIGHT - 8):
         along = _number(across.at(value))
         parts.append(
             f'<text class="tick" x="{along}" y="{_BOTTOM + 19}" text-anchor="middle">{_t(cost_text(value))}</text>'
@@ -132,7 +133,7 @@ def scatter(
         [point.name for point in points],
         places,
         lines=[*(bar for bar in bars if bar is not None), *_segments(steps)],
-        frame=Box(_LEFT, 0, _WIDTH, _BOTTOM),
+        frame=Box(_LEFT, 0, _WIDTH - 4, _BOTTOM),
         radius=_RADIUS + 1.5,
     )
     for point, (x, y), bar, label in zip(points, places, bars, labels, strict=True):

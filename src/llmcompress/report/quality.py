@@ -14,17 +14,24 @@ if TYPE_CHECKING:
     from ..evaluation.statistics import PairedTest
 
 
+_ABOUT_TESTS = (
+    "Both models on the same examples, with 95 % intervals. p: how likely so large a change is by chance alone; Holm: "
+    "corrected for the number of candidates. Detectable: the smallest true change that a sample like this finds in 80 "
+    "of 100 cases."
+)
+
+
 def primary_tests(comparison: Comparison, task: int) -> Sheet | None:
     """Return the test of the task's primary metric for each candidate, and how much of the change chance could make."""
-    return _tests(comparison, task, "Paired tests", primary=True)
+    return _tests(comparison, task, "Paired tests", _ABOUT_TESTS, primary=True)
 
 
 def other_tests(comparison: Comparison, task: int) -> Sheet | None:
     """Return the same for the task's other metrics; None where there are none."""
-    return _tests(comparison, task, "Paired tests of the other metrics", primary=False)
+    return _tests(comparison, task, "Paired tests of the other metrics", "", primary=False)
 
 
-def _tests(comparison: Comparison, task: int, title: str, *, primary: bool) -> Sheet | None:
+def _tests(comparison: Comparison, task: int, title: str, about: str, *, primary: bool) -> Sheet | None:
     base = comparison.base.evaluation.scores[task]
     rows = [
         _test_row(comparison, entry, task, test)
@@ -33,11 +40,6 @@ def _tests(comparison: Comparison, task: int, title: str, *, primary: bool) -> S
         if (test.metric == base.primary) == primary
     ]
     header = ("model", "metric", "base's", "model's", "change", "p", "p after Holm", "detectable", "test")
-    about = (
-        "Both models on the same examples, with 95 % intervals. p: how likely so large a change is by chance alone; "
-        "Holm: corrected for the number of candidates. Detectable: the smallest true change that a sample like this "
-        "finds in 80 of 100 cases."
-    )
     return Sheet(title, header, tuple(rows), about) if rows else None
 
 

@@ -20,6 +20,7 @@ from .findings import (
     interval_text,
     metric_name,
     primary_test,
+    within_noise,
 )
 
 if TYPE_CHECKING:
@@ -142,6 +143,6 @@ def ratio_words(ratio: float | None, word: str) -> str:
 
 def faster_than_chance(speedup: Ratio | None) -> bool | None:
     """Whether a model is faster (True) or slower (False) by more than chance, and by as much as the digits show."""
-    if speedup is None or speedup.low <= 1 <= speedup.high or ratio_text(speedup.ratio) == "1.0x":
+    if speedup is None or within_noise(speedup) or ratio_text(speedup.ratio) == "1.0x":
         return None
     return speedup.ratio > 1
