@@ -93,7 +93,8 @@ class TextClassification(ForwardTask):
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Run:
         """Tokenise the texts and read the labels as the model's classes; see `ForwardTask.start`."""
         self.check(model)
-        labels = [self._label(index, model) for index in range(len(self.examples))]
+        classes = _Classes.of(model)
+        labels = [self._label(index, classes) for index in range(len(self.examples))]
         limit = self._limit(model, tokenizer)
         encoded = encode(self.examples, tokenizer, max_length=limit)
         lengths = [len(row["input_ids"]) for row in encoded]
@@ -105,10 +106,10 @@ class TextClassification(ForwardTask):
             Batch(rows, pad_rows([encoded[i] for i in rows], pad, tokenizer.padding_side))
             for rows in by_length(lengths, 1 if alone else batch_size)
         ]
-        protocol = {
-            "problem": problem_of(model),
-            "classes": model.config.num_labels,
-            "average": self.average if problem_of(model) == _SINGLE else None,
+        protocol: dict[str, str | int | float | bool | None] = {
+            "problem": classes.problem,
+            "classes": classes.number,
+            "average": self.average if classes.problem == _SINGLE else None,
             "max_length": limit,
             "truncated": _count_truncated(self, tokenizer, limit, lengths),
             "batch_size": 1 if alone else batch_size,
@@ -129,42 +130,40 @@ class TextClassification(ForwardTask):
             return regression(labels, predictions)
         return classification(labels, predictions, average=self.average)
 
-    def _label(self, position: int, model: PreTrainedModel) -> Any:
+    def _label(self, position: int, classes: _Classes) -> Any:
         """Return an example's label as a class index, a tuple of them, or a number."""
         given = self.examples[position].label
-        problem = problem_of(model)
-        if problem == "regression":
+        if classes.problem == "regression":
             if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
                 raise ConfigError(
                     f"TextClassification.data[{position}] must have a number as label for the regression "
-                    f"{type(model).__name__} does, got {given!r}."
+                    f"{classes.model} does, got {given!r}."
                 )
             return float(given)
-        if problem == _SINGLE:
-            return self._class(position, given, model)
+        if classes.problem == _SINGLE:
+            return self._class(position, given, classes)
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise ConfigError(
                 f"TextClassification.data[{position}] must have a list of classes as label for the multi-label "
-                f"{type(model).__name__}, got {given!r}; pass for instance ['toxic', 'threat'] or [0, 1, 1]."
+                f"{classes.model}, got {given!r}; pass for instance ['toxic', 'threat'] or [0, 1, 1]."
             )
-        if len(given) == model.config.num_labels and all(one in (0, 1) for one in given):
+        if len(given) == classes.number and all(one in (0, 1) for one in given):
             return tuple(index for index, one in enumerate(given) if one)
-        return tuple(sorted({self._class(position, one, model) for one in given}))
+        return tuple(sorted({self._class(position, one, classes) for one in given}))
 
-    def _class(self, position: int, label: Any, model: PreTrainedModel) -> int:
-        names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
-        classes = model.config.num_labels
-        found = names.get(label, label) if isinstance(label, str) else label
+    def _class(self, position: int, label: Any, classes: _Classes) -> int:
+        found = classes.names.get(label, label) if isinstance(label, str) else label
         if isinstance(found, str):
-            hint = did_you_mean(found, names) or "."
+            hint = did_you_mean(found, classes.names) or "."
             raise ConfigError(
                 f"TextClassification.data[{position}] has the label {found!r}, which config.label2id does not "
-                f"know{hint} Known: {', '.join(names)}."
+                f"know{hint} Known: {', '.join(classes.names)}."
             )
-        if not isinstance(found, (int, float)) or int(found) != found or not 0 <= found < classes:
+        if not isinstance(found, (int, float)) or int(found) != found or not 0 <= found < classes.number:
             unlabelled = " (-1 marks the unlabelled test splits of the hub)" if found == -1 else ""
             raise ConfigError(
-                f"TextClassification.data[{position}] must have a label in [0, {classes}), got {found!r}{unlabelled}."
+                f"TextClassification.data[{position}] must have a label in [0, {classes.number}), "
+                f"got {found!r}{unlabelled}."
             )
         return int(found)
 
@@ -176,6 +175,21 @@ class TextClassification(ForwardTask):
                 f"got {self.max_length}; leave it out to take that."
             )
         return self.max_length or most
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """What a model knows of labels, read off its config once: that takes too long to be done for every example."""
+
+    problem: Problem
+    number: int
+    names: dict[str, int]
+    model: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Classes:
+        names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
+        return cls(problem_of(model), model.config.num_labels, names, type(model).__name__)
 
 
 class _Classifying(Run):
