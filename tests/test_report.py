@@ -9,6 +9,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -237,3 +239,24 @@ def test_generated_texts_stand_side_by_side_with_the_differing_words_marked() ->
     assert "a <mark>&lt;script&gt;x&lt;/script&gt; </mark>cat" in page
     assert "the &lt;b&gt;cat&lt;/b&gt; sat" in page
     assert "1 of 2 answers differ" in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_click_sorts_by_numbers_and_the_policy_lets_the_script_run(tmp_path) -> None:
+    page = comparison().to_html()
+    script = re.search("<script>(.*?)</script>", page, flags=re.DOTALL).group(1)
+    clicking = f'{script}\ndocument.querySelectorAll("th button")[2].click();'
+    hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in (script, clicking)]
+    (tmp_path / "page.html").write_text(page.replace(script, clicking).replace(*hashes))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    command = ["chromium", *options, "--dump-dom", (tmp_path / "page.html").as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    table = re.search(r'<table class="sortable">.*?</table>', found, flags=re.DOTALL).group(0)
+    assert re.findall(r'aria-sort="(\w+)"', table) == ["ascending"]
+    assert re.findall(r"([\d.]+ MB)", re.sub(r"<small.*?</small>", "", table)) == [
+        "8.20 MB",
+        "23.1 MB",
+        "51.0 MB",
+        "90.9 MB",
+        "90.9 MB",
+    ]
