@@ -14,7 +14,7 @@ FONT = 12.0
 _LINE = 1.2 * FONT
 _WRAP = 24  # characters a line
 # So many names may take two lines each; of more, each takes one.
-_MOST_TALL = 5
+_MOST_TALL = 6
 _ROUNDS = 3
 # Places around a point are tried from near to far; from the second ring on a thin line leads from name to point.
 _RINGS = (11.0, 22.0, 36.0, 52.0, 70.0, 95.0, 125.0)
