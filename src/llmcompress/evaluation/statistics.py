@@ -8,16 +8,15 @@ from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
-from scipy import stats
+from scipy import optimize, stats
 
-from .resampling import CONFIDENCE, Floats, Metrics, resample
+from .resampling import CONFIDENCE, RESAMPLES, Floats, Metrics, resample
 
 Scale = Literal["points", "difference", "ratio"]
 """How two values of a metric are compared: shares of [0, 1] in points, other numbers by difference, or by ratio."""
 
 _Z = float(stats.norm.ppf(1 - (1 - CONFIDENCE) / 2))
-# A test at the 5 % level finds a true difference of so many standard errors in 80 of 100 samples.
-_POWER_80 = _Z + float(stats.norm.ppf(0.8))
+_POWER = 0.8
 
 
 class Flips(BaseModel, frozen=True, extra="forbid"):
@@ -123,7 +122,7 @@ def paired_proportions(metric: str, base: Sequence[bool], candidate: Sequence[bo
         p_value=p_value,
         p_holm=p_value,
         method="exact McNemar",
-        detectable=_POWER_80 * error,
+        detectable=_detectable_share(min(down, up), n),
         units=n,
     )
 
@@ -135,6 +134,7 @@ def paired_metrics(
     scales: Mapping[str, Scale],
     *,
     groups: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[PairedTest]:
     """Test the change of every metric in `scales` by the paired bootstrap: both models meet the same drawn examples.
@@ -145,6 +145,7 @@ def paired_metrics(
         examples: how many examples both answered.
         scales: how each metric is compared. Ratios are tested as logarithms.
         groups: for each example the number of its group, drawn together; None where examples are independent.
+        resamples: bootstrap samples.
         seed: of the draws.
     """
 
@@ -156,10 +157,10 @@ def paired_metrics(
         }
 
     tests = []
-    for name, found in resample(changes, examples, groups=groups, seed=seed).items():
+    for name, found in resample(changes, examples, groups=groups, resamples=resamples, seed=seed).items():
         ratio = scales[name] == "ratio"
         told = math.exp if ratio else float
-        ends = found.interval()
+        ends = found.interval(corrected=False)
         error = found.standard_error
         p_value = found.p_value() if found.units > 1 and math.isfinite(found.value) else 1.0
         tests.append(
@@ -172,11 +173,40 @@ def paired_metrics(
                 p_value=p_value,
                 p_holm=p_value,
                 method="paired bootstrap",
-                detectable=told(_POWER_80 * error) if math.isfinite(error) and found.units > 1 else None,
+                detectable=told(_reach(found.degrees_of_freedom) * error) if math.isfinite(error) else None,
                 units=found.units,
             )
         )
     return tests
+
+
+def _detectable_share(rest: float, examples: int) -> float | None:
+    """The smallest drop (or gain) of a proportion that McNemar's exact test finds in 80 of 100 samples, or None.
+
+    Args:
+        rest: share of examples that flip the other way, which a drop does not change.
+        examples: how many there are.
+    """
+
+    def power(drop: float) -> float:
+        flipped = 2 * rest + drop
+        low, high = stats.binom.ppf([1e-9, 1 - 1e-9], examples, flipped)
+        counts = np.arange(int(low), int(high) + 1)
+        # The most flips back that the test still calls uneven.
+        most = stats.binom.ppf((1 - CONFIDENCE) / 2, counts, 0.5)
+        most -= stats.binom.cdf(most, counts, 0.5) > (1 - CONFIDENCE) / 2
+        found = stats.binom.cdf(most, counts, rest / flipped)
+        return float((stats.binom.pmf(counts, examples, flipped) * found).sum())
+
+    if power(1 - 2 * rest) < _POWER:
+        return None
+    return float(optimize.brentq(lambda drop: power(drop) - _POWER, 1e-9, 1 - 2 * rest, xtol=1e-5))
+
+
+def _reach(degrees_of_freedom: float) -> float:
+    """How many standard errors a true change must be for a test at the 5 % level to find it in 80 of 100 samples."""
+    level, power = stats.t.ppf([1 - (1 - CONFIDENCE) / 2, _POWER], degrees_of_freedom)
+    return float(level + power)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
