@@ -60,7 +60,7 @@ class Resampled:
         estimated variance, which for a mean is (kurtosis - 1) / units. Where two models differ on ten of a thousand
         examples, it is about ten.
         """
-        left = self.jackknife - self.jackknife.mean() if len(self.jackknife) else self.jackknife
+        left = self._deviations
         count, spread = len(left), float((left**2).sum())
         if count < 2 or spread == 0:
             return float(max(self.units - 1, 1))
@@ -109,10 +109,18 @@ class Resampled:
         # Draws vary around the sample, whose own variance is smaller than the population's by this much.
         return math.sqrt(self.units / (self.units - 1))
 
+    @property
+    def _deviations(self) -> Floats:
+        """The jackknife's deviations from its mean, the largest being 1: cubes of a huge perplexity overflow."""
+        if not len(self.jackknife):
+            return self.jackknife
+        deviations = self.jackknife - self.jackknife.mean()
+        return np.asarray(deviations / max(np.abs(deviations).max(), np.finfo(float).tiny))
+
     def _bias_and_acceleration(self) -> tuple[float, float]:
         below = (np.sum(self.draws < self.value) + 0.5 * np.sum(self.draws == self.value)) / len(self.draws)
         edge = 1 / (len(self.draws) + 1)
-        left = self.jackknife.mean() - self.jackknife
+        left = -self._deviations
         spread = (left**2).sum()
         acceleration = (left**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
         return float(stats.norm.ppf(min(max(below, edge), 1 - edge))), float(acceleration)
