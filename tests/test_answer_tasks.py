@@ -599,6 +599,16 @@ def test_generation_refuses_what_it_cannot_do(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_folder_of_either_kind_is_loaded(family: str, tmp_path, tokenizer) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = TextGeneration(PROMPTS, max_new_tokens=5)
+    found = lc.evaluate(tmp_path, task, latency=False, progress=False)
+    assert found.score.examples == score(model, task, tokenizer).examples
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_nan_while_generating_names_the_prompt(family: str, tokenizer) -> None:
     model = tiny_model(family)
     bad = tokenizer.convert_tokens_to_ids("~")

@@ -180,10 +180,14 @@ def load_model(source: PreTrainedModel | str | Path, task: Task) -> PreTrainedMo
         return source
     if not isinstance(source, (str, Path)):
         raise ConfigError(f"model must be a transformers model, a folder or a hub name, got {type(source).__name__}.")
+    head = task.auto_class
     try:
-        return getattr(transformers, task.auto_class).from_pretrained(source).eval()
+        # Texts are written by both kinds, which no one class of transformers loads.
+        if head == "AutoModelForCausalLM" and transformers.AutoConfig.from_pretrained(source).is_encoder_decoder:
+            head = "AutoModelForSeq2SeqLM"
+        return getattr(transformers, head).from_pretrained(source).eval()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{task.auto_class} cannot load {str(source)!r}: {error}") from error
+        raise CheckpointError(f"{head} cannot load {str(source)!r}: {error}") from error
 
 
 def _cost_rows(found: Evaluation) -> list[tuple[str, str]]:
