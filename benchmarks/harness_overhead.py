@@ -2,7 +2,7 @@
 
 `Task.evaluate` (tokenising, checks, results an example, intervals) against a loop that is handed the same batches ready
 made, runs the same model and keeps the argmax or the likelihood. Both take turns. The ratio is told of the clock on the
-wall and of processor time, which neighbours on a busy machine move less. Prints Markdown; fails above 5 % of the latter.
+wall and of processor time, which neighbours move less. Prints Markdown; fails above 5 % of the latter.
 """
 
 from __future__ import annotations
