@@ -64,6 +64,8 @@ def measure(engines: dict[str, Engine], batch: int, tokens: int, rounds: int) ->
     for round_ in range(rounds + 2):
         # By lot: in a fixed order each engine would always meet the caches and the clock that one other leaves behind.
         for name in order.sample(list(engines), len(engines)):
+            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
+            engines[name](inputs)
             start = time.perf_counter()
             engines[name](inputs)
             if round_ >= 2:  # the first two warm up
