@@ -7,7 +7,8 @@ the folder of a pruned model loads in plain transformers, or the size is refused
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +20,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Shapes = dict[str, tuple[int, ...]]
+Values = dict[str, Any]
+# Attributes that are set together when none does it by itself; more than this many are not combined.
+_TOGETHER = 3
+_MOST_CANDIDATES = 12
 
 
 def solve_config(
-    model: PreTrainedModel, wanted: Mapping[str, tuple[int, ...]], sizes: Mapping[int, int], *, what: str
-) -> dict[str, int]:
+    model: PreTrainedModel,
+    wanted: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[int, Collection[int]],
+    *,
+    what: str,
+    unset: Mapping[str, int] | None = None,
+    agrees: Callable[[PreTrainedModel], bool] = lambda reference: True,
+) -> Values:
     """Return the config attributes that give tensors the shapes `wanted` and leave all others as they are.
 
     Args:
         model: the model before the cut; its weights are not read.
         wanted: new shapes by state-dict name, of those tensors that change.
-        sizes: new value of each old size, such as `{3072: 1536}`.
+        sizes: the values that each old size may take, such as `{3072: [1536]}`.
         what: what is being sized, for the message.
+        unset: values for attributes that the config may leave unset or lack, such as the size of a head.
+        agrees: a further test of the model, without weights, that the config builds; equal shapes may hide other
+            heads.
 
     Returns:
-        New values by attribute path, such as `{"intermediate_size": 1536}`; apply them with `set_sizes`.
+        New values by attribute path, such as `{"intermediate_size": 1536}`; apply them with `adopt_config`.
 
     Raises:
         UnsupportedModelError: no set of attributes does it (as in BLOOM, whose FFN is always four times its hidden
@@ -44,86 +58,169 @@ def solve_config(
         >>> model = tiny_model("gpt2")
         >>> block = {"c_fc.weight": (64, 32), "c_fc.bias": (32,), "c_proj.weight": (32, 64)}
         >>> wanted = {f"transformer.h.{i}.mlp.{name}": shape for i in range(2) for name, shape in block.items()}
-        >>> solve_config(model, wanted, {256: 32}, what="FFN width")
+        >>> solve_config(model, wanted, {256: [32]}, what="FFN width")
         {'n_inner': 32}
     """
-    before = _shapes(model)
+    before = shapes_of(model)
     target = {**before, **wanted}
-    chosen: dict[str, int] = {}
-    tried = []
-    for path, old in _sizes(model.config):
-        for new in _candidates(old, sizes):
-            tried.append(path)
-            shapes = _build(model, {path: new})
-            changed = {name for name in before if shapes is not None and shapes.get(name) != before[name]}
-            if shapes is not None and changed and all(shapes.get(name) == target[name] for name in changed):
+    fixed = dict(_unset(model.config, unset or {}))
+    candidates = list(_candidates(model.config, sizes))
+
+    def fits(values: Values) -> bool:
+        reference = build(model, values)
+        return reference is not None and shapes_of(reference) == target and agrees(reference)
+
+    def brings_a_part(values: Values, path: str, new: Any) -> bool:
+        reference, without = build(model, {**values, path: new}), build(model, values)
+        if reference is None or without is None:
+            return False
+        shapes, others = shapes_of(reference), shapes_of(without)
+        changed = {name for name in others.keys() | shapes.keys() if shapes.get(name) != others.get(name)}
+        return bool(changed) and all(shapes.get(name) == target.get(name) for name in changed)
+
+    chosen: Values = {}
+    for start in ({}, fixed) if fixed else ({},):
+        chosen = dict(start)
+        for path, new in candidates:
+            if brings_a_part(chosen, path, new):
                 chosen[path] = new
-    if not chosen or _build(model, chosen) != target:
-        raise UnsupportedModelError(
-            f"the {what} of {type(model).__name__} cannot be changed: no attribute of {type(model.config).__name__} "
-            f"gives {', '.join(f'{old} -> {new}' for old, new in sizes.items())} and leaves all else as it is "
-            f"(tried {', '.join(tried) or 'none: no attribute has that value'}); use another axis or strategy."
-        )
-    return chosen
+        if len(chosen) > len(start) and fits(chosen):
+            return chosen
+    # What no attribute brings by itself, a few together may.
+    rest = [entry for entry in candidates if chosen.get(entry[0]) != entry[1]][:_MOST_CANDIDATES]
+    for count in range(1, _TOGETHER + 1):
+        for added in itertools.combinations(rest, count):
+            for values in ({**chosen, **dict(added)}, dict(added)):
+                if len({path for path, _ in added}) == count and fits(values):
+                    return values
+    tried = sorted({*fixed, *(path for path, _ in candidates)})
+    wishes = ", ".join(f"{old} -> {new}" for old, news in sizes.items() for new in sorted(news) if new != old)
+    raise UnsupportedModelError(
+        f"the {what} of {type(model).__name__} cannot be told by its config: no attribute of "
+        f"{type(model.config).__name__} gives {wishes} and leaves all else as it is "
+        f"(tried {', '.join(tried) or 'none: no attribute has that value'}); use uniform=False, which saves sizes that "
+        f"load with llmcompress, or another axis or strategy."
+    )
 
 
-def set_sizes(model: PreTrainedModel, chosen: Mapping[str, int], sizes: Mapping[int, int], scopes: list[str]) -> None:
-    """Write solved sizes to the model's config, and to the integers that the cut modules remember.
+def adopt_config(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
+    """Write solved `values` to the model's config, and what modules derive from it to the modules.
+
+    Plain numbers that a module built from the new config holds, and one built from the old config holds otherwise, are
+    taken over: head counts, widths, scales.
 
     Args:
         model: the model after the cut.
-        chosen: what `solve_config` returned.
-        sizes: new value of each old size.
-        scopes: paths of the modules that were cut; only their own attributes are looked at.
+        values: what `solve_config` returned.
     """
-    _set(model.config, chosen)
-    for scope in scopes:
-        for name, value in list(vars(model.get_submodule(scope)).items()):
-            if type(value) is int and value in sizes and not name.startswith("_"):
-                setattr(model.get_submodule(scope), name, sizes[value])
+    old, new = build(model, {}), build(model, values)
+    assert old is not None and new is not None
+    before, after = dict(old.named_modules()), dict(new.named_modules())
+    configs: dict[int, PreTrainedConfig] = {}
+    for path, module in model.named_modules():
+        if path not in before or path not in after:
+            continue
+        for name, value in _plain(after[path]):
+            if vars(before[path]).get(name) != value and name in vars(module):
+                setattr(module, name, value)
+        # Parts of a model may hold a config of their own (T5's stacks do).
+        own = vars(module).get("config")
+        if isinstance(own, PreTrainedConfig) and id(own) not in configs:
+            configs[id(own)] = own
+    _set(model.config, values)
+    trees = {id(holder) for holder in _tree(model.config)}
+    for config in configs.values():
+        if id(config) in trees:
+            continue
+        for path, value in values.items():
+            name = path.rpartition(".")[2]
+            if name in vars(config):
+                setattr(config, name, copy.copy(value))
 
 
 def matches_config(model: PreTrainedModel) -> bool:
     """Tell whether a model built from the config alone has the shapes that `model` has: whether a folder will load."""
-    return _build(model, {}) == _shapes(model)
+    reference = build(model, {})
+    return reference is not None and shapes_of(reference) == shapes_of(model)
 
 
-def _sizes(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, int | None]]:
+def build(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTrainedModel | None:
+    """Return a model without weights, built from the config with `values` set, or None where the config refuses them.
+
+    The config takes the way through its dict that saving and loading takes, with its own validation.
+    """
+    config = copy.deepcopy(model.config)
+    try:
+        _set(config, values)
+        config = type(config).from_dict(config.to_dict())
+        if getattr(config, "quantization_config", None) is not None:
+            config.quantization_config = None
+        with torch.device("meta"):
+            return type(model)(config)
+    # Configs refuse in many ways, and none of them tells more than that this value is not to be had.
+    except Exception:
+        return None
+
+
+def shapes_of(model: PreTrainedModel) -> Shapes:
+    """Return the shapes of all tensors by state-dict name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _candidates(config: PreTrainedConfig, sizes: Mapping[int, Collection[int]]) -> Iterator[tuple[str, Any]]:
+    """Yield (attribute path, new value) of integers and lists of integers that hold an old size, or may stand for one."""
+    for path, old in _attributes(config):
+        if type(old) is int:
+            yield from ((path, new) for new in sizes.get(old, ()) if new != old)
+        elif old is None:
+            yield from ((path, new) for new in sorted({new for news in sizes.values() for new in news}))
+        else:
+            # A list holds one entry a block; all entries of one size change alike.
+            new_list = [next(iter(sizes[entry])) if entry in sizes else entry for entry in old]
+            if new_list != list(old):
+                yield path, new_list
+
+
+def _unset(config: PreTrainedConfig, values: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+    text = config.get_text_config()
+    prefix = next((f"{name}." for name, value in vars(config).items() if value is text), "")
+    for name, value in values.items():
+        if getattr(text, name, None) is None:
+            yield f"{prefix}{name}", value
+
+
+def _attributes(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield integers of the config and of its sub-configs, and unset attributes that may stand for a width."""
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _sizes(value, f"{prefix}{name}.")
-        elif name.startswith("_"):
+            yield from _attributes(value, f"{prefix}{name}.")
+        elif name.startswith("_") or "token" in name:
             continue
-        elif type(value) is int:
+        elif type(value) is int or (
+            isinstance(value, (list, tuple)) and value and all(type(entry) is int for entry in value)
+        ):
             yield f"{prefix}{name}", value
         elif value is None and any(word in name for word in ("inner", "ffn", "intermediate")):
             yield f"{prefix}{name}", None
 
 
-def _candidates(old: int | None, sizes: Mapping[int, int]) -> list[int]:
-    return sorted(set(sizes.values())) if old is None else [sizes[old]] if old in sizes else []
-
-
-def _set(config: PreTrainedConfig, values: Mapping[str, int]) -> None:
+def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
     for path, value in values.items():
         owner: Any = config
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
-        setattr(owner, name, value)
+        setattr(owner, name, copy.copy(value))
 
 
-def _build(model: PreTrainedModel, values: Mapping[str, int]) -> Shapes | None:
-    """Return the shapes of a model built from the changed config, or None where the config refuses."""
-    config = copy.deepcopy(model.config)
-    try:
-        _set(config, values)
-        with torch.device("meta"):
-            return _shapes(type(model)(config))
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError, IndexError, KeyError):
-        return None
+def _plain(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name != "training" and isinstance(value, (int, float, tuple)):
+            yield name, value
 
 
-def _shapes(model: PreTrainedModel) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _tree(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _tree(value)

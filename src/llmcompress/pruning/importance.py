@@ -1,41 +1,43 @@
-"""How much each structure matters: scores that a structural pruner ranks by, higher is dearer."""
+"""How much each channel matters: scores that a structural pruner ranks by, higher is dearer."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ..anatomy.parts import FeedForward
-from ..anatomy.surgery import fused_rows
+from ..anatomy.groups import Group, tensor_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def channel_magnitude(feed_forward: FeedForward) -> torch.Tensor:
-    """Return the L2 norm of each channel's group: its rows of up and gate, with biases, and its column of down.
+def group_scores(model: PreTrainedModel, group: Group, importance: str) -> torch.Tensor:
+    """Return the L2 norm of each channel: of all its rows and columns together (Fang et al., arXiv 2301.12900).
 
-    The group is what goes and stays together (Fang et al., DepGraph, arXiv 2301.12900); each matrix is scaled by its
-    own norm first, so that the one with the larger weights does not decide alone.
+    Each matrix is scaled by its own norm first, so that the one with the larger weights does not decide alone.
 
     Returns:
-        Shape (width,), or (experts, width).
+        Shape (count,), or (experts, count).
 
     Example:
         >>> from llmcompress.anatomy import anatomy
+        >>> from llmcompress.anatomy.coupling import feed_forward_groups
         >>> from llmcompress.testing import tiny_model
-        >>> channel_magnitude(anatomy(tiny_model("mixtral")).feed_forwards()[0]).shape
+        >>> model = tiny_model("mixtral")
+        >>> group_scores(model, feed_forward_groups(anatomy(model))[0], "magnitude").shape
         torch.Size([4, 128])
     """
-    total: torch.Tensor | None = None
-    for part in feed_forward.projections():
-        layer = part.layer
-        weight = layer.weight.detach().float()
-        axis = (
-            layer.input_axis if part is feed_forward.down else (1 if layer.kind != "experts" else 3) - layer.input_axis
-        )
-        reduced = [other for other in range(weight.dim()) if other != axis and (layer.kind != "experts" or other != 0)]
+    total = torch.zeros(*((group.experts,) if group.experts else ()), group.count)
+    for member in group.members:
+        weight = tensor_of(model, member.tensor).detach().float()
+        if weight.dim() < 2:
+            continue
+        reduced = [
+            axis for axis in range(weight.dim()) if axis != member.axis and not (member.per_expert and axis == 0)
+        ]
         energy = weight.square().sum(reduced) / weight.square().mean()
-        if part is feed_forward.gate_up:
-            rows = fused_rows(feed_forward, torch.arange(feed_forward.width)[:, None])
-            energy = energy[..., rows.to(energy.device)].sum(-1)
-        total = energy if total is None else total + energy
-    assert total is not None
+        owned = (member.channel >= 0).nonzero().flatten()
+        total.index_add_(-1, member.channel[owned], energy.cpu()[..., owned])
     return total.sqrt()

@@ -1,170 +1,240 @@
-"""Structured pruning: whole channels go, real shapes change, and the folder loads in plain transformers."""
+"""Structured pruning: whole channels, heads and experts go, real shapes change, and the folder loads again."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ..anatomy import Anatomy, FeedForward, anatomy
+from ..anatomy.groups import Group, Kind, cut, new_shapes
+from ..anatomy.masking import masked
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
-from ..anatomy.sizes import matches_config, set_sizes, solve_config
-from ..anatomy.surgery import keep_channels, retie, ties, zero_channels
+from ..anatomy.sizes import adopt_config, matches_config, shapes_of
+from ..anatomy.surgery import retie, ties
 from ..compressor import Action, Compressor, Context, Cut
-from ..errors import CompressionError, NothingToCompressError, UnsupportedModelError, VerificationError
+from ..errors import CompressionError, ConfigError, UnsupportedModelError, VerificationError
 from ..registry import register
-from .importance import channel_magnitude
+from .importance import group_scores
+from .selection import dearest, shared_out
+from .widths import Widths, find_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Sliced and zeroed networks add the same numbers in another order; more than this is a wrong slice.
+# Sliced and masked networks add the same numbers in another order; more than this is a wrong slice.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# Experts go last: until then each is there to lose channels of its own.
+_KINDS: tuple[Kind, ...] = ("heads", "query_heads", "ffn", "experts")
 
 
 @register("structured_pruning")
 class StructuredPruning(Compressor):
-    """Remove the feed-forward channels of smallest group magnitude (Fang et al., DepGraph, arXiv 2301.12900).
+    """Remove feed-forward channels, attention heads and experts of least importance.
 
-    All blocks keep the same width, which is written to the plain config, so that the saved folder loads in plain
+    What goes together is found as in DepGraph (Fang et al., arXiv 2301.12900), whatever the architecture. With
+    `uniform=True` all blocks keep the same sizes, written to the plain config, so that the saved folder loads in plain
     transformers. Before it returns, the step proves itself: the sliced model must give the outputs of the model with
-    the same channels zeroed, and have the shapes that its config tells. Which channels stayed is left in
-    `context.history`.
+    the same channels masked, and have exactly the shapes that were predicted. Which channels stayed is left in
+    `context.history`, where distillation finds it.
 
     Args:
-        ffn: share of the feed-forward channels to remove, in (0, 1); experts each choose their own.
-        round_to: the new width is the nearest multiple of this, at least one; kernels like multiples of 8 and more.
-            Experts need a multiple of 8 as well.
+        ffn: share of the feed-forward channels to remove, in (0, 1); experts each choose their own. 0.5 if nothing else
+            is asked for.
+        heads: share of the attention heads to remove; under grouped-query attention each key and value head goes with
+            its query heads.
+        query_heads: share of the query heads to remove from each group that shares a key and value head.
+        experts: share of the experts of each mixture to remove; never below those that a token is sent to.
+        importance: how channels are ranked.
+        scope: "layer" ranks the channels of each layer; "global" those of all layers together (with `uniform=False`).
+        floor: share of its channels that each layer keeps at least under the global scope.
+        uniform: only sizes that a plain config can tell, the nearest legal ones; False allows any, which load with
+            llmcompress.
+        round_to: widths are the nearest multiple of this, at least one; kernels like multiples of 8 and more. Experts
+            need a multiple of 8 as well.
+        rounds: prune in so many rounds, scored anew on what is left.
 
     Example:
         >>> import llmcompress as lc
         >>> from llmcompress.testing import tiny_model
-        >>> pruned = lc.compress(tiny_model("bert"), lc.StructuredPruning(ffn=0.5), progress=False).model
-        >>> pruned.config.intermediate_size, pruned.bert.encoder.layer[0].intermediate.dense.out_features
-        (64, 64)
+        >>> pruned = lc.compress(tiny_model("llama"), lc.StructuredPruning(ffn=0.5, heads=0.5), progress=False).model
+        >>> pruned.config.intermediate_size, pruned.config.num_attention_heads, pruned.config.num_key_value_heads
+        (64, 2, 1)
     """
 
-    ffn: float = Field(0.5, gt=0, lt=1, description="share of the feed-forward channels to remove")
-    round_to: int = Field(8, ge=1, le=1024, description="the new width is a multiple of this")
+    ffn: float | None = Field(None, gt=0, lt=1, description="share of the feed-forward channels to remove")
+    heads: float | None = Field(None, gt=0, lt=1, description="share of the attention heads to remove")
+    query_heads: float | None = Field(None, gt=0, lt=1, description="share of each key head's query heads to remove")
+    experts: float | None = Field(None, gt=0, lt=1, description="share of the experts to remove")
+    importance: str = Field("magnitude", description="how channels are ranked")
+    scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or across all")
+    floor: float = Field(0.2, gt=0, lt=1, description="share that each layer keeps at least under the global scope")
+    uniform: bool = Field(True, description="only sizes that a plain config can tell")
+    round_to: int = Field(8, ge=1, le=1024, description="widths are a multiple of this")
+    rounds: int = Field(1, ge=1, le=100, description="rounds of scoring and pruning")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _something(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and all(fields.get(kind) is None for kind in _KINDS):
+            return {**fields, "ffn": 0.5}
+        return fields
+
+    @model_validator(mode="after")
+    def _agree(self) -> StructuredPruning:
+        if self.scope == "global" and self.uniform:
+            raise ConfigError(
+                "StructuredPruning.scope must be 'layer' with uniform=True, got 'global': layers that compete end with "
+                "different sizes, which no plain config tells; pass uniform=False."
+            )
+        if self.heads is not None and self.query_heads is not None:
+            raise ConfigError("StructuredPruning must have heads or query_heads, not both; run two steps.")
+        return self
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
-        """Name each network with its old and new width; refuses here what the config cannot tell."""
-        body, sizes = self._sizes(model)
-        self._solve(model, body, sizes)
+        """Name each part with its old and new size, and the parameters that will be left."""
+        widths = self._widths(model)
         actions = []
-        for network in body.feed_forwards():
-            new = sizes[network.width]
-            if new == network.width:
-                reason = f"width {new} is the nearest multiple of {self._multiple(network)}"
-                actions.append(Action(path=network.path, reason=reason))
+        for group, kept in zip(widths.groups, widths.kept, strict=True):
+            if kept == group.count:
+                reason = f"{_NAMES[group.kind]} stay {group.count}: the nearest size to what is asked for"
+                actions.append(Action(path=group.path, reason=reason))
             else:
-                actions.append(Action(path=network.path, does=f"FFN {network.width} -> {new} channels"))
-        for block in body.blocks():
-            actions += [Action(path=other, reason="no part of a known feed-forward network") for other in block.others]
+                about = "about " if self.scope == "global" else ""
+                does = f"{about}{group.count} -> {kept} {_NAMES[group.kind]}"
+                actions.append(Action(path=group.path, does=does, reason=_told(group, kept, widths, self.round_to)))
+        if self.ffn is not None:
+            for block in widths.body.blocks():
+                actions += [Action(path=other, reason="no part of a known network") for other in block.others]
         return actions
 
+    def predicted_shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """Return the shape that each tensor of the state dict will have (`scope="layer"`). Reads no weight.
+
+        Example:
+            >>> from llmcompress.testing import tiny_model
+            >>> StructuredPruning(heads=0.5).predicted_shapes(tiny_model("llama"))["model.layers.0.self_attn.k_proj.weight"]
+            (16, 64)
+        """
+        widths = self._widths(model)
+        return {**shapes_of(model), **new_shapes(model, widths.changed)}
+
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
-        """Cut, write the config, and prove the cut."""
-        body, sizes = self._sizes(model)
-        chosen = self._solve(model, body, sizes)
+        """Score, mask, cut, write the config, and prove the cut."""
+        widths = self._widths(model)
         tied = ties(model)
-        cuts = []
-        for network in body.feed_forwards():
-            keep = self._keep(network, sizes[network.width])
-            cuts.append((network, keep))
-            zero_channels(network, _others(keep, network.width))
+        cuts = self._choose(model, widths)
+        predicted = {**shapes_of(model), **new_shapes(model, [(group, keep.shape[-1]) for group, keep in cuts])}
         inputs = probe_inputs(model, seed=context.seed)
-        masked = probe_outputs(model, inputs)
-        for network, keep in cuts:
-            keep_channels(network, keep)
-            context.history.extend(_cuts(network, keep))
+        with masked(model, cuts):
+            expected = probe_outputs(model, inputs)
+        for group, keep in cuts:
+            cut(model, group, keep)
+            context.history.extend(_history(group, keep))
         retie(model, tied)
-        set_sizes(model, chosen, sizes, [network.path for network, _ in cuts])
-        self._prove(model, masked, probe_outputs(model, inputs))
+        if self.uniform:
+            adopt_config(model, widths.values)
+        self._prove(model, inputs, expected, predicted)
         return model
 
-    def _sizes(self, model: PreTrainedModel) -> tuple[Anatomy, dict[int, int]]:
-        body = anatomy(model)
-        networks = body.feed_forwards()
-        if not networks:
-            raise NothingToCompressError(
-                f"StructuredPruning finds no feed-forward network in {type(model).__name__}; its blocks hold: "
-                f"{', '.join(body.blocks()[0].others) or 'attentions only'}."
-            )
-        unknown = next((network for network in networks if network.layout == "unknown"), None)
-        if unknown is not None and model.device.type != "meta":
-            raise UnsupportedModelError(
-                f"StructuredPruning cannot cut {unknown.path} of {type(model).__name__}: a probe did not find which "
-                f"rows of its fused gate and up projection form a channel."
-            )
-        return body, {network.width: self._new_width(network) for network in networks}
+    def _widths(self, model: PreTrainedModel) -> Widths:
+        shares: dict[Kind, float] = {kind: share for kind in _KINDS if (share := getattr(self, kind)) is not None}
+        return find_widths(model, shares, multiple=self.round_to, uniform=self.uniform, who="StructuredPruning")
 
-    def _multiple(self, network: FeedForward) -> int:
-        # torch's grouped product over experts takes rows of whole 16 bytes only: 8 elements in half precision.
-        return math.lcm(self.round_to, 8) if network.down.layer.kind == "experts" else self.round_to
+    def _choose(self, model: PreTrainedModel, widths: Widths) -> list[tuple[Group, torch.Tensor]]:
+        """Return what each group keeps; with several rounds the channels gone so far are masked before the next."""
+        kept = widths.kept
+        chosen: list[tuple[Group, torch.Tensor]] = []
+        for number in range(1, self.rounds + 1):
+            scores = [self._scores(model, group) for group in widths.groups]
+            for score, (group, keep) in zip(scores, chosen, strict=False):
+                gone = torch.ones_like(score, dtype=torch.bool).scatter_(-1, keep, False)
+                score.masked_fill_(gone, -torch.inf)
+            if self.scope == "global" and number == 1:
+                kept = self._compete(widths, scores)
+            chosen = []
+            for group, score, final in zip(widths.groups, scores, kept, strict=True):
+                now = group.count - (group.count - final) * number // self.rounds
+                now -= now % group.balance if number < self.rounds else 0
+                chosen.append((group, dearest(group, score, max(now, final))))
+            if number < self.rounds:
+                with masked(model, chosen):
+                    pass
+        return [(group, keep) for group, keep in chosen if keep.shape[-1] < group.count]
 
-    def _new_width(self, network: FeedForward) -> int:
-        multiple = self._multiple(network)
-        return min(max(round(network.width * (1 - self.ffn) / multiple), 1) * multiple, network.width)
-
-    def _solve(self, model: PreTrainedModel, body: Anatomy, sizes: dict[int, int]) -> dict[str, int]:
-        if all(old == new for old, new in sizes.items()):
-            raise NothingToCompressError(
-                f"StructuredPruning(ffn={self.ffn}, round_to={self.round_to}) leaves every width of "
-                f"{type(model).__name__} as it is ({', '.join(map(str, sizes))}); lower round_to or raise ffn."
-            )
-        wanted = {}
-        for network in body.feed_forwards():
-            wanted.update(_new_shapes(network, sizes[network.width]))
-        return solve_config(model, wanted, sizes, what="FFN width")
-
-    def _keep(self, network: FeedForward, width: int) -> torch.Tensor:
-        scores = channel_magnitude(network)
+    def _scores(self, model: PreTrainedModel, group: Group) -> torch.Tensor:
+        scores = group_scores(model, group, self.importance)
         if not bool(torch.isfinite(scores).all()):
-            raise CompressionError(f"the weights of {network.path} hold NaN or infinity; repair the checkpoint first.")
-        return scores.topk(width, dim=-1).indices.sort(dim=-1).values.cpu()
+            raise CompressionError(f"the weights of {group.path} hold NaN or infinity; repair the checkpoint first.")
+        return scores
 
-    def _prove(self, model: PreTrainedModel, masked: torch.Tensor, sliced: torch.Tensor) -> None:
-        error = relative_error(sliced, masked)
+    def _compete(self, widths: Widths, scores: list[torch.Tensor]) -> list[int]:
+        kept = list(widths.kept)
+        for kind in {group.kind for group in widths.groups}:
+            places = [index for index, group in enumerate(widths.groups) if group.kind == kind]
+            groups = [widths.groups[index] for index in places]
+            counts = shared_out(
+                groups,
+                [scores[index] for index in places],
+                share=widths.asked[kind],
+                floor=self.floor,
+                multiple=self.round_to if kind == "ffn" else 1,
+            )
+            for index, count in zip(places, counts, strict=True):
+                kept[index] = count
+        return kept
+
+    def _prove(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, torch.Tensor],
+        expected: torch.Tensor,
+        predicted: dict[str, tuple[int, ...]],
+    ) -> None:
+        who = type(model).__name__
+        if shapes_of(model) != predicted:
+            raise VerificationError(
+                f"StructuredPruning: the pruned {who} has other shapes than predicted; the result is withheld. Please "
+                f"report this model."
+            )
+        if self.uniform and not matches_config(model):
+            raise VerificationError(
+                f"StructuredPruning: the pruned {who} has other shapes than its config tells; the result is withheld. "
+                f"Please report this model."
+            )
+        try:
+            sliced = probe_outputs(model, inputs)
+        except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{who} does not run with fewer of these parts ({type(error).__name__}: {error}); another part of it "
+                f"depends on their number. Use another axis, or DepthPruning."
+            ) from error
+        error = relative_error(sliced, expected)
         if not error <= _TOLERANCE.get(model.dtype, 1e-4):
             raise VerificationError(
-                f"StructuredPruning: the sliced {type(model).__name__} differs from the masked one by {error:.1e} "
-                f"(relative); the result is withheld. Please report this model."
-            )
-        if not matches_config(model):
-            raise VerificationError(
-                f"StructuredPruning: the pruned {type(model).__name__} has other shapes than its config tells; the "
+                f"StructuredPruning: the sliced {who} differs from the masked one by {error:.1e} (relative); the "
                 f"result is withheld. Please report this model."
             )
 
 
-def _others(keep: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the indices below `width` that are not in `keep`, for each expert where there are several."""
-    stay = torch.zeros(*keep.shape[:-1], width, dtype=torch.bool).scatter_(-1, keep, True)
-    return (~stay).nonzero()[:, -1].reshape(*keep.shape[:-1], -1)
+_NAMES: dict[Kind, str] = {
+    "ffn": "FFN channels",
+    "heads": "heads",
+    "query_heads": "query heads",
+    "hidden": "hidden features",
+    "experts": "experts",
+}
 
 
-def _cuts(network: FeedForward, keep: torch.Tensor) -> list[Cut]:
+def _told(group: Group, kept: int, widths: Widths, multiple: int) -> str | None:
+    """Return a remark where the size is not the one that was asked for."""
+    asked = group.count * (1 - widths.asked[group.kind])
+    if abs(asked - kept) < 0.5 or (group.kind in ("ffn", "hidden") and abs(asked - kept) <= multiple / 2):
+        return None
+    return f"{asked:g} was asked for; {kept} is the nearest size that is legal"
+
+
+def _history(group: Group, keep: torch.Tensor) -> list[Cut]:
     if keep.dim() == 1:
-        return [Cut(network.path, "ffn", tuple(keep.tolist()), network.width)]
-    return [Cut(f"{network.path}.{i}", "ffn", tuple(row.tolist()), network.width) for i, row in enumerate(keep)]
-
-
-def _new_shapes(network: FeedForward, width: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that the tensors of `network` will have, by state-dict name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in network.projections():
-        layer = part.layer
-        experts = layer.kind == "experts"
-        outputs = 2 * width if part is network.gate_up else width
-        axis = layer.input_axis if part is network.down else (3 if experts else 1) - layer.input_axis
-        shape = list(layer.weight.shape)
-        shape[axis] = width if part is network.down else outputs
-        shapes[layer.name if experts else f"{layer.path}.weight"] = tuple(shape)
-        bias = f"{layer.parameter}_bias" if experts else "bias"
-        tensor = getattr(layer.module, bias, None)
-        if tensor is not None and part is not network.down:
-            shapes[f"{layer.path}.{bias}"] = (*tensor.shape[:-1], outputs)
-    return shapes
+        return [Cut(group.path, group.kind, tuple(keep.tolist()), group.count)]
+    return [Cut(f"{group.path}.{i}", group.kind, tuple(row.tolist()), group.count) for i, row in enumerate(keep)]
