@@ -1,8 +1,11 @@
-"""What transformers must know in order to load and save our quantized models: the method called "llmcompress".
+"""What transformers must know in order to load and save our models: the method called "llmcompress".
 
-A folder's `config.json` carries `quantization_config`: a format version and groups, each a scheme with its settings and
-the paths of the modules stored so. On loading, those modules are replaced, still without weights, before transformers
-fills them from the safetensors file: plain `from_pretrained` and `save_pretrained` do the rest.
+A folder's `config.json` carries `quantization_config`: a format version; groups, each a scheme with its settings and
+the paths of the modules stored so; and the sizes of modules that are smaller than the rest of the config tells. On
+loading, those modules shrink or are replaced, still without weights, before transformers fills them from the
+safetensors file: plain `from_pretrained` and `save_pretrained` do the rest.
+
+A model of which only sizes are noted is not quantized: it trains, casts and is pruned on like any other.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import CheckpointError
+from ..anatomy.module_sizes import ModuleSizes, module_sizes, quantized_by, resize
+from ..errors import CheckpointError, UnsupportedModelError
 from .modules import SCHEMES, QuantizedModule, replace_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "llmcompress"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format: 1 has groups alone, 2 has sizes as well. A folder is written in the oldest that can tell it."""
 
 
 class LLMCompressConfig(QuantizationConfigMixin):
@@ -34,7 +39,8 @@ class LLMCompressConfig(QuantizationConfigMixin):
 
     Args:
         groups: dicts with `scheme`, the scheme's settings, and `modules`: the paths stored so.
-        format_version: of this dict and of the tensors it describes.
+        format_version: of this dict and of the tensors it describes; None takes the oldest that can tell the rest.
+        sizes: what `module_sizes` found that the rest of the config does not tell.
 
     Raises:
         CheckpointError: a newer format, an unknown scheme, or a malformed group.
@@ -44,7 +50,14 @@ class LLMCompressConfig(QuantizationConfigMixin):
         'llmcompress'
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]] = (), format_version: int = FORMAT_VERSION) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        format_version: int | None = None,
+        sizes: ModuleSizes | None = None,
+    ) -> None:
+        if format_version is None:
+            format_version = 2 if sizes else 1
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json: quantization_config.format_version must be at most {FORMAT_VERSION}, got "
@@ -60,6 +73,8 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format_version = format_version
         self.groups = [{**group, "modules": list(group["modules"])} for group in groups]
+        if sizes:
+            self.sizes = sizes
 
     @classmethod
     def from_dict(
@@ -68,12 +83,14 @@ class LLMCompressConfig(QuantizationConfigMixin):
         """Read what `to_dict` wrote; transformers fixes this signature."""
         if not isinstance(config_dict.get("groups"), list):
             raise CheckpointError("config.json: quantization_config must have a list of groups; the file is damaged.")
-        config = cls(config_dict["groups"], config_dict.get("format_version", 0))
+        if not isinstance(config_dict.get("sizes", {}), dict):
+            raise CheckpointError("config.json: quantization_config.sizes must be a dict; the file is damaged.")
+        config = cls(config_dict["groups"], config_dict.get("format_version", 0), config_dict.get("sizes"))
         return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
-    def of(cls, model: nn.Module) -> LLMCompressConfig:
-        """Describe the quantized modules that `model` has."""
+    def of(cls, model: nn.Module, sizes: ModuleSizes | None = None) -> LLMCompressConfig:
+        """Describe the quantized modules that `model` has, and its `sizes`."""
         groups: list[tuple[dict[str, Any], list[str]]] = []
         for path, module in model.named_modules():
             if not isinstance(module, QuantizedModule):
@@ -83,7 +100,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
             if paths is None:
                 groups.append((spec, paths := []))
             paths.append(path)
-        return cls([{**spec, "modules": paths} for spec, paths in groups])
+        return cls([{**spec, "modules": paths} for spec, paths in groups], sizes=sizes)
 
 
 class LLMCompressQuantizer(HfQuantizer):
@@ -98,7 +115,7 @@ class LLMCompressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """int8 layers have no backward pass; the Trainer refuses the model by this."""
-        return False
+        return not self.quantization_config.groups
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize while loading.
@@ -113,11 +130,16 @@ class LLMCompressQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        paths = _Paths(model)
+        found = {paths.find(path): entry for path, entry in getattr(self.quantization_config, "sizes", {}).items()}
+        sizes = {path: entry for path, entry in found.items() if path is not None}
+        resize(model, sizes)
         replacements: dict[nn.Module, nn.Module] = {}
         for group in self.quantization_config.groups:
-            for path in group["modules"]:
-                module = _find(model, path)
-                if module is not None:
+            for name in group["modules"]:
+                path = paths.find(name)
+                if path is not None:
+                    module = model.get_submodule(path)
                     replacements[module] = SCHEMES[group["scheme"]].from_spec(module, group)
         replace_modules(model, replacements)
         for target, source in model.all_tied_weights_keys.items():
@@ -125,7 +147,7 @@ class LLMCompressQuantizer(HfQuantizer):
             if isinstance(tied, QuantizedModule) and isinstance(partner, QuantizedModule) and target.endswith("weight"):
                 tied.tie(partner)
         # A base model read from a folder with a head (or the reverse) has other paths than the folder.
-        self.quantization_config = LLMCompressConfig.of(model)
+        self.quantization_config = LLMCompressConfig.of(model, sizes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path, module in model.named_modules():
@@ -142,35 +164,101 @@ class LLMCompressQuantizer(HfQuantizer):
                         f"model.safetensors holds codes for {path}.{name}, but quantization_config in config.json does "
                         "not name that module; the file was edited or is damaged: save the model again."
                     )
+        # Where only sizes are noted, transformers must not go on to treat the model as a quantized one.
+        _note(model, getattr(self.quantization_config, "sizes", {}))
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Write in the config of `model` what it must tell of it: the quantized modules, and sizes smaller than it says.
+
+    Plain `save_pretrained` then writes a folder that plain `from_pretrained` loads. Where there is nothing to tell, an
+    earlier note is taken away. A model quantized by another method is left alone: that one writes its own config.
+
+    Raises:
+        UnsupportedModelError: the model differs from its config by more than smaller sizes, which no folder can tell;
+            its quantized modules are noted nevertheless.
+
+    Example:
+        >>> import torch
+        >>> from llmcompress.anatomy.surgery import keep_rows
+        >>> from llmcompress.testing import tiny_model
+        >>> model = tiny_model("bert")
+        >>> keep_rows(model.bert.embeddings.position_embeddings, torch.arange(32))
+        >>> mark(model)
+        >>> list(model.config.quantization_config.sizes)
+        ['bert.embeddings.position_embeddings']
+    """
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        mark_quantized(model)
+    if quantized_by(model) in (None, METHOD):
+        _note(model, module_sizes(model))
 
 
 def mark_quantized(model: PreTrainedModel) -> None:
     """Put a model that was quantized in memory in the state in which `from_pretrained` would have left it."""
+    try:
+        sizes = module_sizes(model)
+    except UnsupportedModelError:
+        sizes = {}  # it works in memory; that no folder can tell it is said by `mark`, which the runner calls
+    _note(model, sizes)
+
+
+def _note(model: PreTrainedModel, sizes: ModuleSizes) -> None:
     from transformers import PreTrainedModel
 
-    config = LLMCompressConfig.of(model)
-    model.config.quantization_config = config
-    model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    config = LLMCompressConfig.of(model, sizes)
+    quantized = bool(config.groups)
+    if quantized:
+        model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
+        model.is_quantized = True
+        model.quantization_method = METHOD
+    else:
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(name, None)
+    if quantized or sizes:
+        model.config.quantization_config = config
+    else:
+        vars(model.config).pop("quantization_config", None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
+            vars(module.config).pop("_is_quantized", None)
+            if quantized:
+                module.config._is_quantized = True
 
 
-def _find(model: PreTrainedModel, path: str) -> nn.Module | None:
-    """Return the module that the folder calls `path`, or None where a base model lacks a head's module."""
-    prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
-        if candidate in modules:
-            return modules[candidate]
-    if type(model).__name__ in (model.config.architectures or ()):
-        raise CheckpointError(
-            f"config.json: quantization_config names the module {path!r}, which {type(model).__name__} does not have; "
-            "the file is damaged: save the model again."
-        )
-    return None
+class _Paths:
+    """Where the modules of a folder are in a model that may be its base model, or have a head that the folder lacks."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        written = model.config.architectures or ()
+        self._who = type(model).__name__
+        self._same = self._who in written
+        self._of_base = type(model.base_model).__name__ in written
+        self._prefix = model.base_model_prefix
+        self._known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+
+    def find(self, path: str) -> str | None:
+        """Return the path in the model, or None where it lacks a head's module.
+
+        Raises:
+            CheckpointError: the model is of the folder's very class and has no such module.
+        """
+        inside = f"{self._prefix}.{path}".removesuffix(".")
+        if self._same:
+            candidates = [path]
+        elif self._of_base:
+            candidates = [inside]
+        elif path == self._prefix:
+            candidates = [path, ""]
+        else:
+            candidates = [path, path.removeprefix(f"{self._prefix}."), inside] if path else []
+        found = next((candidate for candidate in candidates if candidate in self._known), None)
+        if found is None and self._same:
+            raise CheckpointError(
+                f"config.json: quantization_config names the module {path!r}, which {self._who} does not have; the "
+                "file is damaged: save the model again."
+            )
+        return found
 
 
 # Importing this file makes the method known; `llmcompress._autoregister` sees to it that it is imported in time.
