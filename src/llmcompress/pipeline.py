@@ -18,6 +18,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from tqdm.auto import tqdm
 
 from .anatomy.footprint import footprint
+from .anatomy.module_sizes import quantized_by
 from .anatomy.probe import probe_inputs, probe_outputs
 from .checkpoint import load
 from .compressor import Action, Compressor, Context, Need
@@ -31,6 +32,7 @@ from .errors import (
     VerificationError,
 )
 from .evaluation.latency import Speedup, measure_latencies, speedup
+from .quantization.hf import mark
 from .registry import compressors, register
 from .result import Report, Result, StepRecord, library_versions
 from .resume import Stages
@@ -249,11 +251,14 @@ def _run(
 ) -> tuple[PreTrainedModel, StepRecord]:
     context.told.clear()
     model.eval()
+    shapes = _shapes(model)
     start = time.perf_counter()
     with _seeded(context.seed):
         model = step.compress(model, context)
     seconds = time.perf_counter() - start
     model.eval()
+    if _shapes(model) != shapes:
+        _mark(model, context)
     found = [*actions, *context.told]
     record = StepRecord(
         step=step.to_dict(),
@@ -264,6 +269,18 @@ def _run(
         score=_score(task, model, context.tokenizer, context.progress),
     )
     return model, record
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
+
+
+def _mark(model: PreTrainedModel, context: Context) -> None:
+    """Have the config tell what shapes the model has now, so that whatever saves it writes a folder that loads."""
+    try:
+        mark(model)
+    except UnsupportedModelError as error:
+        context.tell(Action(path="", reason=f"a folder of this model will not load by from_pretrained: {error}"))
 
 
 def _plan(step: Compressor, model: PreTrainedModel, context: Context) -> list[Action]:
@@ -278,12 +295,11 @@ def _plan(step: Compressor, model: PreTrainedModel, context: Context) -> list[Ac
 
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
-    config = getattr(model.config, "quantization_config", None)
-    if config is not None or getattr(model, "is_quantized", False):
-        method = getattr(config, "quant_method", None) or "unknown method"
+    method = quantized_by(model)
+    if method is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is already quantized ({getattr(method, 'value', method)}); "
-            f"start from the float model and put quantization last."
+            f"{type(model).__name__} is already quantized ({method}); start from the float model and put quantization "
+            f"last."
         )
 
 

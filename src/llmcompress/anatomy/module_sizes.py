@@ -241,8 +241,8 @@ def _join(path: str, name: str) -> str:
 
 def _untold(model: PreTrainedModel, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(model).__name__} differs from the model of its config by more than smaller sizes, so no folder can tell "
-        f"it: {why}."
+        f"{type(model).__name__} differs from the model of its config by more than smaller sizes, so no folder can "
+        f"tell it: {why}."
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.depth import plan_depth
+from ..anatomy.module_sizes import quantized_by
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 from ..registry import register
@@ -202,7 +203,7 @@ class KnowledgeDistillation(Compressor):
 def _refuse_untrainable(model: PreTrainedModel) -> None:
     who = type(model).__name__
     coded = next((path for path, module in model.named_modules() if hasattr(module, "coded_weights")), None)
-    if coded is not None or getattr(model.config, "quantization_config", None) or getattr(model, "is_quantized", False):
+    if coded is not None or quantized_by(model) is not None:
         raise UnsupportedModelError(
             f"KnowledgeDistillation must have a student with float weights, got {who} that is quantized"
             f"{f' ({coded})' if coded else ''}; distil first and quantize last."

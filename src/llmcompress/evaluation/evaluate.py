@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
+from ..anatomy.module_sizes import quantized_by
 from ..data import find_tokenizer
 from ..errors import CheckpointError, ConfigError, MissingInputError
 from .cost import Cost, Shape, measure_costs, plan_costs
@@ -35,15 +36,15 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
     flops: Flops | None = Field(default=None, description="of one forward pass at the first shape of `latency`")
     latency: tuple[Latency, ...] = Field(default=(), description="one entry a shape")
     generation: tuple[GenerationLatency, ...] = Field(default=(), description="one entry a (prompt, new) pair")
-    quantization: str | None = Field(default=None, description="`quant_method` of the model's config, if it has one")
+    quantization: str | None = Field(
+        default=None, description="the method that its weights are quantized by, if they are"
+    )
     memory: Memory | None = Field(default=None, description="peaks in a fresh process, if asked for")
     machine: Machine
 
     @classmethod
     def of(cls, model: PreTrainedModel, scores: Sequence[TaskScore], cost: Cost) -> Evaluation:
         """Put together what was measured of `model`."""
-        quantization = getattr(model.config, "quantization_config", None) or {}
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         return cls(
             model=type(model).__name__,
             scores=tuple(scores),
@@ -51,7 +52,7 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
             flops=cost.flops,
             latency=cost.latency,
             generation=cost.generation,
-            quantization=getattr(method, "value", method),
+            quantization=quantized_by(model),
             memory=cost.memory,
             machine=machine(),
         )

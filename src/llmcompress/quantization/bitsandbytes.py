@@ -14,7 +14,7 @@ from ..anatomy.layers import WeightLayer, select, weight_layers
 from ..compressor import Action, Compressor, Context
 from ..errors import NothingToCompressError, PluginError, VerificationError
 from ..registry import register
-from .checks import refuse_nonfinite, refuse_quantized
+from .checks import refuse_nonfinite, refuse_quantized, refuse_sizes
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -128,6 +128,7 @@ class BitsAndBytesQuantization(Compressor):
         if find_spec("bitsandbytes") is None:
             raise PluginError(f"{who} needs the package bitsandbytes; run: pip install 'llmcompress[bnb]'.")
         refuse_quantized(model, who)
+        refuse_sizes(model, who)
         chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=("linear", "conv1d"))
         tied = {id(layer.weight) for layer in weight_layers(model) if layer.tied_to is not None}
         kept, refused = [], []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..anatomy.layers import WeightLayer
+from ..anatomy.module_sizes import quantized_by
 from ..errors import CompressionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
 
 def refuse_quantized(model: PreTrainedModel, who: str) -> None:
     """Raise `UnsupportedModelError` if `model` is quantized already, by whatever method."""
-    method = getattr(model, "quantization_method", None)
-    if method is not None or getattr(model.config, "quantization_config", None) is not None:
-        name = getattr(method, "value", method) or "config.quantization_config is set"
+    method = quantized_by(model)
+    if method is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is already quantized ({name}); {who} needs the float model: load that instead."
+            f"{type(model).__name__} is already quantized ({method}); {who} needs the float model: load that instead."
+        )
+
+
+def refuse_sizes(model: PreTrainedModel, who: str) -> None:
+    """Raise `UnsupportedModelError` if the config of `model` notes sizes, which another method's config cannot hold."""
+    sizes = getattr(getattr(model.config, "quantization_config", None), "sizes", None)
+    if sizes:
+        raise UnsupportedModelError(
+            f"{who} cannot quantize {type(model).__name__}, whose {next(iter(sizes))} has a size that a plain config "
+            f"does not tell; use DynamicQuantization, or prune with uniform=True."
         )
 
 
