@@ -49,7 +49,7 @@ def module_sizes(model: PreTrainedModel) -> ModuleSizes:
         >>> module_sizes(model)
         {'bert.embeddings.position_embeddings': {'tensors': {'weight': [32, 64]}, 'attributes': {'num_embeddings': 32}}}
     """
-    built = _build(model)
+    built = build(model)
     theirs = dict(built.named_modules(remove_duplicate=False))
     ours = dict(model.named_modules(remove_duplicate=False))
     if ours.keys() != theirs.keys():
@@ -125,7 +125,12 @@ def quantized_by(model: PreTrainedModel) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def _build(model: PreTrainedModel) -> PreTrainedModel:
+def build(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that the config of `model` alone builds, on the meta device: shapes, but no weights.
+
+    Raises:
+        UnsupportedModelError: the config does not build one there.
+    """
     from transformers import initialization
 
     try:

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..anatomy.module_sizes import ModuleSizes, module_sizes, quantized_by, resize
+from ..anatomy.per_layer import per_layer_config
 from ..errors import CheckpointError, UnsupportedModelError
 from .modules import SCHEMES, QuantizedModule, replace_modules
 
@@ -41,6 +42,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         groups: dicts with `scheme`, the scheme's settings, and `modules`: the paths stored so.
         format_version: of this dict and of the tensors it describes; None takes the oldest that can tell the rest.
         sizes: what `module_sizes` found that the rest of the config does not tell.
+        per_layer_config: what the sizes mean, layer by layer, for the reader; loading does not look at it.
 
     Raises:
         CheckpointError: a newer format, an unknown scheme, or a malformed group.
@@ -55,6 +57,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         groups: Sequence[Mapping[str, Any]] = (),
         format_version: int | None = None,
         sizes: ModuleSizes | None = None,
+        per_layer_config: dict[str, dict[str, int]] | None = None,
     ) -> None:
         if format_version is None:
             format_version = 2 if sizes else 1
@@ -75,6 +78,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.groups = [{**group, "modules": list(group["modules"])} for group in groups]
         if sizes:
             self.sizes = sizes
+            self.per_layer_config = per_layer_config or {}
 
     @classmethod
     def from_dict(
@@ -83,14 +87,19 @@ class LLMCompressConfig(QuantizationConfigMixin):
         """Read what `to_dict` wrote; transformers fixes this signature."""
         if not isinstance(config_dict.get("groups"), list):
             raise CheckpointError("config.json: quantization_config must have a list of groups; the file is damaged.")
-        if not isinstance(config_dict.get("sizes", {}), dict):
-            raise CheckpointError("config.json: quantization_config.sizes must be a dict; the file is damaged.")
-        config = cls(config_dict["groups"], config_dict.get("format_version", 0), config_dict.get("sizes"))
+        told = [config_dict.get(name, {}) for name in ("sizes", "per_layer_config")]
+        if not all(isinstance(value, dict) for value in told):
+            raise CheckpointError(
+                "config.json: sizes and per_layer_config of quantization_config must be dicts; the file is damaged."
+            )
+        config = cls(config_dict["groups"], config_dict.get("format_version", 0), *told)
         return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
-    def of(cls, model: nn.Module, sizes: ModuleSizes | None = None) -> LLMCompressConfig:
-        """Describe the quantized modules that `model` has, and its `sizes`."""
+    def of(
+        cls, model: nn.Module, sizes: ModuleSizes | None = None, per_layer: dict[str, dict[str, int]] | None = None
+    ) -> LLMCompressConfig:
+        """Describe the quantized modules that `model` has, and its `sizes`, which are known."""
         groups: list[tuple[dict[str, Any], list[str]]] = []
         for path, module in model.named_modules():
             if not isinstance(module, QuantizedModule):
@@ -100,7 +109,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
             if paths is None:
                 groups.append((spec, paths := []))
             paths.append(path)
-        return cls([{**spec, "modules": paths} for spec, paths in groups], sizes=sizes)
+        return cls([{**spec, "modules": paths} for spec, paths in groups], None, sizes, per_layer)
 
 
 class LLMCompressQuantizer(HfQuantizer):
@@ -131,11 +140,12 @@ class LLMCompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         paths = _Paths(model)
-        found = {paths.find(path): entry for path, entry in getattr(self.quantization_config, "sizes", {}).items()}
+        config = self.quantization_config
+        found = {paths.find(path): entry for path, entry in getattr(config, "sizes", {}).items()}
         sizes = {path: entry for path, entry in found.items() if path is not None}
         resize(model, sizes)
         replacements: dict[nn.Module, nn.Module] = {}
-        for group in self.quantization_config.groups:
+        for group in config.groups:
             for name in group["modules"]:
                 path = paths.find(name)
                 if path is not None:
@@ -147,7 +157,7 @@ class LLMCompressQuantizer(HfQuantizer):
             if isinstance(tied, QuantizedModule) and isinstance(partner, QuantizedModule) and target.endswith("weight"):
                 tied.tie(partner)
         # A base model read from a folder with a head (or the reverse) has other paths than the folder.
-        self.quantization_config = LLMCompressConfig.of(model, sizes)
+        self.quantization_config = LLMCompressConfig.of(model, sizes, getattr(config, "per_layer_config", None))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path, module in model.named_modules():
@@ -165,7 +175,7 @@ class LLMCompressQuantizer(HfQuantizer):
                         "not name that module; the file was edited or is damaged: save the model again."
                     )
         # Where only sizes are noted, transformers must not go on to treat the model as a quantized one.
-        _note(model, getattr(self.quantization_config, "sizes", {}))
+        _note(model, self.quantization_config)
 
 
 def mark(model: PreTrainedModel) -> None:
@@ -191,7 +201,7 @@ def mark(model: PreTrainedModel) -> None:
     if any(isinstance(module, QuantizedModule) for module in model.modules()):
         mark_quantized(model)
     if quantized_by(model) in (None, METHOD):
-        _note(model, module_sizes(model))
+        _note(model, _config_of(model, module_sizes(model)))
 
 
 def mark_quantized(model: PreTrainedModel) -> None:
@@ -200,13 +210,16 @@ def mark_quantized(model: PreTrainedModel) -> None:
         sizes = module_sizes(model)
     except UnsupportedModelError:
         sizes = {}  # it works in memory; that no folder can tell it is said by `mark`, which the runner calls
-    _note(model, sizes)
+    _note(model, _config_of(model, sizes))
 
 
-def _note(model: PreTrainedModel, sizes: ModuleSizes) -> None:
+def _config_of(model: PreTrainedModel, sizes: ModuleSizes) -> LLMCompressConfig:
+    return LLMCompressConfig.of(model, sizes, per_layer_config(model, sizes) if sizes else None)
+
+
+def _note(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     from transformers import PreTrainedModel
 
-    config = LLMCompressConfig.of(model, sizes)
     quantized = bool(config.groups)
     if quantized:
         model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
@@ -215,7 +228,7 @@ def _note(model: PreTrainedModel, sizes: ModuleSizes) -> None:
     else:
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(model).pop(name, None)
-    if quantized or sizes:
+    if quantized or hasattr(config, "sizes"):
         model.config.quantization_config = config
     else:
         vars(model.config).pop("quantization_config", None)
