@@ -118,7 +118,7 @@ def edit(name, **changes):
         (edit("llmcompress.json", weights=None), "must list files and weights"),
         (edit("llmcompress.json", weights={"../secret": {}}), "must name files of the folder"),
         (edit("config.json", architectures=["NoSuchModel"]), "has no class 'NoSuchModel'"),
-        (edit("config.json", hidden_size=72), "cannot be loaded"),
+        (edit("config.json", hidden_size=72), r"no model\.embed_tokens\.weight of the shape \(128, 72\)"),
         (edit("config.json", quantization_config={"quant_method": "llmcompress"}), "list of groups"),
     ],
 )

@@ -188,11 +188,19 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
                 "model_class."
             )
     try:
-        model, info = chosen.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        # Where sizes differ transformers raises without naming any, unless it is told to go on and list them.
+        model, info = chosen.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    for name, found, told in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {name} has the shape {tuple(found)}, where config.json tells {tuple(told)}; "
+            f"one of the two files was edited or comes from elsewhere: save the model again."
+        )
     missing = sorted(info["missing_keys"])
     if missing and model_class is None:
         raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; save the model again.")

@@ -167,7 +167,8 @@ class LLMCompressQuantizer(HfQuantizer):
                 if isinstance(module, QuantizedModule):
                     if not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(
-                            f"model.safetensors has no {path}.{name}; the folder is damaged: save the model again."
+                            f"model.safetensors has no {path}.{name} of the shape {tuple(tensor.shape)} that "
+                            "config.json tells; the folder is damaged: save the model again."
                         )
                 elif isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
                     raise CheckpointError(
