@@ -26,7 +26,13 @@ _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 STEPS = {name: lc.compressors.get(name)() for name in lc.compressors if name != "pipeline"}
 STEPS["knowledge_distillation"] = lc.KnowledgeDistillation(steps=2, batch_size=4, max_length=16, precision="fp32")
 STEPS["pipeline"] = lc.Pipeline(steps=[lc.StructuredPruning(), lc.DynamicQuantization(activations="token")])
-PAIRS = [(a, b) for a, b in product(STEPS, STEPS) if "pipeline" not in (a, b) and not STEPS[a].terminal]
+# A vocabulary pruned to the same texts once more has nothing left to lose, and is refused.
+_REFUSED = ("vocabulary_pruning", "vocabulary_pruning")
+PAIRS = [
+    (a, b)
+    for a, b in product(STEPS, STEPS)
+    if "pipeline" not in (a, b) and (a, b) != _REFUSED and not STEPS[a].terminal
+]
 
 
 @pytest.mark.parametrize("name", sorted(STEPS))
@@ -56,5 +62,5 @@ def test_each_step_works_after_each_other(first, second, family):
     model = tiny_model(family)
     steps = [STEPS[first], STEPS[second]]
     result = lc.compress(model, steps, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)
-    assert torch.isfinite(result.model(**tiny_inputs(model)).logits).all()
+    assert torch.isfinite(result.model(**tiny_inputs(result.model)).logits).all()
     assert result.report.steps[-1].footprint.disk_bytes <= result.report.base.disk_bytes

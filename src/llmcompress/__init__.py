@@ -47,6 +47,7 @@ _HOME = {
     "pipeline": ("Pipeline", "compress"),
     "pruning.magnitude": ("MagnitudePruning",),
     "pruning.structured": ("StructuredPruning",),
+    "pruning.vocabulary": ("VocabularyPruning",),
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dynamic": ("DynamicQuantization",),
     "registry": ("Registry", "compressors", "register", "tasks"),

@@ -82,6 +82,7 @@ from .pipeline import Pipeline as Pipeline
 from .pipeline import compress as compress
 from .pruning.magnitude import MagnitudePruning as MagnitudePruning
 from .pruning.structured import StructuredPruning as StructuredPruning
+from .pruning.vocabulary import VocabularyPruning as VocabularyPruning
 from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .registry import Registry as Registry

@@ -73,7 +73,7 @@ class Context:
 
     Attributes:
         data: training or calibration examples, or None.
-        tokenizer: turns their texts into tokens, or None.
+        tokenizer: turns their texts into tokens, or None; see `replace_tokenizer`.
         teacher: the model as the caller passed it, before any step. Never change it.
         history: what earlier steps cut, in order; a structural step appends to it.
         seed: seeds everything random in the step.
@@ -90,6 +90,10 @@ class Context:
     device: torch.device | str = "cpu"
     progress: bool = True
     told: list[Action] = field(default_factory=list)
+
+    def replace_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Have all later steps, the scores and the result use this tokenizer: the one of a vocabulary that was cut."""
+        object.__setattr__(self, "tokenizer", tokenizer)
 
     def tell(self, action: Action) -> None:
         """Put something found during the work into the report: a layer left after all, a remark, a warning."""

@@ -224,11 +224,13 @@ def compress(
     for index, step in enumerate(bar):
         bar.set_description(type(step).__name__)
         if stages is not None and (stage := stages.find(step)) is not None:
-            current, record, cuts = stage
+            current, record, cuts, found = stage
             context.history.extend(cuts)
+            if found is not None:
+                context.replace_tokenizer(found)
             report.steps.append(record)
             continue
-        cuts_before = len(context.history)
+        cuts_before, tokenizer_before = len(context.history), context.tokenizer
         # What stands before a later step is another model than was planned on before all work.
         actions = plans[0] if index == 0 else _plan(step, current, context)
         current, record = _run(step, current, actions, context, task)
@@ -239,11 +241,12 @@ def compress(
             )
         report.steps.append(record)
         if stages is not None:
-            stages.keep(current, record, context.history[cuts_before:])
+            replaced = context.tokenizer if context.tokenizer is not tokenizer_before else None
+            stages.keep(current, record, context.history[cuts_before:], replaced)
     if not inplace:
         report.speedup = _speedup(model, current)
     current.train(training)
-    return Result(model=current, report=report, tokenizer=tokenizer)
+    return Result(model=current, report=report, tokenizer=context.tokenizer)
 
 
 def _run(

@@ -13,11 +13,12 @@ import torch
 
 from .checkpoint import load, read_metadata, save
 from .compressor import Compressor, Cut
+from .data import find_tokenizer
 from .errors import CheckpointError
 from .result import StepRecord, library_versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .data import Example
 
@@ -44,8 +45,12 @@ class Stages:
         self._count = 0
         self._device = model.device
 
-    def find(self, step: Compressor) -> tuple[PreTrainedModel, StepRecord, list[Cut]] | None:
-        """Return model, record and cuts of the stage that ends with `step`, or None if it has not been finished.
+    def find(
+        self, step: Compressor
+    ) -> tuple[PreTrainedModel, StepRecord, list[Cut], PreTrainedTokenizerBase | None] | None:
+        """Return model, record, cuts and new tokenizer (if any) of the stage that ends with `step`.
+
+        None if it has not been finished.
 
         Raises:
             CheckpointError: the stage is there but damaged; delete its folder to compute it again.
@@ -58,12 +63,23 @@ class Stages:
             raise CheckpointError(f"{stage} is no stage of a run (it has no record); delete it or pass another folder.")
         cuts = [Cut(**{**cut, "kept": tuple(cut["kept"])}) for cut in metadata["cuts"]]
         model = load(stage).to(self._device).eval()
-        return model, StepRecord.model_validate(metadata["record"]), cuts
+        tokenizer = find_tokenizer(model, who="resume_dir") if metadata["tokenizer"] else None
+        return model, StepRecord.model_validate(metadata["record"]), cuts, tokenizer
 
-    def keep(self, model: PreTrainedModel, record: StepRecord, cuts: Sequence[Cut]) -> None:
-        """Write the stage that `find` last looked for, atomically."""
-        metadata = {"record": record.model_dump(mode="json"), "cuts": [asdict(cut) for cut in cuts]}
-        save(model, self._stage, metadata=metadata)
+    def keep(
+        self,
+        model: PreTrainedModel,
+        record: StepRecord,
+        cuts: Sequence[Cut],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Write the stage that `find` last looked for, atomically, with the tokenizer if the step replaced it."""
+        metadata = {
+            "record": record.model_dump(mode="json"),
+            "cuts": [asdict(cut) for cut in cuts],
+            "tokenizer": tokenizer is not None,
+        }
+        save(model, self._stage, tokenizer=tokenizer, metadata=metadata)
 
     def _advance(self, step: Compressor) -> Path:
         self._digest.update(json.dumps(step.to_dict(), sort_keys=True).encode())
