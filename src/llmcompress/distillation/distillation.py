@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.depth import plan_depth
 from ..anatomy.module_sizes import quantized_by
+from ..anatomy.vocabulary import token_origins, vocabulary_size
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 from ..registry import register
@@ -159,7 +161,8 @@ class KnowledgeDistillation(Compressor):
             alpha=self.alpha,
             hidden=self.hidden,
             layers=layer_map(model, teacher, context.history) if teacher is not None and self.hidden > 0 else (),
-            classes=_common_classes(head, model, teacher, len(tokenizer)) if teacher is not None else None,
+            classes=_common_classes(head, model, teacher, context) if teacher is not None else None,
+            tokens=_teacher_tokens(context),
         )
         losses = train(
             model,
@@ -227,13 +230,7 @@ def _refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedMo
             f"teacher and student must have the same classes, got {teacher.config.num_labels} and "
             f"{student.config.num_labels} labels; give the student the teacher's head."
         )
-    if any(cut.axis == "vocabulary" for cut in context.history):
-        raise UnsupportedModelError(
-            "KnowledgeDistillation must come before the vocabulary is cut: teacher and student would read different "
-            "token ids; move it forward."
-        )
-    if context.tokenizer is not None:
-        _common_classes(head, student, teacher, len(context.tokenizer))
+    _common_classes(head, student, teacher, context)
 
 
 def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -245,11 +242,26 @@ def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
-def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, real: int) -> int | None:
+def _teacher_tokens(context: Context) -> torch.Tensor | None:
+    """Return the teacher's id of each of the student's tokens, or None where both have the same vocabulary."""
+    tokens = token_origins(context.history)
+    return None if tokens is None else torch.tensor(tokens)
+
+
+def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> int | None:
     """Return how many tokens to compare where vocabularies are padded to different sizes; None where they are equal."""
     ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    if ours == theirs:
+    tokens = token_origins(context.history)
+    if tokens is not None:
+        if len(tokens) != vocabulary_size(student) or tokens[-1] >= vocabulary_size(teacher):
+            raise UnsupportedModelError(
+                f"a student whose vocabulary was pruned must have the {len(tokens)} tokens that were kept of the "
+                f"teacher's, got vocabularies of {theirs} and {ours}; do not resize it between the steps."
+            )
         return None
+    if context.tokenizer is None or ours == theirs:
+        return None
+    real = len(context.tokenizer)
     if min(ours, theirs) < real:
         raise UnsupportedModelError(
             f"teacher and student must share the tokenizer's {real} tokens, got vocabularies of {theirs} and {ours}; "

@@ -26,6 +26,8 @@ class Objective:
         layers: for each stack, which teacher hidden state each student block should put out; from `layer_map`.
         classes: compare only the first so many classes: the tokens that are real where vocabularies are padded to
             different sizes. None compares all.
+        tokens: the teacher's id of each of the student's tokens, where an earlier step cut the student's vocabulary;
+            None where both have the same.
     """
 
     head: Head
@@ -34,11 +36,21 @@ class Objective:
     hidden: float = 0.0
     layers: Sequence[tuple[int, ...]] = field(default_factory=tuple)
     classes: int | None = None
+    tokens: torch.Tensor | None = None
 
     @property
     def asks_teacher(self) -> bool:
         """Whether any part needs the teacher's outputs; without it this is plain fine-tuning."""
         return self.alpha > 0 or self.hidden > 0
+
+    def for_teacher(self, inputs: Batch) -> dict[str, torch.Tensor]:
+        """Return the student's inputs as the teacher reads them: the same tokens, by its own ids."""
+        if self.tokens is None:
+            return dict(inputs)
+        return {
+            name: self.tokens.to(value.device)[value] if name.endswith("input_ids") else value
+            for name, value in inputs.items()
+        }
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """Return how many targets, input tokens and decoder tokens of `batch` count: what the parts are divided by.
@@ -62,15 +74,17 @@ class Objective:
         ours = self._logits(student)
         loss = ours.new_zeros((), dtype=torch.float32)
         if self.alpha > 0:
-            loss = loss + self.alpha * self._soft(ours, self._logits(teacher), mask, count)
+            loss = loss + self.alpha * self._soft(ours, self._logits(teacher, self.tokens), mask, count)
         if self.alpha < 1:
             loss = loss + (1 - self.alpha) * self._hard(ours, batch["labels"], mask, count)
         if self.hidden > 0:
             loss = loss + self.hidden * self._hidden(student, teacher, batch, counts)
         return loss
 
-    def _logits(self, outputs: Any) -> torch.Tensor:
+    def _logits(self, outputs: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
         logits = outputs.logits[..., : self.classes]
+        if tokens is not None and self.head in {"causal_lm", "seq2seq_lm"}:
+            logits = logits[..., tokens.to(logits.device)]
         return logits[:, :-1] if self.head == "causal_lm" else logits
 
     def _target_mask(self, batch: Batch) -> torch.Tensor:

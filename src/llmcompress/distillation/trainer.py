@@ -71,8 +71,8 @@ class DistillationTrainer(Trainer):
         target = None
         if self.teacher is not None and self.objective.asks_teacher:
             with torch.no_grad(), self.accelerator.autocast():
-                place = self.teacher.device
-                target = self.teacher(**{key: value.to(place) for key, value in fed.items()}, **self._asked)
+                place, asked = self.teacher.device, self.objective.for_teacher(fed)
+                target = self.teacher(**{key: value.to(place) for key, value in asked.items()}, **self._asked)
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
         loss = self.objective(outputs, target, inputs, counts)
         if not bool(torch.isfinite(loss)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..data import find_tokenizer
 from .fidelity import Fidelity, FidelityMeter, embeddings_of, text_embeddings
@@ -14,7 +16,6 @@ from .tasks.forward import advance
 from .tasks.task import check_positive
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -74,6 +75,9 @@ def paired_tests(task: Task, base: TaskScore, candidate: TaskScore) -> list[Pair
     """Test every metric that both scores have; none where they are not about the same examples."""
     if not base.examples or len(base.examples) != len(candidate.examples) or base.groups != candidate.groups:
         return []
+    # Equally many windows hold other text where it falls into other tokens.
+    if base.protocol.get("tokens") != candidate.protocol.get("tokens"):
+        return []
     found, rest = {}, {}
     for name in (name for name in base.metrics if name in candidate.metrics):
         right = [score.right_by(name) for score in (base, candidate)]
@@ -110,12 +114,14 @@ def _side_by_side(
 ) -> tuple[dict[str, TaskScore], dict[str, Fidelity]]:
     runs = {name: task.start(model, tokenizers[name], batch_size=batch_size) for name, model in models.items()}
     base, *others = runs
-    # A smaller vocabulary or another tokenizer asks other questions: then only the scores can be compared.
+    # Another tokenizer asks other questions, and a language model of another vocabulary gives other answers: then only
+    # the scores can be compared.
+    widths = {name: _choices(model) for name, model in models.items()}
     alike = [
         name
         for name in others
-        if len(runs[name].batches) == len(runs[base].batches)
-        and all(a.same_inputs(b) for a, b in zip(runs[base].batches, runs[name].batches, strict=True))
+        if widths[name] == widths[base]
+        and same_tokens(runs[base].batches, runs[name].batches, tokenizers[base], tokenizers[name])
     ]
     meters = {name: FidelityMeter(runs[base], runs[name]) for name in alike}
     with embeddings_of({name: models[name] for name in (base, *alike)} if alike else {}) as hidden:
@@ -128,7 +134,40 @@ def _side_by_side(
                 meters[name].update(batch, latest[base], outputs, _embeddings(batch, hidden, base, name))
 
         advance(runs, title=task.name, unit=task.unit, progress=progress, observer=observe if alike else None)
-    return {name: run.score() for name, run in runs.items()}, {name: meter.result() for name, meter in meters.items()}
+    scores = {name: run.score() for name, run in runs.items()}
+    for name in others:
+        if widths[name] != widths[base]:
+            warning = f"chooses among {widths[name]} tokens, the base among {widths[base]}: another question"
+            scores[name] = scores[name].model_copy(update={"warnings": (*scores[name].warnings, warning)})
+    return scores, {name: meter.result() for name, meter in meters.items()}
+
+
+def same_tokens(
+    ours: Sequence[Batch],
+    theirs: Sequence[Batch],
+    our_tokenizer: PreTrainedTokenizerBase,
+    their_tokenizer: PreTrainedTokenizerBase,
+) -> bool:
+    """Tell whether two models are called with the same tokens, though a pruned vocabulary may number them otherwise."""
+    if len(ours) != len(theirs):
+        return False
+    ids, names = our_tokenizer.get_vocab(), their_tokenizer.get_vocab()
+    if ids == names:
+        return all(a.same_inputs(b) for a, b in zip(ours, theirs, strict=True))
+    highest = max((int(batch.inputs["input_ids"].max()) for batch in theirs), default=0)
+    table = torch.full((max(highest, *names.values()) + 1,), -1)
+    for name, index in names.items():
+        table[index] = ids.get(name, -1)
+    return all(
+        a.same_inputs(replace(b, inputs={k: table[v] if k.endswith("input_ids") else v for k, v in b.inputs.items()}))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _choices(model: PreTrainedModel) -> int | None:
+    """Return among how many tokens a language model chooses; None for what answers otherwise."""
+    head = model.get_output_embeddings()
+    return None if head is None else int(model.config.get_text_config().vocab_size)
 
 
 def _embeddings(
