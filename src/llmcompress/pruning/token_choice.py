@@ -65,7 +65,7 @@ def choose_tokens(
         multiple: their number is filled up to a multiple of this.
 
     Raises:
-        MissingInputError: the texts hold no token.
+        MissingInputError: all texts are empty.
         UnsupportedModelError: a tokenizer that cannot be cut.
         VerificationError: without `keep`, a text is split otherwise than before.
 
@@ -76,12 +76,12 @@ def choose_tokens(
         >>> found.seen, len(found.kept), found.tokenizer.tokenize("a god")
         (8, 12, ['a', ' ', 'g', 'o', 'd'])
     """
+    if not any(example.text.strip() or (example.pair or "").strip() for example in examples):
+        raise MissingInputError("VocabularyPruning needs texts, and all that were passed are empty; pass others.")
     vocabulary = FastVocabulary(tokenizer)
     before = _Measured(tokenizer)
     for _, ids, counted in _encoded(examples, tokenizer):
         before.add(ids, counted)
-    if not before.counts:
-        raise MissingInputError("VocabularyPruning needs texts, and all that were passed are empty; pass others.")
     seen = before.counts
     always = {*vocabulary.fixed, *named}
     frequent = sorted(seen.keys() - always, key=lambda token: (-seen[token], token))
@@ -91,15 +91,16 @@ def choose_tokens(
     kept = _filled({part for token in (*always, *frequent) for part in vocabulary.parts(token)}, vocabulary, multiple)
     new = vocabulary.keep(sorted(kept))
     if keep is None:
-        missed = {t for text in _changed(examples, tokenizer, new, sorted(kept)) for t in vocabulary.attempts(text)}
-        if missed - kept:
+        changed = list(_changed(examples, tokenizer, new, sorted(kept)))
+        missed = {token for text in changed for token in vocabulary.attempts(text)} - kept
+        if missed:
             kept = _filled(kept | missed, vocabulary, multiple)
             new = vocabulary.keep(sorted(kept))
-        text = next(_changed(examples, tokenizer, new, sorted(kept)), None)
-        if text is not None:
+            changed = list(_changed(examples, tokenizer, new, sorted(kept)))
+        if changed:
             raise VerificationError(
-                f"VocabularyPruning: the pruned {type(tokenizer).__name__} splits {text!r:.80} otherwise than before; "
-                f"nothing is returned. Please report this tokenizer, or allow other pieces with keep=1.0."
+                f"VocabularyPruning: the pruned {type(tokenizer).__name__} splits {changed[0]!r:.80} otherwise than "
+                f"before; nothing is returned. Please report this tokenizer, or allow other pieces with keep=1.0."
             )
         after = before
     else:

@@ -101,10 +101,9 @@ class VocabularyPruning(Compressor):
                 another vocabulary.
         """
         chosen = self._choose(model, context)
+        if len(chosen.kept) == vocabulary_size(model):
+            return [Action(path="", reason=f"all {len(chosen.kept)} tokens are seen in the texts, or cannot go")]
         change = plan_vocabulary(model, chosen.kept)
-        if len(chosen.kept) == change.of:
-            reason = f"all {change.of} tokens are seen in the texts, or cannot go"
-            return [Action(path=change.embedding, reason=reason)]
         does = f"{change.of} -> {len(chosen.kept)} tokens"
         tied = {name: group[0] for group in ties(model) for name in group[1:]}
         actions = [
@@ -127,14 +126,17 @@ class VocabularyPruning(Compressor):
             >>> step.predicted_shapes(tiny_model("llama"), context)["model.embed_tokens.weight"]
             (9, 64)
         """
-        return plan_vocabulary(model, self._choose(model, context).kept).shapes
+        chosen = self._choose(model, context)
+        if len(chosen.kept) == vocabulary_size(model):
+            return shapes_of(model)
+        return plan_vocabulary(model, chosen.kept).shapes
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Choose, cut tokenizer and model, and prove that the model does on the texts what it did."""
         chosen = self._choose(model, context)
-        change = plan_vocabulary(model, chosen.kept)
-        if len(chosen.kept) == change.of:
+        if len(chosen.kept) == vocabulary_size(model):
             return model
+        change = plan_vocabulary(model, chosen.kept)
         old = torch.tensor(chosen.kept, device=model.device)
         rows = _probes(model, chosen, self._texts(context))
         before = [probe_outputs(model, {name: old[ids] for name, ids in row.items()}) for row in rows]
