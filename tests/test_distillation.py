@@ -317,7 +317,9 @@ def test_teachers_that_do_not_match_are_refused():
     refused(lc.UnsupportedModelError, "same classes, got 3 and 2 labels", teacher=three, student=two)
     refused(lc.UnsupportedModelError, "equally wide .* got 32 and 16", teacher=two, student=narrow, hidden=1)
     refused(lc.UnsupportedModelError, "same kind of head", teacher=tiny_model("llama"), student=two)
-    refused(lc.UnsupportedModelError, "must have the 1 tokens that were kept", history=[Cut("x", "vocabulary", (0,), 2)])
+    refused(
+        lc.UnsupportedModelError, "must have the 1 tokens that were kept", history=[Cut("x", "vocabulary", (0,), 2)]
+    )
     model = tiny_model("bert")
     with pytest.raises(lc.MissingInputError, match="teacher that is not the student itself"):
         step_of().compress(model, Context(data=texts(), tokenizer=tiny_tokenizer(), teacher=model))

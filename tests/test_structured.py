@@ -88,7 +88,7 @@ def test_experts_and_all_together(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "opt", "gpt_neox"])
 def test_heads_that_no_config_tells(family):
     model = tiny_model(family)
-    with pytest.raises(lc.UnsupportedModelError, match="number of heads .* uniform=False"):
+    with pytest.raises(lc.UnsupportedModelError, match=r"number of heads .* uniform=False"):
         _compress(model, lc.StructuredPruning(heads=0.5))
     step = lc.StructuredPruning(heads=0.5, uniform=False)
     result = _compress(model, step)
@@ -155,7 +155,7 @@ def test_channel_magnitude_by_hand():
 def test_t5_shares_one_bias_and_so_one_choice_of_heads():
     model = tiny_model("t5")
     groups = head_groups(model, anatomy(model))
-    assert [group.path for group in groups][0] == "encoder.block"
+    assert groups[0].path == "encoder.block"
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     assert table in {member.tensor for member in groups[0].members}
     assert new_shapes(model, [(groups[0], 3)])[table] == (32, 3)

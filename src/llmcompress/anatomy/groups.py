@@ -1,9 +1,9 @@
 """Channels that live and die together: which positions of which tensors they are, how to silence and how to cut them.
 
-A feed-forward channel is a row of up, a row of gate and a column of down; a head is rows of q, k and v and columns of o;
-a channel of the residual stream runs through every block. All are one thing, a `Group`: axes of tensors whose positions
-belong to numbered channels (the dependency groups of Fang et al., DepGraph, arXiv 2301.12900). What prunes works on
-groups and needs to know no architecture.
+A feed-forward channel is a row of up, a row of gate and a column of down; a head is rows of q, k and v and columns of
+o; a channel of the residual stream runs through every block. All are one thing, a `Group`: axes of tensors whose
+positions belong to numbered channels (the dependency groups of Fang et al., DepGraph, arXiv 2301.12900). What prunes
+works on groups and needs to know no architecture.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def cut(model: PreTrainedModel, group: Group, keep: torch.Tensor) -> None:
             module._buffers[name] = replacement
         _note_size(module, name, member.axis, replacement.shape[member.axis])
     for scope in group.scopes:
-        for path, module in model.get_submodule(scope).named_modules():
+        for module in model.get_submodule(scope).modules():
             if not _is_layer(module):
                 _note_lengths(module, group, keep.shape[-1])
 

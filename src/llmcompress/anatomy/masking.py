@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .groups import Group, silence, tensor_of
+from .residual import normalising_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def masked(model: PreTrainedModel, cuts: Sequence[tuple[Group, torch.Tensor]]) -> Iterator[None]:
-    """Silence all channels of each group but those kept; inside, experts that go are never chosen by their router.
+    """Silence all channels of each group but those kept, inside as the cut model will have them.
 
-    The zeros stay after the context; the router is itself again.
+    Inside, experts that go are never chosen by their router, and a LayerNorm takes its mean over the features that
+    stay.
+    The zeros stay after the context; routers and norms are themselves again.
 
     Args:
         model: the model, changed in place.
@@ -37,7 +40,11 @@ def masked(model: PreTrainedModel, cuts: Sequence[tuple[Group, torch.Tensor]]) -
             tensor = tensor_of(model, member.tensor)
             if tensor.dim() == 2:
                 without[tensor.data_ptr()] = gone
-    with _NeverRouted(without):
+    with ExitStack() as stack:
+        stack.enter_context(_NeverRouted(without))
+        for group, keep in cuts:
+            if group.kind == "hidden":
+                stack.enter_context(normalising_over(model, group, keep))
         yield
 
 

@@ -114,7 +114,8 @@ def adopt_config(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
         values: what `solve_config` returned.
     """
     old, new = build(model, {}), build(model, values)
-    assert old is not None and new is not None
+    assert old is not None
+    assert new is not None
     before, after = dict(old.named_modules()), dict(new.named_modules())
     configs: dict[int, PreTrainedConfig] = {}
     for path, module in model.named_modules():
@@ -168,7 +169,7 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
 
 
 def _candidates(config: PreTrainedConfig, sizes: Mapping[int, Collection[int]]) -> Iterator[tuple[str, Any]]:
-    """Yield (attribute path, new value) of integers and lists of integers that hold an old size, or may stand for one."""
+    """Yield (attribute path, new value) of integers and lists of them that hold an old size, or may stand for one."""
     for path, old in _attributes(config):
         if type(old) is int:
             yield from ((path, new) for new in sizes.get(old, ()) if new != old)

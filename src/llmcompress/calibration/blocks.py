@@ -33,7 +33,10 @@ class Turn:
         index: number of the turn, from 0.
         of: how many turns there are.
         statistics: by `WeightLayer.name`, a list of one statistic; for 3-D experts, one for each expert. Where no
-            token came by (an expert that none was routed to, a block that never runs) `update` was never called.
+            token came by (an expert that none was routed to, a block that never runs) `update` was never called. They
+            are dropped when the next turn is asked for.
+        unseen: names of layers of this turn that are no linear modules, and whose weight no matrix product was seen to
+            use (the kernel of a convolution, say): their inputs cannot be told, and no statistic was updated.
         whole_passes: whether each turn took a pass through the whole model, because the blocks do not simply follow
             one another: right, but the cost grows with the square of the depth.
     """
@@ -42,6 +45,7 @@ class Turn:
     index: int
     of: int
     statistics: dict[str, list[Statistic]]
+    unseen: tuple[str, ...] = ()
     whole_passes: bool = False
 
 
@@ -158,6 +162,7 @@ def _turns(
     forward = Forward(model, all_logits=_needs_head(model, layers))
     found = survey(forward, batches, layers, who=who)
     doubt = found.doubt or prove(forward, batches, found)
+    found.inputs.clear()
     if doubt:
         _LOG.warning("%s: each block takes a pass through the whole of %s: %s", who, type(model).__name__, doubt)
     turns = list(found.turns.items())
@@ -176,7 +181,9 @@ def _turns(
                     start = places[block]
                 elif not block:
                     replay.run(start, None)
-            yield Turn(block, index, len(turns), statistics, bool(doubt))
+            unseen = tuple(name for name in statistics if name in found.unseen)
+            yield Turn(block, index, len(turns), statistics, unseen, bool(doubt))
+            statistics.clear()
             bar.update()
 
 

@@ -11,14 +11,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CompressionError
+from .statistics import parts_of
 
 if TYPE_CHECKING:
     from ..anatomy.layers import WeightLayer
     from .statistics import Statistic
 
-# Calls of the form f(inputs, weight), where the weight is already (in, out), or transposed for `linear`.
-_LINEAR = {functional.linear}
+# f(inputs, weight) and f(added, inputs, weight).
 _PRODUCTS = {
+    functional.linear,
     torch.matmul,
     torch.mm,
     torch.bmm,
@@ -28,6 +29,10 @@ _PRODUCTS = {
     torch.Tensor.__matmul__,
 }
 _ADDED_PRODUCTS = {torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm}
+
+
+# Layers whose module is called with their inputs; other weights are used by the code of the module they are in.
+_CALLED = ("linear", "conv1d")
 
 
 @contextmanager
@@ -40,71 +45,86 @@ def listen(layers: Sequence[WeightLayer], statistics: Mapping[str, Sequence[Stat
     Raises:
         CompressionError: an input is NaN or infinite; the message names the layer.
     """
-    called = [layer for layer in layers if layer.kind in {"linear", "conv1d"}]
-    used = [layer for layer in layers if layer.kind not in {"linear", "conv1d"}]
+    used = [layer for layer in layers if is_watched(layer)]
     with ExitStack() as stack:
-        for layer in called:
-            hook = _Hook(layer.name, statistics[layer.name][0], who)
-            stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for layer in layers:
+            if layer.kind in _CALLED:
+                hook = _Hook(layer, statistics[layer.name][0], who)
+                stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if used:
             stack.enter_context(_eager_experts(used))
-            stack.enter_context(_Products(used, statistics, who))
+            stack.enter_context(_Products([_Watched(layer, statistics[layer.name], who) for layer in used]))
         yield
 
 
+def is_watched(layer: WeightLayer) -> bool:
+    """Whether the layer's inputs are told from the products with its weight, and not from a call of its module."""
+    return layer.kind not in _CALLED
+
+
 class _Hook:
-    def __init__(self, name: str, statistic: Statistic, who: str) -> None:
-        self.name, self.statistic, self.who = name, statistic, who
+    def __init__(self, layer: WeightLayer, statistic: Statistic, who: str) -> None:
+        self._layer, self._statistic, self._who = layer, statistic, who
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        _feed(self.statistic, inputs, self.name, self.who)
+        _feed(self._statistic, inputs, self._layer, self._layer.name, self._who)
+
+
+class _Watched:
+    """One weight, told by its place in memory, and the statistics of its parts."""
+
+    def __init__(self, layer: WeightLayer, statistics: Sequence[Statistic], who: str) -> None:
+        self._layer, self._statistics, self._who = layer, statistics, who
+        self._start = layer.weight.data_ptr()
+        self._part = layer.weight.nbytes // parts_of(layer)
+
+    def part_at(self, address: int) -> int | None:
+        """Return the number of the expert that begins at `address`, if one does."""
+        # A share of an expert's rows that does not begin it gets the same inputs as the one that does.
+        part, rest = divmod(address - self._start, self._part)
+        return part if rest == 0 and 0 <= part < len(self._statistics) else None
+
+    def feed(self, part: int, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Take the inputs of a product with `weight`: one expert's, or a stack of them from number `part` on."""
+        name = self._layer.name
+        if weight.dim() == 3:
+            for number, own in enumerate(inputs.expand(len(weight), -1, -1), start=part):
+                # With all experts in one product, a token that is routed elsewhere comes as a row of zeros.
+                _feed(self._statistics[number], own[own.any(-1)], self._layer, f"{name}[{number}]", self._who)
+        else:
+            where = f"{name}[{part}]" if len(self._statistics) > 1 else name
+            _feed(self._statistics[part], inputs, self._layer, where, self._who)
 
 
 class _Products(TorchFunctionMode):
-    """Watches every matrix product for those with one of our weights, told by its address."""
+    """Looks at every matrix product for those with one of the watched weights."""
 
-    def __init__(self, layers: Sequence[WeightLayer], statistics: Mapping[str, Sequence[Statistic]], who: str) -> None:
+    def __init__(self, watched: Sequence[_Watched]) -> None:
         super().__init__()
-        self.who = who
-        self.places = []
-        for layer in layers:
-            weight = layer.weight
-            step = weight.nbytes // len(weight) if layer.kind == "experts" else weight.nbytes
-            start = weight.data_ptr()
-            self.places.append((start, start + weight.nbytes, step, layer.name, statistics[layer.name]))
+        self._watched = watched
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = 0 if func in _LINEAR or func in _PRODUCTS else 1 if func in _ADDED_PRODUCTS else None
-        if first is not None and len(args) > first + 1:
-            self._look(args[first], args[first + 1])
-        return func(*args, **kwargs)
+        first = 0 if func in _PRODUCTS else 1 if func in _ADDED_PRODUCTS else len(args)
+        if len(args) > first + 1:
+            left, right = args[first], args[first + 1]
+            # Some models write inputs @ weight, some weight @ inputs.
+            if not self._look(right, left):
+                self._look(left, right.mT if right.dim() > 1 else right)
+        return func(*args, **(kwargs or {}))
 
-    def _look(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        for inputs, weight in ((left, right), (right, left)):
-            address = weight.data_ptr()
-            for start, end, step, name, statistics in self.places:
-                # A part of an expert that does not start it is a further share of rows, for the same inputs.
-                if start <= address < end and (address - start) % step == 0:
-                    turned = inputs if weight is right else inputs.mT
-                    self._add(turned, (address - start) // step, name, statistics, weight)
-                    return
-
-    def _add(
-        self, inputs: torch.Tensor, index: int, name: str, statistics: Sequence[Statistic], weight: torch.Tensor
-    ) -> None:
-        if weight.dim() < 3:
-            _feed(statistics[index], inputs, f"{name}[{index}]" if len(statistics) > 1 else name, self.who)
-            return
-        for expert, own in enumerate(inputs):
-            # All experts at once: a token that is routed elsewhere comes as a row of zeros.
-            rows = own.reshape(-1, own.shape[-1])
-            _feed(statistics[index + expert], rows[rows.any(-1)], f"{name}[{index + expert}]", self.who)
+    def _look(self, weight: torch.Tensor, inputs: torch.Tensor) -> bool:
+        address = weight.data_ptr()
+        for watched in self._watched:
+            part = watched.part_at(address)
+            if part is not None:
+                watched.feed(part, inputs, weight)
+                return True
+        return False
 
 
-def _feed(statistic: Statistic, inputs: torch.Tensor, name: str, who: str) -> None:
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+def _feed(statistic: Statistic, inputs: torch.Tensor, layer: WeightLayer, name: str, who: str) -> None:
+    rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(layer.weight.device)
     if not len(rows):
         return
     low, high = torch.aminmax(rows)

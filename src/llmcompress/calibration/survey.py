@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy.stacks import find_stacks
-from .listening import listen
+from .listening import is_watched, listen
 from .replay import Batch, Forward, Place, Replay, replaced, tensors_of
 from .states import States
 from .statistics import parts_of
@@ -32,6 +32,7 @@ class Survey:
             run come behind, and under `""` what is in no block comes last.
         doubt: why the blocks cannot be run one at a time, or None.
         ends: whether no layer is used behind the last block.
+        unseen: names of layers that are no linear modules, and whose weight no matrix product was seen to use.
     """
 
     order: list[Place]
@@ -39,6 +40,7 @@ class Survey:
     turns: dict[str, list[WeightLayer]]
     doubt: str | None
     ends: bool
+    unseen: tuple[str, ...]
 
 
 class _Witness:
@@ -68,8 +70,7 @@ def survey(forward: Forward, batches: Sequence[Batch], layers: Sequence[WeightLa
     def record(path: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def block(*args: Any, **kwargs: Any) -> Any:
             calls.append(path)
-            # Copies: the block may go on to change its inputs in place.
-            inputs.append([tensor.clone() for tensor in tensors_of((args, kwargs))])
+            inputs.append(_copies(tensors_of((args, kwargs))))
             running.append(path)
             try:
                 return own(*args, **kwargs)
@@ -86,7 +87,8 @@ def survey(forward: Forward, batches: Sequence[Batch], layers: Sequence[WeightLa
     turns = _turns(layers, [*dict.fromkeys(calls), *stack_of])
     seen = {block: set().union(*(witness[layer.name].seen for layer in own)) for block, own in turns.items()}
     ends = bool(calls) and ("", len(calls)) not in set().union(*seen.values())
-    return Survey(order, inputs, turns, _doubt(calls, seen), ends)
+    unseen = tuple(layer.name for layer in layers if is_watched(layer) and not witness[layer.name].seen)
+    return Survey(order, inputs, turns, _doubt(calls, seen), ends, unseen)
 
 
 def prove(forward: Forward, batches: Sequence[Batch], found: Survey) -> str | None:
@@ -96,9 +98,13 @@ def prove(forward: Forward, batches: Sequence[Batch], found: Survey) -> str | No
     one's: whatever a block gets from further back than that shows.
     """
     given: dict[int, list[torch.Tensor]] = {}
+
+    def watch(number: int, inputs: list[torch.Tensor]) -> None:
+        given[number] = _copies(inputs)
+
     ends = [number for number, place in enumerate(found.order) if place.path in found.turns]
     with States(None) as states:
-        replay = Replay(forward, found.order, [short_row(batches[0])], states, watch=given.__setitem__)
+        replay = Replay(forward, found.order, [short_row(batches[0])], states, watch)
         try:
             for start, end in zip([0, *ends], ends, strict=False):
                 replay.run(start, end)
@@ -138,6 +144,11 @@ def _doubt(calls: list[str], seen: dict[str, set[tuple[str, int]]]) -> str | Non
         if block and elsewhere:
             return f"layers of {block} are used outside of its own forward"
     return None
+
+
+def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    # A block may go on to change its inputs in place.
+    return [tensor.clone() for tensor in tensors]
 
 
 def _same(given: list[torch.Tensor], plain: list[torch.Tensor]) -> bool:

@@ -113,7 +113,8 @@ class StructuredPruning(Compressor):
 
         Example:
             >>> from llmcompress.testing import tiny_model
-            >>> StructuredPruning(heads=0.5).predicted_shapes(tiny_model("llama"))["model.layers.0.self_attn.k_proj.weight"]
+            >>> shapes = StructuredPruning(heads=0.5).predicted_shapes(tiny_model("llama"))
+            >>> shapes["model.layers.0.self_attn.k_proj.weight"]
             (16, 64)
         """
         widths = self._widths(model)
@@ -147,7 +148,7 @@ class StructuredPruning(Compressor):
         chosen: list[tuple[Group, torch.Tensor]] = []
         for number in range(1, self.rounds + 1):
             scores = [self._scores(model, group) for group in widths.groups]
-            for score, (group, keep) in zip(scores, chosen, strict=False):
+            for score, (_, keep) in zip(scores, chosen, strict=False):
                 gone = torch.ones_like(score, dtype=torch.bool).scatter_(-1, keep, False)
                 score.masked_fill_(gone, -torch.inf)
             if self.scope == "global" and number == 1:
@@ -209,10 +210,10 @@ class StructuredPruning(Compressor):
                 f"{who} does not run with fewer of these parts ({type(error).__name__}: {error}); another part of it "
                 f"depends on their number. Use another axis, or DepthPruning."
             ) from error
-        error = relative_error(sliced, expected)
-        if not error <= _TOLERANCE.get(model.dtype, 1e-4):
+        difference = relative_error(sliced, expected)
+        if not difference <= _TOLERANCE.get(model.dtype, 1e-4):
             raise VerificationError(
-                f"StructuredPruning: the sliced {who} differs from the masked one by {error:.1e} (relative); the "
+                f"StructuredPruning: the sliced {who} differs from the masked one by {difference:.1e} (relative); the "
                 f"result is withheld. Please report this model."
             )
 
