@@ -165,3 +165,24 @@ def test_resume_continues_behind_the_last_stage(bert, tmp_path, monkeypatch):
         patch.setattr(lc.StructuredPruning, "compress", killed)
         with pytest.raises(KeyboardInterrupt):
             _compress(bert, steps, seed=1, resume_dir=tmp_path, **inputs)
+
+
+def test_the_report_tells_what_each_step_gave(bert):
+    steps = [lc.MagnitudePruning(), lc.StructuredPruning(ffn=0.5), lc.DynamicQuantization()]
+    report = _compress(bert, steps).report
+    zeros, cut, codes = report.steps
+    assert zeros.footprint.disk_bytes == report.base.disk_bytes > cut.footprint.disk_bytes
+    assert all(record.speedup.low <= record.speedup.ratio <= record.speedup.high for record in report.steps)
+    assert report.speedup == codes.speedup
+    told = [line for line in report.remarks() if line.startswith("magnitude_pruning")]
+    assert any("0 % smaller on disk" in line for line in told)
+    assert any(line.startswith(f"structured_pruning: {cut.speedup.ratio:.2f}x the base") for line in report.remarks())
+
+
+def test_training_alone_is_not_timed(bert):
+    steps = [lc.StructuredPruning(ffn=0.5), lc.KnowledgeDistillation(steps=1, precision="fp32")]
+    report = _compress(bert, steps, data=tiny_data(bert), tokenizer=tiny_tokenizer()).report
+    assert report.steps[0].speedup is not None
+    assert report.steps[1].speedup is None
+    assert report.speedup is not None
+    assert _compress(bert, lc.MagnitudePruning(), inplace=True).report.steps[0].speedup is None

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 from tqdm.auto import tqdm
 
-from .anatomy.footprint import footprint
+from .anatomy.footprint import Footprint, footprint
 from .anatomy.module_sizes import quantized_by
 from .anatomy.probe import probe_inputs, probe_outputs
 from .checkpoint import load
@@ -34,7 +34,7 @@ from .errors import (
 from .evaluation.latency import Speedup, measure_latencies, speedup
 from .quantization.hf import mark
 from .registry import compressors, register
-from .result import Report, Result, StepRecord, library_versions
+from .result import TOLD_ZEROS, Report, Result, StepRecord, library_versions
 from .resume import Stages
 
 if TYPE_CHECKING:
@@ -239,12 +239,15 @@ def compress(
                 f"{type(step).__name__} left {type(current).__name__} with NaN or infinite outputs; the result is "
                 f"withheld. Compress less, or leave layers out with skip=(...)."
             )
+        last = report.steps[-1].footprint if report.steps else report.base
+        if not inplace and _differs(last, record.footprint):
+            record.speedup = _speedup(model, current)
         report.steps.append(record)
         if stages is not None:
             replaced = context.tokenizer if context.tokenizer is not tokenizer_before else None
             stages.keep(current, record, context.history[cuts_before:], replaced)
     if not inplace:
-        report.speedup = _speedup(model, current)
+        report.speedup = report.steps[-1].speedup or _speedup(model, current)
     current.train(training)
     return Result(model=current, report=report, tokenizer=context.tokenizer)
 
@@ -347,6 +350,12 @@ def _score(task: Task | None, model: PreTrainedModel, tokenizer: Any, progress: 
     from .evaluation.evaluate import evaluate
 
     return evaluate(model, task, tokenizer=tokenizer, latency=False, progress=progress).scores[0]
+
+
+def _differs(before: Footprint, after: Footprint) -> bool:
+    """Tell whether a step changed more than values: then its speed is worth a measurement."""
+    sizes = (before.parameters, before.disk_bytes) != (after.parameters, after.disk_bytes)
+    return sizes or abs(before.zeros - after.zeros) > TOLD_ZEROS
 
 
 def _speedup(base: PreTrainedModel, candidate: PreTrainedModel) -> Speedup | None:

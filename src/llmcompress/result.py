@@ -20,6 +20,8 @@ from .evaluation.units import bytes_text, count_text, ratio_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# From this share of all weights on, zeros that a step left are worth a word.
+TOLD_ZEROS = 0.01
 _LIBRARIES = ("llmcompress", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy")
 
 
@@ -32,6 +34,10 @@ class StepRecord(BaseModel):
     touched: list[Action] = Field(description="what was changed, and how")
     left: list[Action] = Field(description="what was left alone, and why; also remarks")
     score: TaskScore | None = Field(None, description="the task's score after the step, if a task was given")
+    speedup: Speedup | None = Field(
+        None,
+        description="time of the base over that of the model now, measured in turns; None if the step left its size",
+    )
 
 
 class Report(BaseModel):
@@ -58,15 +64,15 @@ class Report(BaseModel):
         return Table(header, rows, title=f"{self.model}, seed {self.seed}", notes=self.remarks())
 
     def remarks(self) -> list[str]:
-        """Return the measured speed, and for each step why parts were left alone, one line a reason."""
-        lines = []
-        if self.speedup is not None:
-            found = self.speedup
-            lines.append(
-                f"{found.ratio:.2f}x the base's speed on {found.batch_size}x{found.tokens} tokens, measured here "
-                f"({found.low:.2f} to {found.high:.2f})"
-            )
+        """Return the measured speeds, what zeros gave, and why parts were left alone: for each step a line a reason."""
+        lines = [_speed(self.speedup)] if self.speedup is not None else []
+        before = self.base
         for record in self.steps:
+            if _only_zeros(before, record.footprint):
+                lines.append(f"{record.step['name']}: {_zeros_told(record)}")
+            elif record.speedup is not None and record.speedup != self.speedup:
+                lines.append(f"{record.step['name']}: {_speed(record.speedup)}")
+            before = record.footprint
             reasons: dict[str, list[str]] = {}
             for action in record.left:
                 reasons.setdefault(action.reason or "", []).append(action.path)
@@ -128,6 +134,26 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _speed(found: Speedup) -> str:
+    interval = f"({found.low:.2f} to {found.high:.2f})"
+    return f"{found.ratio:.2f}x the base's speed on {found.batch_size}x{found.tokens} tokens, measured here {interval}"
+
+
+def _only_zeros(before: Footprint, after: Footprint) -> bool:
+    return after.zeros - before.zeros > TOLD_ZEROS and after.disk_bytes == before.disk_bytes
+
+
+def _zeros_told(record: StepRecord) -> str:
+    """Say what zeros in dense tensors give; of their speed only what was measured."""
+    told = f"{record.footprint.zeros:.0%} of all weights are zeros, 0 % smaller on disk"
+    found = record.speedup
+    if found is None:
+        return f"{told}: dense tensors hold them"
+    if found.low <= 1 <= found.high:
+        return f"{told}, 0 % faster here ({found.low:.2f} to {found.high:.2f}): dense tensors hold and multiply them"
+    return f"{told}, {found.ratio:.2f}x the speed in this short timing, though the same products run"
 
 
 def _row(name: str, size: Footprint, record: StepRecord | None, score: TaskScore | None, base: Footprint) -> list[str]:
