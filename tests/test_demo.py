@@ -182,7 +182,7 @@ class TestJob:
         assert [entry.name for entry in comparison.candidates] == [
             "int8",
             "half FFN",
-            "half FFN, 1 of 2 layers, int8",
+            "vocabulary, half FFN, 1 of 2 layers, int8",
         ]
         assert all(entry.change.smaller_on_disk > 1 for entry in comparison.candidates)
 
@@ -201,7 +201,7 @@ class TestJob:
     def test_second_run_trains_nothing_and_finds_the_same(self, runs):
         first, second, log = runs
         assert first.reused == ()
-        assert second.reused == (job.TEACHER, "half FFN", "half FFN, 1 of 2 layers, int8")
+        assert second.reused == (job.TEACHER, "half FFN", "vocabulary, half FFN, 1 of 2 layers, int8")
         assert log.count("trained by an earlier run") == 3
         for ours, theirs in zip(first.comparison.entries, second.comparison.entries, strict=True):
             assert ours.evaluation.scores == theirs.evaluation.scores

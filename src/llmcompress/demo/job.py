@@ -17,7 +17,7 @@ from rich.markup import escape
 from ..anatomy.stacks import find_stacks
 from ..checkpoint import METADATA_FILE
 from ..comparison import Comparison, compare
-from ..compressor import Compressor
+from ..compressor import Compressor, Context
 from ..data import Example, load_examples
 from ..distillation.distillation import KnowledgeDistillation
 from ..errors import CompressionError, ConfigError, MissingInputError, NothingToCompressError, UnsupportedModelError
@@ -26,6 +26,7 @@ from ..evaluation.inference import threads_set_to
 from ..evaluation.tasks import TextClassification
 from ..pipeline import compress
 from ..pruning.structured import StructuredPruning
+from ..pruning.vocabulary import VocabularyPruning
 from ..quantization.dynamic import DynamicQuantization
 from .docstrings import docstring_data
 from .reload import Agreement, reload_agrees
@@ -159,7 +160,11 @@ def run(
             teacher = base if ready else trained(TEACHER, base, [fine_tune]).model
         models: dict[str, Any] = {TEACHER: teacher}
         distil = distil.model_copy(update={"student": _student(teacher), "alpha": 1.0 if texts else 0.5})
-        for name, (steps, data) in _chains(teacher, recover, distil, examples, [*examples, *texts]).items():
+        few, many = examples, [*examples, *texts]
+        cut = _vocabulary(teacher, Context(data=many, tokenizer=tokenizer))
+        if not cut:
+            terminal.say("[yellow]the vocabulary stays:[/] the texts hold all of it, or its tokenizer cannot be cut")
+        for name, (steps, data) in _chains(teacher, cut, recover, distil, few, many).items():
             with terminal.step(f"{name}: {' -> '.join(type(step).__name__ for step in steps)}"):
                 try:
                     models[name] = trained(name, teacher, steps, data)
@@ -182,7 +187,8 @@ def run(
             else:
                 folder = models[best].save_pretrained(out / "model")
                 seen = tests[:: max(len(tests) // _RELOADED_EXAMPLES, 1)]
-                agreement = reload_agrees(models[best].model, tokenizer, folder, seen, max_length=max_length)
+                kept = models[best]
+                agreement = reload_agrees(kept.model, kept.tokenizer, folder, seen, max_length=max_length)
                 terminal.say(
                     f"{best}: {agreement.equal} of {agreement.of} predictions equal, "
                     f"largest difference of a logit {agreement.largest:.1e}"
@@ -203,8 +209,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress" / "demo"
 
 
+def _vocabulary(teacher: PreTrainedModel, context: Context) -> list[Compressor]:
+    """Return the step that drops tokens which the texts never hold, or none where there is nothing for it to do."""
+    step = VocabularyPruning()
+    try:
+        plan = step.plan(teacher, context)
+    except UnsupportedModelError:
+        return []
+    return [step] if any(action.touched for action in plan) else []
+
+
 def _chains(
     teacher: PreTrainedModel,
+    cut: Sequence[Compressor],
     recover: KnowledgeDistillation,
     distil: KnowledgeDistillation,
     few: Sequence[Example],
@@ -213,10 +230,11 @@ def _chains(
     """Return each compressed version's steps and the data it is trained on."""
     half = StructuredPruning(ffn=0.5)
     kept, of = len(_kept_blocks(teacher)), _blocks(teacher)
+    small = f"{'vocabulary, ' if cut else ''}half FFN, {kept} of {of} layers, int8"
     return {
         "int8": ([DynamicQuantization()], few),
         "half FFN": ([half, recover], few),
-        f"half FFN, {kept} of {of} layers, int8": ([half, distil, DynamicQuantization()], many),
+        small: ([*cut, half, distil, DynamicQuantization()], many),
     }
 
 
