@@ -45,6 +45,7 @@ _HOME = {
         "TokenClassification",
     ),
     "pipeline": ("Pipeline", "compress"),
+    "pruning.depth": ("DepthPruning",),
     "pruning.magnitude": ("MagnitudePruning",),
     "pruning.structured": ("StructuredPruning",),
     "pruning.vocabulary": ("VocabularyPruning",),

@@ -80,6 +80,7 @@ from .evaluation.tasks import (
 )
 from .pipeline import Pipeline as Pipeline
 from .pipeline import compress as compress
+from .pruning.depth import DepthPruning as DepthPruning
 from .pruning.magnitude import MagnitudePruning as MagnitudePruning
 from .pruning.structured import StructuredPruning as StructuredPruning
 from .pruning.vocabulary import VocabularyPruning as VocabularyPruning

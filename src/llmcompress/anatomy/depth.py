@@ -207,7 +207,8 @@ def _compare(
             new = vars(other[path]).get(name)
             if new == value:
                 continue
-            if type(value) is int and type(new) is int and (place is None or (value, new) == place):
+            # Outside of the blocks numbers and flags are derived (`has_sliding_layers`); inside only the place is.
+            if isinstance(new, int) and type(value) is type(new) and (place is None or (value, new) == place):
                 renumbered.append((path, name, new))
             else:
                 raise UnsupportedModelError(

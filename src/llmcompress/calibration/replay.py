@@ -58,14 +58,14 @@ class Forward:
             self._options["logits_to_keep"] = 1
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> None:
-        """Run one batch."""
+    def __call__(self, batch: Batch) -> Any:
+        """Run one batch and return the model's outputs, or None where the pass was stopped on its way."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            self.model(**batch, **self._options)
+            return self.model(**batch, **self._options)
         except Stopped:
-            pass
+            return None
         finally:
             for module, training in modes:
                 module.training = training
