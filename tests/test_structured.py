@@ -13,7 +13,7 @@ from llmcompress.anatomy.groups import cut, new_shapes, silence
 from llmcompress.anatomy.masking import masked
 from llmcompress.anatomy.probe import probe_outputs, relative_error
 from llmcompress.anatomy.sizes import shapes_of
-from llmcompress.pruning.importance import group_scores
+from llmcompress.pruning.importance import Evidence, score_groups
 from llmcompress.pruning.selection import dearest, shared_out
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
 
@@ -146,7 +146,7 @@ def test_channel_magnitude_by_hand():
         for weight in (layer.intermediate.dense.weight, layer.output.dense.weight):
             weight.fill_(1.0)
         layer.intermediate.dense.weight[3] = 0
-    scores = group_scores(model, feed_forward_groups(anatomy(model))[0], "magnitude")
+    [scores] = score_groups(model, feed_forward_groups(anatomy(model))[:1], "magnitude", Evidence(), lc.Context())
     up = 64 * torch.ones(128) / (127 / 128)
     up[3] = 0
     assert torch.allclose(scores, (up + 64).sqrt())

@@ -46,12 +46,13 @@ _HOME = {
     ),
     "pipeline": ("Pipeline", "compress"),
     "pruning.depth": ("DepthPruning",),
+    "pruning.importance": ("register_importance",),
     "pruning.magnitude": ("MagnitudePruning",),
     "pruning.structured": ("StructuredPruning",),
     "pruning.vocabulary": ("VocabularyPruning",),
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dynamic": ("DynamicQuantization",),
-    "registry": ("Registry", "compressors", "register", "tasks"),
+    "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

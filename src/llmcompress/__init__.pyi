@@ -81,6 +81,7 @@ from .evaluation.tasks import (
 from .pipeline import Pipeline as Pipeline
 from .pipeline import compress as compress
 from .pruning.depth import DepthPruning as DepthPruning
+from .pruning.importance import register_importance as register_importance
 from .pruning.magnitude import MagnitudePruning as MagnitudePruning
 from .pruning.structured import StructuredPruning as StructuredPruning
 from .pruning.vocabulary import VocabularyPruning as VocabularyPruning
@@ -88,6 +89,7 @@ from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQ
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .registry import Registry as Registry
 from .registry import compressors as compressors
+from .registry import importances as importances
 from .registry import register as register
 from .registry import tasks as tasks
 from .result import Report as Report

@@ -114,6 +114,41 @@ def token_stream(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def read_labels(model: PreTrainedModel, examples: Sequence[Example], *, regression: bool = False) -> list[int | float]:
+    """Return the label of each example as a classifier wants it: a class index, or for regression a real number.
+
+    Args:
+        model: its config names the classes.
+        examples: each has a label.
+        regression: whether the head puts out a real number.
+
+    Raises:
+        ConfigError: a label is not one of the model's classes, or for regression no number.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> read_labels(tiny_model("bert"), [Example("good", label="LABEL_1"), Example("bad", label=0)])
+        [1, 0]
+    """
+    names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
+    labels: list[int | float] = []
+    for index, example in enumerate(examples):
+        label = example.label
+        if regression:
+            if not isinstance(label, (int, float)):
+                raise ConfigError(f"data[{index}].label must be a number for a regression head, got {label!r}.")
+            labels.append(float(label))
+            continue
+        number = names.get(label) if isinstance(label, str) else label
+        if number is None or number != int(number) or not 0 <= number < model.config.num_labels:
+            raise ConfigError(
+                f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, "
+                f"or one of {', '.join(list(names)[:8])}), got {label!r}."
+            )
+        labels.append(int(number))
+    return labels
+
+
 def find_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, who: str
 ) -> PreTrainedTokenizerBase:

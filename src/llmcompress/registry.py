@@ -1,4 +1,4 @@
-"""Names to classes: the compressors, the tasks, and whatever plug-ins add.
+"""Names to classes: the compressors, the tasks, the importances (plain functions), and whatever plug-ins add.
 
 A registry knows three sources and reads each only when a name is asked for: the classes registered by decorator, the
 library's own packages (imported on first use, since they import torch), and the entry points of other distributions
@@ -17,11 +17,11 @@ from typing import Any, Generic, TypeVar
 from .errors import ConfigError, DuplicateNameError, PluginError, UnknownNameError, did_you_mean
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
-    """A mapping from snake_case names to classes, with suggestions, plug-ins, and creation from a plain dict.
+    """A mapping from snake_case names to classes or functions, with suggestions, plug-ins, creation from a plain dict.
 
     Args:
         kind: what an entry is, for messages: `"compressor"`, `"task"`.
@@ -46,7 +46,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self.group = group
         self._packages = packages
-        self._classes: dict[str, type[T]] = {}
+        self._classes: dict[str, Any] = {}
         self._plugins: dict[str, EntryPoint] | None = None
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -78,7 +78,7 @@ class Registry(Generic[T]):
         self._import_packages()
         return sorted({*self._classes, *self._entry_points()})
 
-    def get(self, name: str) -> type[T]:
+    def get(self, name: str) -> Any:
         """Return the class called `name`.
 
         Raises:
@@ -156,12 +156,12 @@ class Registry(Generic[T]):
                 f"{self.kind} {point.name!r} of {source} ({point.value}) failed to load: "
                 f"{type(error).__name__}: {error}; repair or uninstall that distribution."
             ) from error
-        # A module as entry point registers by decorator while it is imported; a class is entered here.
-        if isinstance(loaded, type):
+        # A module as entry point registers by decorator while it is imported; a class or function is entered here.
+        if callable(loaded):
             self.register(point.name)(loaded)
 
 
-def _identity(cls: type) -> str:
+def _identity(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -174,6 +174,11 @@ compressors: Registry[Any] = Registry(
 
 tasks: Registry[Any] = Registry("task", group="llmcompress.tasks", packages=("llmcompress.evaluation.tasks",))
 """All evaluation tasks."""
+
+importances: Registry[Any] = Registry(
+    "importance", group="llmcompress.importances", packages=("llmcompress.pruning.channel_criteria",)
+)
+"""All importances of structured pruning; add one with `lc.register_importance`."""
 
 
 def register(name: str) -> Callable[[C], C]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..compressor import Action
-from ..data import Example, encode, find_tokenizer, longest_input
+from ..data import Example, encode, find_tokenizer, longest_input, read_labels
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ _TOKENS = 2048
 # Below this no statistic of the inputs means anything.
 _FEWEST_TOKENS = 32
 
-_Row = dict[str, list[int]]
+_Row = dict[str, list[int] | list[int | float]]
 
 
 def calibration_batches(
-    model: PreTrainedModel, context: Context, *, who: str, samples: int, max_length: int
+    model: PreTrainedModel, context: Context, *, who: str, samples: int, max_length: int, labels: bool = False
 ) -> list[dict[str, torch.Tensor]]:
     """Tokenise the texts of `context.data` and batch rows of equal length together, so that no padding exists.
 
@@ -42,14 +42,16 @@ def calibration_batches(
         who: the strategy's name, for messages.
         samples: how many texts to take at most, at least 1.
         max_length: how many tokens of a text to take at most, at least 1.
+        labels: whether a classifier's batches bring the labels of their texts, where each text has one.
 
     Returns:
         Dicts of `input_ids`, `attention_mask` (ones), and where the model takes them `token_type_ids` and
-        `decoder_input_ids`, each of shape (rows, tokens), on the model's device; longest rows first.
+        `decoder_input_ids`, each of shape (rows, tokens), on the model's device; longest rows first. `labels` has shape
+        (rows,).
 
     Raises:
         MissingInputError: there are no texts, no tokenizer, or fewer than 32 tokens in all.
-        ConfigError: the tokenizer gives an id that the model does not know.
+        ConfigError: the tokenizer gives an id that the model does not know; a label is none of the model's.
         UnsupportedModelError: the model does not read token ids.
 
     Example:
@@ -69,7 +71,10 @@ def calibration_batches(
         raise MissingInputError(f"{who} needs data; pass data=[...], for instance 128 texts and a tokenizer.")
     tokenizer = find_tokenizer(model, context.tokenizer, who=who)
     limit = min(max_length, longest_input(model, tokenizer) or max_length)
-    rows = _rows(model, tokenizer, _draw(context.data, samples, context.seed), limit)
+    examples = _draw(context.data, samples, context.seed)
+    rows = _rows(model, tokenizer, examples, limit)
+    if labels:
+        _add_labels(model, rows, examples)
     full = [row for row in rows if all(row.values())]
     _check_ids(model, full, who)
     tokens = sum(len(row["input_ids"]) for row in full)
@@ -103,7 +108,7 @@ def _rows(
     # Models without segments may still accept the argument and give it another meaning (GPT-2 adds token embeddings).
     if (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         keys |= {"token_type_ids"} & set(inspect.signature(model.forward).parameters)
-    rows = [
+    rows: list[_Row] = [
         {key: value for key, value in row.items() if key in keys}
         for row in encode(sources, tokenizer, max_length=limit)
     ]
@@ -113,6 +118,16 @@ def _rows(
         for row, target in zip(rows, targets, strict=True):
             row["decoder_input_ids"] = [start, *target["input_ids"][:-1]]
     return rows
+
+
+def _add_labels(model: PreTrainedModel, rows: list[_Row], examples: list[Example]) -> None:
+    kind = getattr(model.config, "problem_type", None)
+    if getattr(model, "loss_type", None) != "ForSequenceClassification" or kind == "multi_label_classification":
+        return
+    if all(example.label is not None for example in examples):
+        regression = model.config.num_labels == 1 or kind == "regression"
+        for row, label in zip(rows, read_labels(model, examples, regression=regression), strict=True):
+            row["labels"] = [label]
 
 
 def _decoder_start(model: PreTrainedModel) -> int:
@@ -144,4 +159,5 @@ def _groups(rows: list[_Row]) -> list[list[_Row]]:
 
 
 def _batch(rows: list[_Row], device: torch.device) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor([row[key] for row in rows], device=device) for key in rows[0]}
+    batch = {key: torch.tensor([row[key] for row in rows], device=device) for key in rows[0]}
+    return {key: tensor.flatten() if key == "labels" else tensor for key, tensor in batch.items()}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..data import Example, encode, longest_input, token_stream
-from ..errors import ConfigError, MissingInputError, UnsupportedModelError
+from ..data import Example, encode, longest_input, read_labels, token_stream
+from ..errors import MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,28 +108,13 @@ def check_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]
 
 def _read_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> list[int | float]:
     """Return the label of each example as the head wants it: a class index, or for regression a real number."""
-    names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
-    labels: list[int | float] = []
-    for index, example in enumerate(examples):
-        label = example.label
-        if label is None:
-            raise MissingInputError(
-                f"KnowledgeDistillation needs labels for its hard loss, and data[{index}] has none; pass (text, label) "
-                f"pairs, or alpha=1.0 to learn from the teacher alone."
-            )
-        if head == "regression":
-            if isinstance(label, str):
-                raise ConfigError(f"data[{index}].label must be a number for a regression head, got {label!r}.")
-            labels.append(float(label))
-            continue
-        number = names.get(label) if isinstance(label, str) else int(label) if label == int(label) else None
-        if number is None or not 0 <= number < model.config.num_labels:
-            raise ConfigError(
-                f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, "
-                f"or one of {', '.join(list(names)[:8])}), got {label!r}."
-            )
-        labels.append(number)
-    return labels
+    bare = next((index for index, example in enumerate(examples) if example.label is None), None)
+    if bare is not None:
+        raise MissingInputError(
+            f"KnowledgeDistillation needs labels for its hard loss, and data[{bare}] has none; pass (text, label) "
+            f"pairs, or alpha=1.0 to learn from the teacher alone."
+        )
+    return read_labels(model, examples, regression=head == "regression")
 
 
 def collate(head: Head, rows: Sequence[Row], *, pad: int, decoder_start: int | None = None) -> dict[str, torch.Tensor]:

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..anatomy.groups import Group
+from ..anatomy.masking import masked
+from .widths import Widths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def choose(
+    model: PreTrainedModel,
+    widths: Widths,
+    score: Callable[[], list[torch.Tensor]],
+    *,
+    rounds: int,
+    floor: float | None,
+    multiple: int,
+) -> list[tuple[Group, torch.Tensor]]:
+    """Return what each group keeps; with several rounds the channels gone so far are masked while the next is scored.
+
+    Args:
+        model: the model; with several rounds, channels that go are zeroed on the way.
+        widths: the groups, and how many channels each keeps.
+        score: returns one tensor of scores for each group, of the model as it then is; they are written into.
+        rounds: after each, the same share of what is to go is gone.
+        floor: share that each group keeps at least when all groups of a kind compete, by the scores of the first round;
+            None lets none compete.
+        multiple: what the widths of groups that compete are rounded to.
+
+    Returns:
+        The groups that lose channels, each with those that it keeps.
+    """
+    kept = widths.kept
+    chosen: list[tuple[Group, torch.Tensor]] = []
+    for number in range(1, rounds + 1):
+        with masked(model, chosen):
+            scores = score()
+        for values, (_, keep) in zip(scores, chosen, strict=False):
+            values.masked_fill_(torch.ones_like(values, dtype=torch.bool).scatter_(-1, keep, False), -torch.inf)
+        if floor is not None and number == 1:
+            kept = _compete(widths, scores, floor, multiple)
+        chosen = []
+        for group, values, final in zip(widths.groups, scores, kept, strict=True):
+            now = group.count - (group.count - final) * number // rounds
+            now -= now % group.balance if number < rounds else 0
+            chosen.append((group, dearest(group, values, max(now, final))))
+    return [(group, keep) for group, keep in chosen if keep.shape[-1] < group.count]
 
 
 def dearest(group: Group, scores: torch.Tensor, kept: int) -> torch.Tensor:
@@ -66,6 +112,22 @@ def shared_out(
     winners = owner[open_to_all.topk(min(left, len(owner))).indices]
     counts = [low + int((winners == index).sum()) for index, low in enumerate(least)]
     return [_rounded(count, group, multiple) for count, group in zip(counts, groups, strict=True)]
+
+
+def _compete(widths: Widths, scores: list[torch.Tensor], floor: float, multiple: int) -> list[int]:
+    kept = list(widths.kept)
+    for kind in {group.kind for group in widths.groups}:
+        places = [index for index, group in enumerate(widths.groups) if group.kind == kind]
+        counts = shared_out(
+            [widths.groups[index] for index in places],
+            [scores[index] for index in places],
+            share=widths.asked[kind],
+            floor=floor,
+            multiple=multiple if kind == "ffn" else 1,
+        )
+        for index, count in zip(places, counts, strict=True):
+            kept[index] = count
+    return kept
 
 
 def _rounded(count: int, group: Group, multiple: int) -> int:

@@ -12,11 +12,12 @@ from ..anatomy.masking import masked
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
 from ..anatomy.sizes import adopt_config, matches_config, shapes_of
 from ..anatomy.surgery import retie, ties
-from ..compressor import Action, Compressor, Context, Cut
-from ..errors import CompressionError, ConfigError, UnsupportedModelError, VerificationError
+from ..calibration import calibration_batches
+from ..compressor import Action, Compressor, Context, Cut, Need
+from ..errors import ConfigError, UnsupportedModelError, VerificationError
 from ..registry import register
-from .importance import group_scores
-from .selection import dearest, shared_out
+from .importance import Evidence, needs_of, score_groups
+from .selection import choose
 from .widths import Widths, find_widths
 
 if TYPE_CHECKING:
@@ -45,7 +46,15 @@ class StructuredPruning(Compressor):
             its query heads.
         query_heads: share of the query heads to remove from each group that shares a key and value head.
         experts: share of the experts of each mixture to remove; never below those that a token is sent to.
-        importance: how channels are ranked.
+        importance: how channels are ranked, by what counts as dear; the names of `lc.importances`.
+            `"magnitude"`, `"magnitude_l1"`: large weights (arXiv 2301.12900, 1608.08710).
+            `"taylor"`: what moves the loss, to first order (arXiv 1906.10771, 2305.11627).
+            `"fisher"`: what moves it by the diagonal of the Fisher information (arXiv 1801.05787).
+            `"activation"`: large activations (Minitron, arXiv 2407.14679).
+            `"wanda"`: large weights on large activations (arXiv 2306.11695).
+            `"random"`: nothing.
+            All but magnitudes and random ask for texts and a tokenizer. Taylor and fisher take the loss of the model's
+            own head: the next token, or a classifier's labels if all texts have them, or else its own answers.
         scope: "layer" ranks the channels of each layer; "global" those of all layers together (with `uniform=False`).
         floor: share of its channels that each layer keeps at least under the global scope.
         uniform: only sizes that a plain config can tell, the nearest legal ones; False allows any, which load with
@@ -53,6 +62,8 @@ class StructuredPruning(Compressor):
         round_to: widths are the nearest multiple of this, at least one; kernels like multiples of 8 and more. Experts
             need a multiple of 8 as well.
         rounds: prune in so many rounds, scored anew on what is left.
+        samples: how many texts to score on at most.
+        max_length: how many tokens of a text to take at most.
 
     Example:
         >>> import llmcompress as lc
@@ -72,6 +83,8 @@ class StructuredPruning(Compressor):
     uniform: bool = Field(True, description="only sizes that a plain config can tell")
     round_to: int = Field(8, ge=1, le=1024, description="widths are a multiple of this")
     rounds: int = Field(1, ge=1, le=100, description="rounds of scoring and pruning")
+    samples: int = Field(128, ge=1, description="texts to score on at most")
+    max_length: int = Field(512, ge=1, description="tokens of a text at most")
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +95,7 @@ class StructuredPruning(Compressor):
 
     @model_validator(mode="after")
     def _agree(self) -> StructuredPruning:
+        needs_of(self.importance)
         if self.scope == "global" and self.uniform:
             raise ConfigError(
                 "StructuredPruning.scope must be 'layer' with uniform=True, got 'global': layers that compete end with "
@@ -90,6 +104,11 @@ class StructuredPruning(Compressor):
         if self.heads is not None and self.query_heads is not None:
             raise ConfigError("StructuredPruning must have heads or query_heads, not both; run two steps.")
         return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Data and a tokenizer, where the importance asks data."""
+        return needs_of(self.importance)
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each part with its old and new size, and the parameters that will be left."""
@@ -124,7 +143,15 @@ class StructuredPruning(Compressor):
         """Score, mask, cut, write the config, and prove the cut."""
         widths = self._widths(model)
         tied = ties(model)
-        cuts = self._choose(model, widths)
+        evidence = self._evidence(model, context)
+        cuts = choose(
+            model,
+            widths,
+            lambda: score_groups(model, widths.groups, self.importance, evidence, context),
+            rounds=self.rounds,
+            floor=self.floor if self.scope == "global" else None,
+            multiple=self.round_to,
+        )
         predicted = {**shapes_of(model), **new_shapes(model, [(group, keep.shape[-1]) for group, keep in cuts])}
         inputs = probe_inputs(model, seed=context.seed)
         with masked(model, cuts):
@@ -142,48 +169,14 @@ class StructuredPruning(Compressor):
         shares: dict[Kind, float] = {kind: share for kind in _KINDS if (share := getattr(self, kind)) is not None}
         return find_widths(model, shares, multiple=self.round_to, uniform=self.uniform, who="StructuredPruning")
 
-    def _choose(self, model: PreTrainedModel, widths: Widths) -> list[tuple[Group, torch.Tensor]]:
-        """Return what each group keeps; with several rounds the channels gone so far are masked before the next."""
-        kept = widths.kept
-        chosen: list[tuple[Group, torch.Tensor]] = []
-        for number in range(1, self.rounds + 1):
-            scores = [self._scores(model, group) for group in widths.groups]
-            for score, (_, keep) in zip(scores, chosen, strict=False):
-                gone = torch.ones_like(score, dtype=torch.bool).scatter_(-1, keep, False)
-                score.masked_fill_(gone, -torch.inf)
-            if self.scope == "global" and number == 1:
-                kept = self._compete(widths, scores)
-            chosen = []
-            for group, score, final in zip(widths.groups, scores, kept, strict=True):
-                now = group.count - (group.count - final) * number // self.rounds
-                now -= now % group.balance if number < self.rounds else 0
-                chosen.append((group, dearest(group, score, max(now, final))))
-            if number < self.rounds:
-                with masked(model, chosen):
-                    pass
-        return [(group, keep) for group, keep in chosen if keep.shape[-1] < group.count]
-
-    def _scores(self, model: PreTrainedModel, group: Group) -> torch.Tensor:
-        scores = group_scores(model, group, self.importance)
-        if not bool(torch.isfinite(scores).all()):
-            raise CompressionError(f"the weights of {group.path} hold NaN or infinity; repair the checkpoint first.")
-        return scores
-
-    def _compete(self, widths: Widths, scores: list[torch.Tensor]) -> list[int]:
-        kept = list(widths.kept)
-        for kind in {group.kind for group in widths.groups}:
-            places = [index for index, group in enumerate(widths.groups) if group.kind == kind]
-            groups = [widths.groups[index] for index in places]
-            counts = shared_out(
-                groups,
-                [scores[index] for index in places],
-                share=widths.asked[kind],
-                floor=self.floor,
-                multiple=self.round_to if kind == "ffn" else 1,
-            )
-            for index, count in zip(places, counts, strict=True):
-                kept[index] = count
-        return kept
+    def _evidence(self, model: PreTrainedModel, context: Context) -> Evidence:
+        who = "StructuredPruning"
+        if not self.needs:
+            return Evidence(seed=context.seed, who=who)
+        batches = calibration_batches(
+            model, context, who=who, samples=self.samples, max_length=self.max_length, labels=True
+        )
+        return Evidence(batches, context.seed, who, context.progress)
 
     def _prove(
         self,
