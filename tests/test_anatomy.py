@@ -102,13 +102,15 @@ def test_needs_no_weights_but_for_fused_layouts():
 
 
 def test_refuses_honestly_what_it_does_not_know():
-    from transformers import ResNetConfig, ResNetForImageClassification
+    from transformers import ResNetConfig, ResNetForImageClassification, Wav2Vec2Config, Wav2Vec2Model
 
     model = ResNetForImageClassification(ResNetConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
     with pytest.raises(lc.UnsupportedModelError, match=r"looked for a ModuleList.*found resnet\.encoder\.stages"):
         anatomy(model)
-    with pytest.raises(lc.UnsupportedModelError, match="reads no token ids"):
-        probe_inputs(model)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sound = Wav2Vec2Model(Wav2Vec2Config(**sizes, conv_dim=[8], conv_stride=[2], conv_kernel=[3]))
+    with pytest.raises(lc.UnsupportedModelError, match="reads input_values; only models of text or images"):
+        tiny_inputs(sound)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: __import__("transformers").Conv1D(4, 6)])

@@ -10,8 +10,10 @@ import torch
 import llmcompress as lc
 from llmcompress.testing import (
     FAMILIES,
+    IMAGE_FAMILIES,
     check_compression,
     check_declaration,
+    check_refusal,
     check_reloads,
     tiny_data,
     tiny_inputs,
@@ -28,10 +30,12 @@ STEPS["knowledge_distillation"] = lc.KnowledgeDistillation(steps=2, batch_size=4
 STEPS["pipeline"] = lc.Pipeline(steps=[lc.StructuredPruning(), lc.DynamicQuantization(activations="token")])
 # A vocabulary pruned to the same texts once more has nothing left to lose, nor have two blocks when one is gone.
 _REFUSED = {("vocabulary_pruning", "vocabulary_pruning"), ("depth_pruning", "depth_pruning")}
+# What it works on is images.
+_NO_TEXT = {"torch_pruning"}
 PAIRS = [
     (a, b)
     for a, b in product(STEPS, STEPS)
-    if "pipeline" not in (a, b) and (a, b) not in _REFUSED and not STEPS[a].terminal
+    if not {a, b} & {"pipeline", *_NO_TEXT} and (a, b) not in _REFUSED and not STEPS[a].terminal
 ]
 
 
@@ -46,10 +50,37 @@ def test_the_example_is_registered_unasked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(STEPS))
+@pytest.mark.parametrize("name", sorted(set(STEPS) - _NO_TEXT))
 def test_contract_on_every_family(name, tmp_path):
     folders = []
     for family in FAMILIES:
+        folders.append(tmp_path / f"{name}-{family}")
+        check_compression(STEPS[name], family, folder=folders[-1])
+    check_reloads(folders)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(_NO_TEXT))
+def test_text_models_are_refused_by_what_cannot_work_on_them(name, family):
+    check_refusal(STEPS[name], family)
+
+
+# Convolutional networks have no blocks that these know.
+_IMAGES = {
+    "torch_pruning": tuple(IMAGE_FAMILIES),
+    "dynamic_quantization": tuple(IMAGE_FAMILIES),
+    "structured_pruning": ("vit",),
+    "magnitude_pruning": ("vit", "convnext"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _IMAGES)
+def test_contract_on_image_families(name, tmp_path):
+    if name == "torch_pruning":
+        pytest.importorskip("torch_pruning")
+    folders = []
+    for family in _IMAGES[name]:
         folders.append(tmp_path / f"{name}-{family}")
         check_compression(STEPS[name], family, folder=folders[-1])
     check_reloads(folders)

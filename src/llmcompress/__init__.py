@@ -49,6 +49,7 @@ _HOME = {
     "pruning.importance": ("register_importance",),
     "pruning.magnitude": ("MagnitudePruning",),
     "pruning.structured": ("StructuredPruning",),
+    "pruning.torch_pruning": ("TorchPruning",),
     "pruning.vocabulary": ("VocabularyPruning",),
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dynamic": ("DynamicQuantization",),

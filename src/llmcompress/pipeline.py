@@ -359,21 +359,22 @@ def _differs(before: Footprint, after: Footprint) -> bool:
 
 
 def _speedup(base: PreTrainedModel, candidate: PreTrainedModel) -> Speedup | None:
-    """Time base and candidate in turns, on one row of tokens; None for what is no text model."""
+    """Time base and candidate in turns, on one row of tokens or one image; None for what reads something else."""
     tokens = min(_SPEED_TOKENS, longest_input(base) or _SPEED_TOKENS)
     try:
         # Zero seconds ask for the fewest rounds that still give an interval.
         timed = measure_latencies({"base": base, "candidate": candidate}, tokens=tokens, seconds=0, progress=False)
     except UnsupportedModelError:
         return None
-    return speedup(timed["base"], timed["candidate"])
+    found = speedup(timed["base"], timed["candidate"])
+    return found.model_copy(update={"tokens": 0}) if base.main_input_name == "pixel_values" else found
 
 
 def _is_finite(model: PreTrainedModel) -> bool:
     try:
         outputs = probe_outputs(model, probe_inputs(model))
     except UnsupportedModelError:
-        return False  # no text model: there is no probe for it, and the strategies' own checks stand alone
+        return False  # neither text nor images: there is no probe, and the strategies' own checks stand alone
     return bool(torch.isfinite(outputs).all())
 
 

@@ -138,7 +138,8 @@ def library_versions() -> dict[str, str]:
 
 def _speed(found: Speedup) -> str:
     interval = f"({found.low:.2f} to {found.high:.2f})"
-    return f"{found.ratio:.2f}x the base's speed on {found.batch_size}x{found.tokens} tokens, measured here {interval}"
+    shape = f"{found.batch_size}x{found.tokens} tokens" if found.tokens else f"{found.batch_size} image"
+    return f"{found.ratio:.2f}x the base's speed on {shape}, measured here {interval}"
 
 
 def _only_zeros(before: Footprint, after: Footprint) -> bool:

@@ -57,17 +57,18 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise UnsupportedModelError(
             f"{type(model).__name__} has no stack of blocks: looked for a ModuleList of equal modules with at least "
-            f"two weight matrices each, found {', '.join(lists) or 'no ModuleList'}."
+            f"two weight matrices each, found {', '.join(lists) or 'no ModuleList'}{_hint(model)}."
         )
     layers = weight_layers(model)
     found = tuple(_stack_blocks(model, stack, layers) for stack in stacks)
     if not any(block.attentions or block.feed_forwards or block.experts for stack in found for block in stack):
         raise UnsupportedModelError(
             f"the blocks of {type(model).__name__} ({', '.join(stack.path for stack in stacks)}) hold no attention and "
-            f"no feed-forward network that is known; their weights are: {', '.join(found[0][0].others) or 'none'}."
+            f"no feed-forward network that is known; their weights are: "
+            f"{', '.join(found[0][0].others) or 'none'}{_hint(model)}."
         )
     head = model.get_output_embeddings()
-    tokens = model.get_input_embeddings()
+    tokens = _input_embeddings(model)
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     outside = [name for name in embeddings if not any(name.startswith(f"{stack.path}.") for stack in stacks)]
     outside.sort(key=lambda name: model.get_submodule(name) is not tokens)
@@ -80,6 +81,17 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         norms=tuple(name for name in _norms(model, "") if not any(name.startswith(f"{s.path}.") for s in stacks)),
         ties=ties(model),
     )
+
+
+def _hint(model: PreTrainedModel) -> str:
+    return "; TorchPruning works on convolutional networks" if model.main_input_name == "pixel_values" else ""
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # so say convolutional networks, which have none
+        return None
 
 
 def ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:

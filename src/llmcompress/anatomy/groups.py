@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["ffn", "heads", "query_heads", "hidden", "experts"]
+Kind = Literal["ffn", "heads", "query_heads", "hidden", "experts", "channels"]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,13 @@ def _note_size(module: nn.Module, name: str, axis: int, size: int) -> None:
         setattr(module, ("num_embeddings", "embedding_dim")[axis], size)
     elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         module.normalized_shape = (size,)
+    elif isinstance(module, _CONVOLUTIONS) and name == "weight":
+        # A depthwise convolution has one group for each channel.
+        depthwise = ("out_channels", "in_channels", "groups")
+        for attribute in depthwise if module.groups > 1 else (depthwise[axis],):
+            setattr(module, attribute, size)
+    elif isinstance(module, _BATCH_NORMS):
+        module.num_features = size
 
 
 # Sizes of one head, and the number of query heads to a key head, do not shrink with the number of heads.

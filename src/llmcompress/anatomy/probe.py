@@ -1,4 +1,4 @@
-"""Small inputs for any text model, and what comes out of them: the basis of every self-test."""
+"""Small inputs for any text or image model, and what comes out of them: the basis of every self-test."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Side of an image where the model takes any: enough for five halvings, the most that is usual.
+_IMAGE = 64
+
 
 def probe_inputs(model: PreTrainedModel, *, rows: int = 2, tokens: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random token ids of shape (rows, tokens) that `model` accepts, with the decoder's for an encoder-decoder.
 
     Special tokens, where the config names them, are left out (a padding id in the middle would hide positions), but
-    for the end-of-sequence token in the last place, where some classifiers look for it.
+    for the end-of-sequence token in the last place, where some classifiers look for it. A model that reads images gets
+    random pixels, shape (rows, channels, height, width), of the size that its config names, or 64 x 64.
 
     Raises:
-        UnsupportedModelError: the model does not read token ids.
+        UnsupportedModelError: the model reads neither token ids nor pixels.
     """
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": _pixels(model, rows, seed)}
     config = model.config.get_text_config()
-    if not hasattr(config, "vocab_size"):
-        raise UnsupportedModelError(f"{type(model).__name__} reads no token ids; only text models can be probed.")
+    if model.main_input_name != "input_ids" or not hasattr(config, "vocab_size"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads {model.main_input_name}; only models of text or images can be probed."
+        )
     named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")]
     special = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])}
     allowed = torch.tensor([index for index in range(min(config.vocab_size, 1024)) if index not in special])
@@ -37,6 +45,15 @@ def probe_inputs(model: PreTrainedModel, *, rows: int = 2, tokens: int = 8, seed
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(0)
     return inputs
+
+
+def _pixels(model: PreTrainedModel, rows: int, seed: int) -> torch.Tensor:
+    size = getattr(model.config, "image_size", None) or _IMAGE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(model.config, "num_channels", None) or 3
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(rows, channels, height, width, generator=generator)
+    return pixels.to(device=model.device, dtype=model.dtype)
 
 
 @torch.inference_mode()

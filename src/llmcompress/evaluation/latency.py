@@ -53,7 +53,7 @@ class Latency(BaseModel, frozen=True, extra="forbid"):
 
 
 class Speedup(Ratio, frozen=True, extra="forbid"):
-    """How many times faster than the base the forward pass is."""
+    """How many times faster than the base the forward pass is; `tokens` is 0 where it read images."""
 
     batch_size: int
     tokens: int

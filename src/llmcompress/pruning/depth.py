@@ -169,7 +169,7 @@ class DepthPruning(Compressor):
         if not stacks:
             raise UnsupportedModelError(
                 f"DepthPruning needs repeated blocks in a ModuleList, and {type(model).__name__} has none; use "
-                f"StructuredPruning."
+                f"StructuredPruning, or for convolutional networks TorchPruning."
             )
         paths = [stack.path for stack in stacks]
         for pattern in self.targets or ():

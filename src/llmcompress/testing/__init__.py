@@ -7,13 +7,15 @@ A plug-in's test is three lines:
         check_compression(MyPruning(), family)
 """
 
-from .contract import check_compression, check_declaration, check_reloads
-from .families import FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
+from .contract import check_compression, check_declaration, check_refusal, check_reloads
+from .families import FAMILIES, IMAGE_FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
 
 __all__ = [
     "FAMILIES",
+    "IMAGE_FAMILIES",
     "check_compression",
     "check_declaration",
+    "check_refusal",
     "check_reloads",
     "tiny_data",
     "tiny_inputs",

@@ -85,7 +85,7 @@ def check_compression(step: Compressor, family: str, *, folder: Path | None = No
 
     Args:
         step: the strategy with its fields.
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES` or `IMAGE_FAMILIES`.
         folder: where the result is saved for `check_reloads`, or None.
 
     Returns:
@@ -119,6 +119,22 @@ def check_compression(step: Compressor, family: str, *, folder: Path | None = No
     if folder is not None:
         _save(result, folder, inputs, logits)
     return result
+
+
+def check_refusal(step: Compressor, family: str) -> None:
+    """Check that `step` refuses the tiny model of `family` with an `UnsupportedModelError`, and leaves it as it is.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> check_refusal(lc.StructuredPruning(), "resnet")
+    """
+    model = tiny_model(family).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    _refused(UnsupportedModelError, step, model, data=tiny_data(model), tokenizer=tiny_tokenizer())
+    same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    _require(same and model.config.to_dict() == config, f"{step} changed the {family} model that it refused")
+    _require(model.training, f"{step} did not leave the {family} model in train mode")
 
 
 def check_reloads(folders: list[Path]) -> None:
@@ -185,6 +201,8 @@ def _check_terminal(step: Compressor, model: PreTrainedModel) -> None:
         pipeline.compress(model, "magnitude_pruning", progress=False)
     except UnsupportedModelError:
         refused = True
+    except NothingToCompressError:  # a float model, with no matrices in blocks
+        refused = False
     else:
         refused = False
     _require(refused == step.terminal, f"{type(step).__name__}.terminal is {step.terminal}, which is not so")

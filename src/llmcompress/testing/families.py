@@ -1,4 +1,4 @@
-"""Tiny random models of thirteen families, their inputs, and a tokenizer for them."""
+"""Tiny random models of thirteen text families and three of images, their inputs, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..data import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "tiny_data", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "IMAGE_FAMILIES", "tiny_data", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
 
 _SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SPREAD = {"initializer_range": 0.1}  # wide enough that a damaged weight moves the logits
@@ -107,6 +107,37 @@ def _t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(**sizes, **ids))
 
 
+def _vit() -> PreTrainedModel:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {**_SIZES, "intermediate_size": 128, "image_size": 32, "patch_size": 8, "num_labels": 16}
+    del sizes["vocab_size"]
+    return ViTForImageClassification(ViTConfig(**sizes, **_SPREAD))
+
+
+def _resnet() -> PreTrainedModel:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 2, 1], "num_labels": 16}
+    return _varied(ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic")))
+
+
+def _convnext() -> PreTrainedModel:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    sizes = {"hidden_sizes": [16, 32, 64], "num_stages": 3, "depths": [1, 2, 1], "image_size": 32, "num_labels": 16}
+    return _varied(ConvNextForImageClassification(ConvNextConfig(**sizes)))
+
+
+def _varied(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw norms, scales and running statistics, which a fresh model has all alike: a wrong channel must show."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+    return model
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": _bert,
     "distilbert": _distilbert,
@@ -124,9 +155,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """Builders of one tiny random model a family: about 100,000 parameters each, two blocks, vocabulary of 128."""
 
+IMAGE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"vit": _vit, "resnet": _resnet, "convnext": _convnext}
+"""The same for image classifiers: about 100,000 parameters each, 16 classes."""
+
 
 def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """Return a tiny random model of one of `FAMILIES`, in eval mode, the same one for the same seed.
+    """Return a tiny random model of one of `FAMILIES` or `IMAGE_FAMILIES`, in eval mode; equal for equal seeds.
 
     Example:
         >>> tiny_model("llama").num_parameters() < 200_000
@@ -134,7 +168,7 @@ def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FAMILIES[family]().eval()
+        return (FAMILIES | IMAGE_FAMILIES)[family]().eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
