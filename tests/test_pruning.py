@@ -38,7 +38,7 @@ def test_sparsity_is_reached(scope):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "phi3"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "7:16", "1:2"])
 def test_patterns_hold_along_the_inputs(family, pattern):
     from llmcompress.anatomy.layers import weight_layers
 
@@ -47,7 +47,7 @@ def test_patterns_hold_along_the_inputs(family, pattern):
     for layer in weight_layers(pruned):
         if layer.place == "block" and layer.kind not in ("embedding", "other"):
             groups = layer.weight.movedim(layer.input_axis, -1).unflatten(-1, (-1, m))
-            assert ((groups != 0).sum(-1) <= n).all()
+            assert ((groups != 0).sum(-1) == n).all()
 
 
 def test_magnitude_refusals():
@@ -55,8 +55,11 @@ def test_magnitude_refusals():
         lc.MagnitudePruning(pattern="2:4", sparsity=0.7)
     with pytest.raises(lc.ConfigError, match="scope must be 'layer'"):
         lc.MagnitudePruning(pattern="2:4", scope="global")
-    with pytest.raises(lc.ConfigError, match="must be '2:4' or '4:8'"):
-        lc.MagnitudePruning(pattern="3:4")
+    for wrong in ("4:2", "0:4", "4:4", "2-4", "2:4:8", "", "a:b"):
+        with pytest.raises(lc.ConfigError, match=r"pattern must be 'N:M' with 0 < N < M"):
+            lc.MagnitudePruning(pattern=wrong)
+    with pytest.raises(lc.ConfigError, match=r"pattern must be"):
+        lc.MagnitudePruning(pattern=2)
     for wrong in (1.5, 0, 1, -0.1, float("nan"), float("inf"), "much", None):
         with pytest.raises(lc.ConfigError, match="sparsity must be"):
             lc.MagnitudePruning(sparsity=wrong)
@@ -81,3 +84,22 @@ def test_nan_weights_are_named(step):
         model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(lc.CompressionError, match=r"encoder\.layer\.1.*NaN"):
         _compress(model, step)
+
+
+def test_the_sparsity_follows_from_the_pattern():
+    step = lc.MagnitudePruning(pattern="1:4")
+    assert step.sparsity == 0.75
+    assert lc.compressors.create(step.to_dict()) == step
+    assert lc.MagnitudePruning(pattern="1:3", sparsity=2 / 3).sparsity == 2 / 3
+
+
+def test_chunks_and_layouts_change_nothing(monkeypatch):
+    from llmcompress.pruning import unstructured
+
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 17, 9), torch.randn(11, 30).T, torch.randn(5)]
+    whole, parts = [weight.clone() for weight in weights], [weight.clone() for weight in weights]
+    zero_smallest(whole, 0.4)
+    monkeypatch.setattr(unstructured, "_CHUNK", 20)
+    zero_smallest(parts, 0.4)
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))

@@ -83,9 +83,11 @@ from .pipeline import compress as compress
 from .pruning.depth import DepthPruning as DepthPruning
 from .pruning.importance import register_importance as register_importance
 from .pruning.magnitude import MagnitudePruning as MagnitudePruning
+from .pruning.sparsegpt import SparseGPTPruning as SparseGPTPruning
 from .pruning.structured import StructuredPruning as StructuredPruning
 from .pruning.torch_pruning import TorchPruning as TorchPruning
 from .pruning.vocabulary import VocabularyPruning as VocabularyPruning
+from .pruning.wanda import WandaPruning as WandaPruning
 from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .registry import Registry as Registry

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 class Statistic(Protocol):
-    """Anything that learns from a layer's inputs, batch after batch, and keeps less than them."""
+    """Anything that learns from a layer's inputs, batch after batch, and keeps less than them.
+
+    Attributes:
+        count: tokens seen so far.
+    """
+
+    count: int
 
     def update(self, inputs: torch.Tensor) -> None:
         """Take in `inputs` of shape (tokens, features), in the layer's dtype and on its device; no token is padding."""

@@ -48,10 +48,12 @@ class _Witness:
 
     def __init__(self, calls: list[str], running: list[str]) -> None:
         self._calls, self._running = calls, running
+        self.count = 0
         self.seen: set[tuple[str, int]] = set()
 
     def update(self, inputs: torch.Tensor) -> None:
         """Note where the model is."""
+        self.count += len(inputs)
         self.seen.add((self._running[-1], len(self._calls)))
 
 

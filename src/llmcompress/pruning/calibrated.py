@@ -1,0 +1,96 @@
+"""Pruning that looks at the inputs of the layers: block after block, each on what the pruned ones put out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from ..anatomy.layers import WeightLayer
+from ..calibration import Statistic, Turn, block_by_block, calibration_batches
+from ..compressor import Action, Context, Need
+from ..errors import ConfigError
+from .allocation import owl_quotas
+from .unstructured import Quota, UnstructuredPruning, matrices, refuse_nonfinite, zero_lowest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALL_ZERO = "pruned by magnitude: its inputs were zero on every calibration token"
+
+
+class CalibratedPruning(UnstructuredPruning):
+    """Base of the strategies that prune a layer by statistics of its inputs on calibration texts."""
+
+    samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
+    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
+    allocation: Literal["uniform", "owl"] = Field("uniform", description="prune all layers alike, or by outliers")
+    owl_m: float = Field(5.0, gt=1, description="an outlier scores above this many times the mean of its block")
+    owl_lambda: float = Field(0.08, gt=0, lt=0.5, description="how far from the sparsity a block may be")
+
+    @model_validator(mode="after")
+    def _allocatable(self) -> CalibratedPruning:
+        who = type(self).__name__
+        if self.allocation == "owl" and self.pattern:
+            raise ConfigError(f"{who}.allocation must be 'uniform' with a pattern: N:M fixes the share of each row.")
+        room = min(self.sparsity, 1 - self.sparsity)
+        if self.allocation == "owl" and self.owl_lambda >= room:
+            raise ConfigError(
+                f"{who}.owl_lambda must be below {room:.4g} with sparsity={self.sparsity}, so that every block keeps "
+                f"some weights and loses some, got {self.owl_lambda}."
+            )
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Texts to calibrate on, and what makes tokens of them."""
+        return frozenset({"data", "tokenizer"})
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Prune block after block, in place."""
+        who = type(self).__name__
+        quotas, _ = self._quotas(model)
+        refuse_nonfinite(quotas)
+        batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
+        if self.allocation == "owl":
+            quotas = owl_quotas(model, batches, quotas, self.sparsity, self.owl_m, self.owl_lambda, who=who)
+            for quota in quotas:
+                context.tell(Action(path=quota.layer.name, does=str(quota), reason="allocated by its block's outliers"))
+        by_name = {quota.layer.name: quota for quota in quotas}
+        layers = [quota.layer for quota in quotas]
+        turns = block_by_block(model, batches, layers, self._statistic, who=who, progress=context.progress)
+        for turn in turns:
+            for name, statistics in turn.statistics.items():
+                self._prune_layer(by_name[name], statistics, turn, context)
+        return model
+
+    @abstractmethod
+    def _statistic(self, layer: WeightLayer) -> Statistic:
+        """Return an empty statistic of the inputs of `layer`."""
+
+    @abstractmethod
+    def _prune(self, matrix: torch.Tensor, statistic: Statistic, quota: Quota) -> str | None:
+        """Prune `matrix` (outputs, inputs) in place; return a remark for the report, or None."""
+
+    def _prune_layer(self, quota: Quota, statistics: list[Statistic], turn: Turn, context: Context) -> None:
+        name = quota.layer.name
+        remarks: dict[str, list[int]] = {}
+        for part, (matrix, statistic) in enumerate(zip(matrices(quota.layer), statistics, strict=True)):
+            if statistic.count:
+                remark = self._prune(matrix, statistic, quota)
+            else:
+                zero_lowest(matrix, quota)
+                why = "its inputs cannot be seen" if name in turn.unseen else "no calibration token reached it"
+                remark = f"pruned by magnitude: {why}"
+            if remark is not None:
+                remarks.setdefault(remark, []).append(part)
+        for remark, parts in remarks.items():
+            where = f"experts {', '.join(map(str, parts))}: " if len(statistics) > 1 else ""
+            context.tell(Action(path=name, does=str(quota), reason=f"{where}{remark}"))
+
+    def _does(self, quota: Quota) -> str:
+        if self.allocation == "owl" and not quota.own:
+            return f"{self.sparsity:.4g} +- {self.owl_lambda:.4g} of its weights zero, by its block's outliers"
+        return str(quota)
