@@ -172,9 +172,11 @@ def _positions(member: Member, channels: torch.Tensor, invert: int = 0) -> torch
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Tell whether a module is a matrix, a table or a norm, whose sizes are its own."""
+    """Tell whether a module is a matrix, a table or a norm, whose sizes are its own; a router is none."""
     own = dict(module.named_parameters(recurse=False))
-    return bool(own) and set(own) <= {"weight", "bias"}
+    if not own or not set(own) <= {"weight", "bias"}:
+        return False
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or all(tensor.dim() == 1 for tensor in own.values())
 
 
 def _note_size(module: nn.Module, name: str, axis: int, size: int) -> None:
@@ -200,6 +202,10 @@ def _note_size(module: nn.Module, name: str, axis: int, size: int) -> None:
 _HEAD_SIZE = ("head_dim", "head_size", "proj_dim", "d_kv", "d_head")
 
 
+# Sizes of a feed-forward network that may equal the hidden size by chance.
+_OTHER_WIDTH = ("intermediate", "ffn", "inner", "expert", "head")
+
+
 def _note_lengths(module: nn.Module, group: Group, kept: int) -> None:
     for name, value in list(vars(module).items()):
         if type(value) is not int or value not in group.lengths or name.startswith("_"):
@@ -209,5 +215,7 @@ def _note_lengths(module: nn.Module, group: Group, kept: int) -> None:
         if any(word in name for word in _HEAD_SIZE) or (group.kind == "heads" and grouped):
             continue
         if group.kind == "query_heads" and shared:
+            continue
+        if group.kind == "hidden" and any(word in name for word in _OTHER_WIDTH):
             continue
         setattr(module, name, value * kept // group.count)

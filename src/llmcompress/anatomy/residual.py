@@ -7,14 +7,16 @@ the mask. LayerNorm subtracts a mean as well, which no weight can mend: there th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from ..compressor import Cut
 from ..errors import UnsupportedModelError
+from .coupling import expert_groups, feed_forward_groups, head_groups
 from .groups import Group, Member, tensor_of
 from .layers import weight_layers
 from .parts import Anatomy
@@ -25,24 +27,21 @@ if TYPE_CHECKING:
 NormKind = Literal["rms", "rms, weight + 1", "layer", "other"]
 
 
-def residual_group(model: PreTrainedModel, body: Anatomy, others: list[Group]) -> Group:
+def residual_group(model: PreTrainedModel, body: Anatomy) -> Group:
     """Return the residual stream as one group: every axis of the hidden size that no other group runs through.
 
     Args:
         model: the model.
         body: its anatomy.
-        others: all other groups of the model; an axis of theirs may have the hidden size by chance.
 
     Raises:
         UnsupportedModelError: an attention that is not known may hide axes of the hidden size.
 
     Example:
         >>> from llmcompress.anatomy import anatomy
-        >>> from llmcompress.anatomy.coupling import feed_forward_groups, head_groups
         >>> from llmcompress.testing import tiny_model
         >>> model = tiny_model("llama")
-        >>> body = anatomy(model)
-        >>> group = residual_group(model, body, feed_forward_groups(body) + head_groups(model, body))
+        >>> group = residual_group(model, anatomy(model))
         >>> group.count, sum(member.tensor.endswith("norm.weight") for member in group.members)
         (64, 5)
     """
@@ -53,6 +52,10 @@ def residual_group(model: PreTrainedModel, body: Anatomy, others: list[Group]) -
             f"hidden of {body.model} cannot be pruned: {bare.path} holds parts that are not known ({unknown}), through "
             f"which hidden features may run; use ffn or DepthPruning."
         )
+    others = feed_forward_groups(body) + head_groups(model, body)
+    if any(block.experts for block in body.blocks()):
+        others += expert_groups(model, body)
+    # An axis of theirs may have the hidden size by chance.
     claimed = {(member.tensor, member.axis) for group in others for member in group.members}
     inputs = {f"{layer.path}.{layer.parameter}": layer.input_axis for layer in weight_layers(model)}
     tables = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -61,11 +64,21 @@ def residual_group(model: PreTrainedModel, body: Anatomy, others: list[Group]) -
     index = torch.arange(body.hidden)
     members = [
         Member(name, axis, index, consumes=axis == inputs.get(name) and name not in tables)
-        for name, tensor in model.named_parameters(remove_duplicate=False)
+        for name, tensor in _parameters(model)
         for axis, size in enumerate(tensor.shape)
         if size == body.hidden and (name, axis) not in claimed and not (name in tables and axis == 0)
     ]
-    return Group("hidden", "", body.hidden, tuple(members), lengths=(body.hidden,))
+    networks = {part.path for block in body.blocks() for part in block.feed_forwards if part.path != block.path}
+    mixtures = {mixture.path.rpartition(".")[0] for block in body.blocks() for mixture in block.experts}
+    return Group(
+        "hidden", "", body.hidden, tuple(members), scopes=tuple(sorted(networks | mixtures)), lengths=(body.hidden,)
+    )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield each parameter of each module once: tied ones of different modules all, those of a shared module once."""
+    for path, module in model.named_modules():
+        yield from module.named_parameters(prefix=path, recurse=False, remove_duplicate=False)
 
 
 def norm_kind(norm: nn.Module) -> NormKind:
@@ -106,6 +119,28 @@ def rescale(norm: nn.Module, factor: float) -> None:
         bias.mul_(factor)
 
 
+def feature_origins(history: Sequence[Cut]) -> tuple[int, ...] | None:
+    """Return which feature of the untouched model each hidden feature now was, or None where none was cut.
+
+    Example:
+        >>> first, second = Cut("", "hidden", (0, 5, 6), 9), Cut("", "hidden", (0, 2), 3)
+        >>> feature_origins([first, second])
+        (0, 6)
+    """
+    features: tuple[int, ...] | None = None
+    for cut in history:
+        if cut.axis == "hidden":
+            features = cut.kept if features is None else tuple(features[index] for index in cut.kept)
+    return features
+
+
+def rescale_norms(model: nn.Module, group: Group, kept: int) -> None:
+    """Have each RMSNorm over the channels of `group`, cut to `kept` of them, put out what it did with zeros in it."""
+    for norm in norms_of(model, group).values():
+        if norm_kind(norm).startswith("rms"):
+            rescale(norm, (group.count / kept) ** 0.5)
+
+
 def norms_of(model: nn.Module, group: Group) -> dict[str, nn.Module]:
     """Return the norms that normalise over the channels of `group`, by path."""
     found = {}
@@ -120,15 +155,18 @@ def norms_of(model: nn.Module, group: Group) -> dict[str, nn.Module]:
 
 @contextmanager
 def normalising_over(model: nn.Module, group: Group, keep: torch.Tensor) -> Iterator[None]:
-    """Make each LayerNorm over the channels of `group` take its mean and variance over the channels `keep` only.
+    """Make each norm over the channels of `group` compute on the masked model what its slice will.
 
-    What a slice computes, on the masked model.
+    A LayerNorm takes mean and variance over the channels `keep` only. An RMSNorm that is rescaled afterwards differs by
+    its epsilon, which then stands beside a mean square over fewer channels.
     """
-    hooks = [
-        norm.register_forward_hook(_narrow(norm, keep))
-        for norm in norms_of(model, group).values()
-        if norm_kind(norm) == "layer"
-    ]
+    hooks = []
+    for norm in norms_of(model, group).values():
+        kind = norm_kind(norm)
+        if kind == "layer":
+            hooks.append(norm.register_forward_hook(_narrow(norm, keep)))
+        elif kind != "other":
+            hooks.append(norm.register_forward_hook(_with_epsilon(_epsilon(norm), len(keep) / group.count)))
     try:
         yield
     finally:
@@ -148,6 +186,16 @@ def _narrow(norm: nn.Module, keep: torch.Tensor) -> Any:
             _epsilon(module),
         )
         return torch.zeros_like(output).index_copy_(-1, index, part.to(output.dtype))
+
+    return hook
+
+
+def _with_epsilon(epsilon: float, share: float) -> Any:
+    """Return a hook that has an RMSNorm add `share` of its epsilon."""
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        energy = inputs[0].float().square().mean(-1, keepdim=True)
+        return output * ((energy + epsilon) / (energy + share * epsilon)).sqrt().to(output.dtype)
 
     return hook
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
@@ -113,7 +114,8 @@ def adopt_config(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
         model: the model after the cut.
         values: what `solve_config` returned.
     """
-    old, new = build(model, {}), build(model, values)
+    with _RealScalars():
+        old, new = build(model, {}), build(model, values)
     assert old is not None
     assert new is not None
     before, after = dict(old.named_modules()), dict(new.named_modules())
@@ -124,6 +126,9 @@ def adopt_config(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
         for name, value in _plain(after[path]):
             if vars(before[path]).get(name) != value and name in vars(module):
                 setattr(module, name, value)
+        for name, scalar in after[path].named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set and not scalar.is_meta and scalar.dim() == 0:
+                module.get_buffer(name).copy_(scalar)
         # Parts of a model may hold a config of their own (T5's stacks do).
         own = vars(module).get("config")
         if isinstance(own, PreTrainedConfig) and id(own) not in configs:
@@ -212,6 +217,16 @@ def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
         for parent in parents:
             owner = getattr(owner, parent)
         setattr(owner, name, copy.copy(value))
+
+
+class _RealScalars(TorchFunctionMode):
+    """Gives `torch.tensor(number)` a value even where all else is built without: a scale kept as a buffer."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], (int, float)):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def _plain(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.depth import plan_depth
 from ..anatomy.module_sizes import quantized_by
+from ..anatomy.residual import feature_origins
 from ..anatomy.vocabulary import token_origins, vocabulary_size
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
@@ -162,7 +163,8 @@ class KnowledgeDistillation(Compressor):
             hidden=self.hidden,
             layers=layer_map(model, teacher, context.history) if teacher is not None and self.hidden > 0 else (),
             classes=_common_classes(head, model, teacher, context) if teacher is not None else None,
-            tokens=_teacher_tokens(context),
+            tokens=_tensor(token_origins(context.history)),
+            features=_tensor(feature_origins(context.history)),
         )
         losses = train(
             model,
@@ -198,7 +200,7 @@ class KnowledgeDistillation(Compressor):
         if teacher is not None:
             _refuse_mismatch(head, model, teacher, context)
             if self.hidden > 0:
-                _refuse_widths(model, teacher)
+                _refuse_widths(model, teacher, context)
                 layer_map(model, teacher, context.history)
         return head
 
@@ -233,7 +235,9 @@ def _refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedMo
     _common_classes(head, student, teacher, context)
 
 
-def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> None:
+    if feature_origins(context.history) is not None:
+        return  # which of the teacher's features the student's are is known
     ours, theirs = (getattr(model.config.get_text_config(), "hidden_size", None) for model in (student, teacher))
     if ours != theirs:
         raise UnsupportedModelError(
@@ -242,10 +246,8 @@ def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
-def _teacher_tokens(context: Context) -> torch.Tensor | None:
-    """Return the teacher's id of each of the student's tokens, or None where both have the same vocabulary."""
-    tokens = token_origins(context.history)
-    return None if tokens is None else torch.tensor(tokens)
+def _tensor(indices: tuple[int, ...] | None) -> torch.Tensor | None:
+    return None if indices is None else torch.tensor(indices)
 
 
 def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> int | None:

@@ -28,6 +28,8 @@ class Objective:
             different sizes. None compares all.
         tokens: the teacher's id of each of the student's tokens, where an earlier step cut the student's vocabulary;
             None where both have the same.
+        features: the teacher's number of each of the student's hidden features, where an earlier step cut the residual
+            stream; None where both have the same.
     """
 
     head: Head
@@ -37,6 +39,7 @@ class Objective:
     layers: Sequence[tuple[int, ...]] = field(default_factory=tuple)
     classes: int | None = None
     tokens: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
     @property
     def asks_teacher(self) -> bool:
@@ -117,7 +120,11 @@ class Objective:
         for name, mask, count, layers in zip(names, self._token_masks(batch), counts[1:], self.layers, strict=False):
             ours, theirs = getattr(student, name)[1:], getattr(teacher, name)
             errors += [
-                hidden_state_error(state, theirs[layer], mask=mask, count=count)
+                hidden_state_error(state, self._features(theirs[layer]), mask=mask, count=count)
                 for state, layer in zip(ours, layers, strict=True)
             ]
         return torch.stack(errors).mean()
+
+    def _features(self, state: torch.Tensor) -> torch.Tensor:
+        """Return those of a teacher's hidden features that the student has, too."""
+        return state if self.features is None else state[..., self.features.to(state.device)]

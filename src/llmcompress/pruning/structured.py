@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 
-from ..anatomy.groups import Group, Kind, cut, new_shapes
-from ..anatomy.masking import masked
-from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
-from ..anatomy.sizes import adopt_config, matches_config, shapes_of
-from ..anatomy.surgery import retie, ties
+from ..anatomy.groups import Group, Kind, new_shapes
+from ..anatomy.sizes import shapes_of
 from ..calibration import calibration_batches
-from ..compressor import Action, Compressor, Context, Cut, Need
-from ..errors import ConfigError, UnsupportedModelError, VerificationError
+from ..compressor import Action, Compressor, Context, Need
+from ..errors import ConfigError
 from ..registry import register
+from .cutting import cut_proven
 from .importance import Evidence, needs_of, score_groups
 from .selection import choose
 from .widths import Widths, find_widths
@@ -23,15 +20,13 @@ from .widths import Widths, find_widths
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Sliced and masked networks add the same numbers in another order; more than this is a wrong slice.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 # Experts go last: until then each is there to lose channels of its own.
-_KINDS: tuple[Kind, ...] = ("heads", "query_heads", "ffn", "experts")
+_KINDS: tuple[Kind, ...] = ("heads", "query_heads", "ffn", "experts", "hidden")
 
 
 @register("structured_pruning")
 class StructuredPruning(Compressor):
-    """Remove feed-forward channels, attention heads and experts of least importance.
+    """Remove the feed-forward channels, attention heads, experts or hidden features of least importance.
 
     What goes together is found as in DepGraph (Fang et al., arXiv 2301.12900), whatever the architecture. With
     `uniform=True` all blocks keep the same sizes, written to the plain config, so that the saved folder loads in plain
@@ -46,6 +41,9 @@ class StructuredPruning(Compressor):
             its query heads.
         query_heads: share of the query heads to remove from each group that shares a key and value head.
         experts: share of the experts of each mixture to remove; never below those that a token is sent to.
+        hidden: share of the features of the residual stream to remove, through all blocks. RMSNorms are rescaled so
+            that nothing but the features is lost; LayerNorms take their mean over fewer features, and the report tells
+            how much that alone changes.
         importance: how channels are ranked, by what counts as dear; the names of `lc.importances`.
             `"magnitude"`, `"magnitude_l1"`: large weights (arXiv 2301.12900, 1608.08710).
             `"taylor"`: what moves the loss, to first order (arXiv 1906.10771, 2305.11627).
@@ -77,6 +75,7 @@ class StructuredPruning(Compressor):
     heads: float | None = Field(None, gt=0, lt=1, description="share of the attention heads to remove")
     query_heads: float | None = Field(None, gt=0, lt=1, description="share of each key head's query heads to remove")
     experts: float | None = Field(None, gt=0, lt=1, description="share of the experts to remove")
+    hidden: float | None = Field(None, gt=0, lt=1, description="share of the residual stream's features to remove")
     importance: str = Field("magnitude", description="how channels are ranked")
     scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or across all")
     floor: float = Field(0.2, gt=0, lt=1, description="share that each layer keeps at least under the global scope")
@@ -142,7 +141,6 @@ class StructuredPruning(Compressor):
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Score, mask, cut, write the config, and prove the cut."""
         widths = self._widths(model)
-        tied = ties(model)
         evidence = self._evidence(model, context)
         cuts = choose(
             model,
@@ -152,17 +150,7 @@ class StructuredPruning(Compressor):
             floor=self.floor if self.scope == "global" else None,
             multiple=self.round_to,
         )
-        predicted = {**shapes_of(model), **new_shapes(model, [(group, keep.shape[-1]) for group, keep in cuts])}
-        inputs = probe_inputs(model, seed=context.seed)
-        with masked(model, cuts):
-            expected = probe_outputs(model, inputs)
-        for group, keep in cuts:
-            cut(model, group, keep)
-            context.history.extend(_history(group, keep))
-        retie(model, tied)
-        if self.uniform:
-            adopt_config(model, widths.values)
-        self._prove(model, inputs, expected, predicted)
+        cut_proven(model, cuts, context, values=widths.values if self.uniform else None, who="StructuredPruning")
         return model
 
     def _widths(self, model: PreTrainedModel) -> Widths:
@@ -177,38 +165,6 @@ class StructuredPruning(Compressor):
             model, context, who=who, samples=self.samples, max_length=self.max_length, labels=True
         )
         return Evidence(batches, context.seed, who, context.progress)
-
-    def _prove(
-        self,
-        model: PreTrainedModel,
-        inputs: dict[str, torch.Tensor],
-        expected: torch.Tensor,
-        predicted: dict[str, tuple[int, ...]],
-    ) -> None:
-        who = type(model).__name__
-        if shapes_of(model) != predicted:
-            raise VerificationError(
-                f"StructuredPruning: the pruned {who} has other shapes than predicted; the result is withheld. Please "
-                f"report this model."
-            )
-        if self.uniform and not matches_config(model):
-            raise VerificationError(
-                f"StructuredPruning: the pruned {who} has other shapes than its config tells; the result is withheld. "
-                f"Please report this model."
-            )
-        try:
-            sliced = probe_outputs(model, inputs)
-        except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
-            raise UnsupportedModelError(
-                f"{who} does not run with fewer of these parts ({type(error).__name__}: {error}); another part of it "
-                f"depends on their number. Use another axis, or DepthPruning."
-            ) from error
-        difference = relative_error(sliced, expected)
-        if not difference <= _TOLERANCE.get(model.dtype, 1e-4):
-            raise VerificationError(
-                f"StructuredPruning: the sliced {who} differs from the masked one by {difference:.1e} (relative); the "
-                f"result is withheld. Please report this model."
-            )
 
 
 _NAMES: dict[Kind, str] = {
@@ -226,9 +182,3 @@ def _told(group: Group, kept: int, widths: Widths, multiple: int) -> str | None:
     if abs(asked - kept) < 0.5 or (group.kind in ("ffn", "hidden") and abs(asked - kept) <= multiple / 2):
         return None
     return f"{asked:g} was asked for; {kept} is the nearest size that is legal"
-
-
-def _history(group: Group, keep: torch.Tensor) -> list[Cut]:
-    if keep.dim() == 1:
-        return [Cut(group.path, group.kind, tuple(keep.tolist()), group.count)]
-    return [Cut(f"{group.path}.{i}", group.kind, tuple(row.tolist()), group.count) for i, row in enumerate(keep)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..anatomy import Anatomy, anatomy
 from ..anatomy.coupling import expert_groups, feed_forward_groups, head_groups, query_head_groups
 from ..anatomy.groups import Group, Kind, new_shapes
+from ..anatomy.residual import residual_group
 from ..anatomy.sizes import solve_config
 from ..errors import ConfigError, NothingToCompressError, UnsupportedModelError
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 # How many other sizes are tried where the nearest one is not legal.
 _MOST_TRIES = 48
+# How many hidden sizes next to the one asked for are among them.
+_MOST_SIZES = 16
+
+
+_SIZE_OF = {"ffn": "FFN width", "hidden": "hidden size"}
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,10 @@ def _groups(model: PreTrainedModel, body: Anatomy, shares: Mapping[Kind, float],
             found[kind] = head_groups(model, body)
         elif kind == "query_heads":
             found[kind] = query_head_groups(model, body)
-        else:
+        elif kind == "experts":
             found[kind] = expert_groups(model, body)
+        else:
+            found[kind] = [residual_group(model, body)]
     return found
 
 
@@ -125,6 +133,13 @@ def _choices(
             min(max(round(group.count * (1 - share) / unit), 1) * unit, group.count)
             for group, unit in zip(groups, units, strict=True)
         ]
+        if kind == "hidden" and uniform:
+            # Configs refuse some hidden sizes, such as those that are no multiple of the number of heads.
+            legal = range(units[0], groups[0].count, units[0])
+            return [
+                nearest,
+                *([size] for size in sorted(legal, key=lambda size: abs(size - nearest[0]))[1:_MOST_SIZES]),
+            ]
         return [nearest]
     least = 1
     if kind == "experts":
@@ -165,12 +180,14 @@ def _solve(
     expected = _outline(body, plan)
     head_dims = {attention.head_dim for block in body.blocks() for attention in block.attentions}
     # Where the size of a head follows from the number of heads, many models let a config fix it instead.
-    fixed = {"head_dim": head_dims.pop()} if len(head_dims) == 1 and {"heads", "query_heads"} & set(kinds) else {}
+    fixed = (
+        {"head_dim": head_dims.pop()} if len(head_dims) == 1 and set(kinds) & {"heads", "query_heads", "hidden"} else {}
+    )
     return solve_config(
         model,
         new_shapes(model, plan),
         {old: sorted(news) for old, news in sizes.items()},
-        what=" and ".join({"ffn": "FFN width"}.get(kind, f"number of {kind}") for kind in kinds),
+        what=" and ".join(_SIZE_OF.get(kind, f"number of {kind}") for kind in kinds),
         unset=fixed,
         agrees=lambda reference: _outline(anatomy(reference), ()) == expected,
     )
