@@ -9,7 +9,7 @@ import transformers
 
 import llmcompress as lc
 from llmcompress.anatomy.depth import keep_blocks
-from llmcompress.anatomy.probe import probe_outputs, relative_error
+from llmcompress.anatomy.probe import probe_inputs, probe_outputs, relative_error
 from llmcompress.anatomy.sizes import shapes_of
 from llmcompress.anatomy.stacks import find_stacks
 from llmcompress.compressor import Context
@@ -360,6 +360,18 @@ def test_what_a_model_cannot_do_is_refused_before_work():
     with pytest.raises(lc.MissingInputError, match=r"DepthPruning needs a tokenizer"):
         lc.compress(model, lc.DepthPruning(layers=2), data=tiny_data(model), progress=False)
     assert len(model.bert.encoder.layer) == 4
+
+
+def test_image_models_lose_blocks_without_data(tmp_path):
+    model = tiny_model("vit")
+    result = lc.compress(model, lc.DepthPruning(layers=(1,)), progress=False)
+    result.model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(probe_outputs(loaded, probe_inputs(model)), probe_outputs(result.model, probe_inputs(model)))
+    with pytest.raises(
+        lc.UnsupportedModelError, match=r"calibrates on texts, .* reads pixel_values; use criterion='la"
+    ):
+        _compress(model, lc.DepthPruning())
 
 
 def test_damaged_weights_are_named():

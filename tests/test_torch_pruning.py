@@ -53,6 +53,20 @@ def test_sizes_are_as_predicted_and_the_folder_loads(family, ratio, tmp_path):
 
 
 @needs_torch_pruning
+@pytest.mark.parametrize("family", ["resnet", "convnext"])
+def test_equal_shares_stand_in_the_plain_config_and_others_do_not(family, tmp_path):
+    result = _compress(tiny_model(family), lc.TorchPruning())
+    assert result.model.config.hidden_sizes == [8, 16, 32]
+    assert result.report.steps[0].left[-1].reason.startswith("the plain config tells the sizes (")
+    result.model.save_pretrained(tmp_path / "plain")
+    config = (tmp_path / "plain" / "config.json").read_text()
+    assert "quantization_config" not in config
+    uneven = _compress(tiny_model(family), lc.TorchPruning(scope="global", round_to=1))
+    assert uneven.model.config.hidden_sizes == [16, 32, 64]
+    assert uneven.model.config.quantization_config is not None
+
+
+@needs_torch_pruning
 def test_a_slice_of_a_resnet_is_the_network_without_these_channels():
     """By hand: a BatchNorm whose weight and bias are zero takes its channels out of the network."""
     model = tiny_model("resnet")

@@ -147,8 +147,9 @@ def losses_without(
             with bypassed(model, paths):
                 outputs = run(batch)
             if dense is None:
-                logits = outputs.logits[:, :-1].flatten(0, 1).float()
-                sums[number] += float(functional.cross_entropy(logits, targets.flatten(), reduction="sum"))
+                # Row by row: the logits of a large vocabulary are long, and this makes copies of them.
+                for row, wanted in zip(outputs.logits[:, :-1], targets, strict=True):
+                    sums[number] += float(functional.cross_entropy(row.float(), wanted, reduction="sum"))
             else:
                 sums[number] += _difference(outputs, dense)
         count += targets.numel() if dense is None else dense[0][..., 0].numel()

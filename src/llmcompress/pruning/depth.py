@@ -50,8 +50,9 @@ class DepthPruning(Compressor):
             `"angular_distance"`: the run of consecutive blocks behind which the states are nearest to those before it
             (arXiv 2403.17887; all tokens count here, since encoders have no last one).
             `"perplexity"`: one after the other, the block without which the loss is lowest: of the next token for
-            language models, or else the KL divergence from the model as it is. As many passes over the data as blocks,
-            for each block that goes.
+            language models, or else the KL divergence from the model as it is (greedy, as in SLEB, arXiv 2402.09025).
+            As many passes over the data as blocks, for each block that goes; worth it on small models, where it finds
+            the best of all choices (benchmarks/depth_criteria.py).
             `"last"`: the last ones, but for the very last, which the head relies on (the simple rule of arXiv
             2403.17887); needs no data.
         targets: shell patterns over the paths of the stacks, as `("encoder.*",)` for one side of an encoder-decoder;
@@ -170,6 +171,11 @@ class DepthPruning(Compressor):
             raise UnsupportedModelError(
                 f"DepthPruning needs repeated blocks in a ModuleList, and {type(model).__name__} has none; use "
                 f"StructuredPruning, or for convolutional networks TorchPruning."
+            )
+        if self._asks_data and model.main_input_name != "input_ids":
+            raise UnsupportedModelError(
+                f"DepthPruning.criterion={self.criterion!r} calibrates on texts, and {type(model).__name__} reads "
+                f"{model.main_input_name}; use criterion='last', or name the blocks with layers=(0, ...)."
             )
         paths = [stack.path for stack in stacks]
         for pattern in self.targets or ():

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..anatomy.groups import Group, cut, new_shapes, silence, tensor_of
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
-from ..anatomy.sizes import shapes_of
+from ..anatomy.sizes import Values, adopt_config, matches_config, shapes_of, solve_config
 from ..anatomy.surgery import retie, ties
 from ..compressor import Action, Compressor, Context, Cut
 from ..errors import CompressionError, ConfigError, UnsupportedModelError, VerificationError
@@ -44,8 +44,8 @@ class TorchPruning(Compressor):
     on a copy: one that the model cannot lose (its outputs, heads, a mean over channels) stays and is told. Then all are
     cut by this library, which proves on random images that the cut model gives the outputs of the model with the same
     channels silenced (and every LayerNorm over the others only, as it is after the cut), and has exactly the shapes
-    that were predicted. No plain config tells these sizes: the folder loads by plain `from_pretrained` after
-    `import llmcompress`.
+    that were predicted. Where a plain config can tell the sizes (a ResNet or ConvNeXt of which every group keeps the
+    same share), they go there; else the folder loads by plain `from_pretrained` after `import llmcompress`.
 
     Args:
         ratio: share of the channels of each group to remove, in (0, 1).
@@ -104,7 +104,7 @@ class TorchPruning(Compressor):
             counts = shared_out(groups, scores, share=self.ratio, floor=self.floor, multiple=self.round_to)
         cuts = [(part.group, dearest(part.group, part.scores, kept)) for part, kept in zip(parts, counts, strict=True)]
         cuts = [(group, keep) for group, keep in cuts if len(keep) < group.count]
-        tied = ties(model)
+        tied, values = ties(model), _told_by_config(model, cuts)
         predicted = {**shapes_of(model), **new_shapes(model, [(group, len(keep)) for group, keep in cuts])}
         inputs = probe_inputs(model, seed=context.seed)
         expected = _silenced_outputs(model, cuts, inputs)
@@ -112,10 +112,16 @@ class TorchPruning(Compressor):
             cut(model, group, keep)
             context.history.append(Cut(group.path, group.kind, tuple(keep.tolist()), group.count))
         retie(model, tied)
-        if shapes_of(model) != predicted:
+        if values:
+            adopt_config(model, values)
+            told = ", ".join(f"{name}={value}" for name, value in values.items())
+            context.tell(
+                Action(path="", reason=f"the plain config tells the sizes ({told}): loads without llmcompress")
+            )
+        if shapes_of(model) != predicted or (values and not matches_config(model)):
             raise VerificationError(
-                f"TorchPruning: the pruned {type(model).__name__} has other shapes than predicted; the result is "
-                f"withheld. Please report this model."
+                f"TorchPruning: the pruned {type(model).__name__} has other shapes than predicted, or than its config "
+                f"tells; the result is withheld. Please report this model."
             )
         difference = relative_error(probe_outputs(model, inputs), expected)
         if not difference <= _TOLERANCE.get(model.dtype, 1e-4):
@@ -165,6 +171,20 @@ class _Part:
     layers: tuple[str, ...]
     kept: int
     why_not: str | None
+
+
+def _told_by_config(model: PreTrainedModel, cuts: Sequence[tuple[Group, torch.Tensor]]) -> Values:
+    """Return the config attributes that tell the sizes after the cuts; none where no plain config does."""
+    sizes: dict[int, set[int]] = {}
+    for group, keep in cuts:
+        sizes.setdefault(group.count, set()).add(len(keep))
+    if any(len(kept) > 1 for kept in sizes.values()):
+        return {}
+    wanted = new_shapes(model, [(group, len(keep)) for group, keep in cuts])
+    try:
+        return solve_config(model, wanted, sizes, what="numbers of channels")
+    except UnsupportedModelError:
+        return {}
 
 
 def _trial(model: PreTrainedModel, group: Group, kept: int) -> str | None:
