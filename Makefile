@@ -28,7 +28,7 @@ check: install
 
 bench: install
 	$(RUN) benchmarks/int8_bert.py
-	$(RUN) benchmarks/sst2_chain.py
+	$(RUN) benchmarks/sst2_chains.py
 
 schema: install
 	$(RUN) -m llmcompress.report.schema > docs/comparison.schema.json
