@@ -7,6 +7,7 @@ activations ask what comes through a channel, at the input of the matrix that co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -59,17 +60,18 @@ def random(model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence) 
 def taylor(model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence) -> list[torch.Tensor]:
     """Return by how much the loss moves, to first order, when a channel goes: |sum of weight x gradient|.
 
-    Molchanov et al., arXiv 1906.10771; on language models LLM-Pruner, arXiv 2305.11627. Taken for each batch, since the
-    gradients of a trained model add up to about zero over all data, and averaged over what is predicted.
+    Molchanov et al., arXiv 1906.10771; on language models LLM-Pruner, arXiv 2305.11627. Taken for each text by itself,
+    since the gradients of a trained model add up to about zero over all of them, and averaged over what is predicted.
     """
-    return _by_gradient(model, groups, evidence, lambda weight, slope: weight * slope, torch.abs)
+    apart = replace(evidence, batches=evidence.texts)
+    return _by_gradient(model, groups, apart, lambda weight, slope: weight * slope, torch.abs)
 
 
 @register_importance("fisher", data=True)
 def fisher(model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence) -> list[torch.Tensor]:
-    """Return the sum of weight^2 x gradient^2 of a channel: the second order, by the diagonal of the empirical Fisher.
+    """Return the sum of weight^2 x gradient^2 of a channel: the second order, by the diagonal of the Fisher information.
 
-    As in arXiv 1801.05787, the gradients being those of a batch; averaged over what is predicted.
+    As in arXiv 1801.05787, with the gradients of a batch; averaged over what is predicted.
     """
     return _by_gradient(model, groups, evidence, lambda weight, slope: (weight * slope).square(), lambda sums: sums)
 

@@ -45,6 +45,15 @@ class Evidence:
         """The batches without labels: what the model takes to compute no loss of its own."""
         return [{key: tensor for key, tensor in batch.items() if key != "labels"} for batch in self.batches]
 
+    @property
+    def texts(self) -> list[dict[str, torch.Tensor]]:
+        """The batches with one text each."""
+        return [
+            {key: tensor[row : row + 1] for key, tensor in batch.items()}
+            for batch in self.batches
+            for row in range(len(batch["input_ids"]))
+        ]
+
 
 def register_importance(name: str, *, data: bool = False) -> Callable[[F], F]:
     """Enter a function in the registry of importances: from then on `StructuredPruning(importance=name)` ranks by it.

@@ -46,7 +46,7 @@ class StructuredPruning(Compressor):
             how much that alone changes.
         importance: how channels are ranked, by what counts as dear; the names of `lc.importances`.
             `"magnitude"`, `"magnitude_l1"`: large weights (arXiv 2301.12900, 1608.08710).
-            `"taylor"`: what moves the loss, to first order (arXiv 1906.10771, 2305.11627).
+            `"taylor"`: what moves the loss of a text, to first order (arXiv 1906.10771, 2305.11627).
             `"fisher"`: what moves it by the diagonal of the Fisher information (arXiv 1801.05787).
             `"activation"`: large activations (Minitron, arXiv 2407.14679).
             `"wanda"`: large weights on large activations (arXiv 2306.11695).
