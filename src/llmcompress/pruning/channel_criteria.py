@@ -69,7 +69,7 @@ def taylor(model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence) 
 
 @register_importance("fisher", data=True)
 def fisher(model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence) -> list[torch.Tensor]:
-    """Return the sum of weight^2 x gradient^2 of a channel: the second order, by the diagonal of the Fisher information.
+    """Return the sum of weight^2 x gradient^2 of a channel: the second order, by the Fisher information's diagonal.
 
     As in arXiv 1801.05787, with the gradients of a batch; averaged over what is predicted.
     """

@@ -123,7 +123,7 @@ def _compete(widths: Widths, scores: list[torch.Tensor], floor: float, multiple:
             [scores[index] for index in places],
             share=widths.asked[kind],
             floor=floor,
-            multiple=multiple if kind == "ffn" else 1,
+            multiple=multiple if kind in ("ffn", "hidden") else 1,
         )
         for index, count in zip(places, counts, strict=True):
             kept[index] = count
