@@ -8,7 +8,9 @@ import torch
 
 from ..errors import UnsupportedModelError
 from .groups import Group, Member, tensor_of
+from .layers import weight_layers
 from .parts import Anatomy, Attention, Block, Experts, FeedForward, Projection
+from .probe import call_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +100,7 @@ def _feed_forward_group(network: FeedForward) -> Group:
         else:
             channel = _gate_up_channels(network) if part is network.gate_up else torch.arange(network.width)
             members += _outputs(part, channel)
+    members += [Member(name, 0, torch.arange(network.width)) for name in network.inner]
     return Group(
         "ffn", network.path, network.width, tuple(members), experts, scopes=(network.path,), lengths=(network.width,)
     )
@@ -117,13 +120,25 @@ def _gate_up_channels(network: FeedForward) -> torch.Tensor:
     )
 
 
+def _query_rows(attention: Attention, query: torch.Tensor) -> torch.Tensor:
+    """Return the channels of the rows of q; more than o takes in, where each head has a gate behind it."""
+    assert attention.q is not None
+    runs = attention.q.outputs // attention.o.inputs
+    return query.view(attention.heads, -1).repeat(1, runs).flatten() if runs > 1 else query
+
+
 def _head_group(model: PreTrainedModel, attention: Attention) -> Group:
     heads, kv, width = attention.heads, attention.kv_heads, attention.head_dim
     query = torch.arange(heads).repeat_interleave(width) // (heads // kv)
     key = torch.arange(kv).repeat_interleave(width)
     members = [_input(attention.o, query)]
     if attention.q is not None and attention.k is not None and attention.v is not None:
-        members = [*_outputs(attention.q, query), *_outputs(attention.k, key), *_outputs(attention.v, key), *members]
+        members = [
+            *_outputs(attention.q, _query_rows(attention, query)),
+            *_outputs(attention.k, key),
+            *_outputs(attention.v, key),
+            *members,
+        ]
     elif attention.qkv is not None:
         members = [*_outputs(attention.qkv, _fused_heads(attention, query, key)), *members]
     known = {part.layer.path for part in attention.projections()}
@@ -140,7 +155,7 @@ def _query_head_group(model: PreTrainedModel, attention: Attention) -> Group:
     query = torch.arange(heads).repeat_interleave(width)
     members = [_input(attention.o, query)]
     if attention.q is not None:
-        members = [*_outputs(attention.q, query), *members]
+        members = [*_outputs(attention.q, _query_rows(attention, query)), *members]
     elif attention.qkv is not None:
         stays = torch.full((kv * width,), -1)
         members = [*_outputs(attention.qkv, _fused_heads(attention, query, stays)), *members]
@@ -169,22 +184,42 @@ def _fused_heads(attention: Attention, query: torch.Tensor, key: torch.Tensor) -
 
 
 def _per_head_axes(model: PreTrainedModel, attention: Attention, known: set[str]) -> list[tuple[str, int]]:
-    """Return the axes of other tensors in the attention that run over heads: sinks, relative biases, wide norms."""
+    """Return the axes of other tensors in the attention that run over heads: sinks, gates, relative biases, wide norms.
+
+    Of a matrix product only the outputs can; its inputs are hidden features, however many there are.
+    """
     sizes = {attention.heads, attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim}
     if attention.kv_heads > 1:
         sizes.add(attention.kv_heads)
     sizes.discard(attention.head_dim)
+    outputs = {layer.path: 1 - layer.input_axis for layer in weight_layers(model) if layer.kind in ("linear", "conv1d")}
     found = []
     scope = model.get_submodule(attention.path)
     for name, tensor in scope.named_parameters(prefix=attention.path):
         path = name.rpartition(".")[0]
-        if path in known or not _inside(path, attention):
+        if path in known or not _inside(path, attention) or tensor.dim() > 2:
+            continue
+        allowed = range(tensor.dim())
+        if path in outputs:
+            allowed = range(outputs[path], outputs[path] + 1) if tensor.dim() == 2 else range(1)
+        elif tensor.shape == (attention.o.outputs,) and not _is_inner_norm(model, attention, path):
             continue
         # Of a table (buckets, heads) the last axis runs over the heads, of a norm for each head the first.
-        axes = [axis for axis, size in enumerate(tensor.shape) if size in sizes]
-        if axes and tensor.dim() <= 2 and tensor.shape != (attention.o.outputs,):
+        axes = [axis for axis in allowed if tensor.shape[axis] in sizes]
+        if axes:
             found.append((name, axes[0] if "norm" in name else axes[-1]))
     return found
+
+
+def _is_inner_norm(model: PreTrainedModel, attention: Attention, path: str) -> bool:
+    """Tell whether a norm as wide as the hidden size normalises heads: it runs behind the queries and before o."""
+    first = attention.q or attention.qkv
+    if path in attention.norms:
+        return True
+    if first is None or attention.o.layer.weight.device.type == "meta":
+        return False
+    order = call_order(model, [first.layer.path, path, attention.o.layer.path])
+    return order == [first.layer.path, path, attention.o.layer.path]
 
 
 def _inside(path: str, attention: Attention) -> bool:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..compressor import Cut
 from ..errors import UnsupportedModelError
+from .empty import empty_model
 from .stacks import find_stacks
 
 if TYPE_CHECKING:
@@ -57,11 +57,12 @@ def plan_depth(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> Dep
     Reads no weight and changes nothing.
 
     Raises:
-        UnsupportedModelError: no config field sets the depth of a stack, or a block that stays depends on its place
-            (such as T5's first block, which alone holds the position bias).
+        UnsupportedModelError: no config field sets the depth of a stack; a block that stays depends on its place (such
+            as T5's first block, which alone holds the position bias) or on one that goes; or no attention stays to
+            tell how much is in the cache.
     """
     chosen = {path: tuple(indices) for path, indices in kept.items()}
-    shallow = _build(model, model.config)
+    shallow = empty_model(model, model.config)
     depths = {stack.path: len(stack) for stack in find_stacks(shallow)}
     for path, indices in chosen.items():
         _keep(shallow, path, indices)
@@ -71,7 +72,9 @@ def plan_depth(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> Dep
         if len(indices) < depths[path]:
             config, changed = _set_depth(model, config, path, depths[path], indices)
             fields.update(changed)
-    attributes = _compare(model, shallow, _build(model, config), chosen)
+    attributes = _compare(model, shallow, empty_model(model, config), chosen)
+    _check_shared(model, chosen)
+    _check_cache(model, config, chosen)
     return DepthChange(chosen, fields, config, attributes)
 
 
@@ -93,7 +96,7 @@ def keep_blocks(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> li
         (1, 0)
     """
     change = plan_depth(model, kept)
-    reference = _build(model, change.config)
+    reference = empty_model(model, change.config)
     cuts = []
     for path, indices in change.kept.items():
         cuts.append(Cut(path=path, axis="layers", kept=indices, of=len(model.get_submodule(path))))
@@ -134,9 +137,36 @@ def origins(history: Sequence[Cut], path: str, depth: int, teacher_depth: int) -
     return blocks if len(blocks) == depth else evenly_spaced(teacher_depth, depth)
 
 
-def _build(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(config))
+def _check_shared(model: PreTrainedModel, kept: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if a block that stays shares a weight with one that goes: which of them runs it depends on their places."""
+    for path, indices in kept.items():
+        blocks = model.get_submodule(path)
+        stays = {id(tensor): index for index in indices for tensor in blocks[index].parameters()}
+        for index in set(range(len(blocks))) - set(indices):
+            other = next((stays[id(tensor)] for tensor in blocks[index].parameters() if id(tensor) in stays), None)
+            if other is not None:
+                raise UnsupportedModelError(
+                    f"blocks {_listed(kept)} of {type(model).__name__} cannot stand alone: block {other} shares "
+                    f"weights with block {index}, which goes; choose other blocks."
+                )
+
+
+def _check_cache(model: PreTrainedModel, config: PreTrainedConfig, kept: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if a cache told its length before and cannot any more, since no attention is among the blocks left."""
+    from transformers import DynamicCache
+
+    if not model.can_generate():
+        return
+    try:
+        DynamicCache(config=model.config).get_seq_length()
+    except Exception:  # it never could; some configs are of no use to a cache
+        return
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"blocks {_listed(kept)} of {type(model).__name__} cannot generate: {error} Keep a block with an attention."
+        ) from error
 
 
 def _keep(model: nn.Module, path: str, indices: tuple[int, ...]) -> None:
@@ -160,12 +190,12 @@ def _set_depth(
             if type(value) is not int or value != depth:
                 continue
             trial = copy.deepcopy(config)
-            changed = {name: len(indices), **_per_block(holder, depth, indices)}
+            changed = {name: len(indices), **_per_block(holder, name, depth, indices)}
             tried.append(name)
             try:
                 for field, new in changed.items():
                     setattr(_holders(trial)[level], field, new)
-                built = _build(model, trial)
+                built = empty_model(model, trial)
             except Exception:  # a number that merely equals the depth (heads, labels) may build nothing
                 continue
             if any(stack.path == path and len(stack) == len(indices) for stack in find_stacks(built)):
@@ -176,14 +206,30 @@ def _set_depth(
     )
 
 
-def _per_block(config: PreTrainedConfig, depth: int, indices: tuple[int, ...]) -> dict[str, list[Any]]:
-    """Return the config's lists with one entry a block (`layer_types`), cut to the kept blocks."""
-    # Lists of token ids may have any length, and so the depth's by chance.
+def _per_block(config: PreTrainedConfig, field: str, depth: int, indices: tuple[int, ...]) -> dict[str, list[Any]]:
+    """Return the config's lists with one entry a block (`layer_types`), cut to the kept blocks.
+
+    Lists of token ids, and others whose length by default is not the depth by default (the two ends of a range of time
+    steps), may have the depth's length by chance.
+    """
+    try:
+        default = type(config)()
+    except Exception:  # a config that refuses its own defaults tells nothing
+        default = None
     return {
         name: [value[index] for index in indices]
         for name, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == depth and "token" not in name and name != "architectures"
+        if isinstance(value, (list, tuple))
+        and len(value) == depth
+        and "token" not in name
+        and name != "architectures"
+        and _may_follow(default, name, field)
     }
+
+
+def _may_follow(default: PreTrainedConfig | None, name: str, field: str) -> bool:
+    value = vars(default).get(name) if default is not None else None
+    return not isinstance(value, (list, tuple)) or not value or len(value) == vars(default).get(field, len(value))
 
 
 def _compare(
@@ -227,7 +273,8 @@ def _place(path: str, stack: str, indices: tuple[int, ...]) -> Iterator[tuple[in
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if isinstance(value, (bool, int, float, str)) and name != "training":
+        numbers = isinstance(value, dict) and all(type(item) is int for pair in value.items() for item in pair)
+        if (isinstance(value, (bool, int, float, str)) or numbers) and name != "training":
             yield name, value
 
 

@@ -12,19 +12,22 @@ from ..errors import UnsupportedModelError
 from .layers import WeightLayer, weight_layers
 from .layout import gate_up_layout, qkv_layout
 from .parts import Anatomy, Attention, Block, Experts, FeedForward, Projection
-from .stacks import Stack, find_stacks
+from .stacks import Stack, find_stacks, token_stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The field's words for the roles, as attribute names; which model uses which word does not matter.
-_QUERY = {"q", "query", "q_proj", "q_lin", "wq", "to_q", "query_proj", "q_attn"}
-_KEY = {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj"}
-_VALUE = {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj"}
+_QUERY = {"project_q", "q", "query", "q_proj", "q_lin", "wq", "to_q", "query_proj", "q_attn"}
+_KEY = {"project_k", "k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj"}
+_VALUE = {"project_v", "v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj"}
 _FUSED = {"qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "att_proj", "in_proj_qkv", "attn_qkv"}
+_OUTPUT = {"o", "o_proj", "out_proj", "out", "wo", "dense", "c_proj", "out_lin", "output", "attention_out", "att_out"}
 # Weights that are no matrix product of an attention or a feed-forward network.
 _NO_PART = ("embedding", "other")
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv", "d_head")
+# What was measured on one module, for all of its class and sizes.
+_Layouts = dict[tuple[Any, ...], Any]
 _TOP_K = ("top_k", "num_experts_per_tok", "num_selected_experts", "moe_k", "moe_topk")
 
 
@@ -52,12 +55,12 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         head: lm_head
         tied: transformer.wte.weight = lm_head.weight
     """
-    stacks = find_stacks(model)
+    stacks = token_stacks(model)
     if not stacks:
         lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack of blocks: looked for a ModuleList of equal modules with at least "
-            f"two weight matrices each, found {', '.join(lists) or 'no ModuleList'}{_hint(model)}."
+            f"{type(model).__name__} has no stack of blocks: looked for a ModuleList of modules with at least two "
+            f"weight matrices each, found {', '.join(lists) or 'no ModuleList'}{_hint(model)}."
         )
     layers = weight_layers(model)
     found = tuple(_stack_blocks(model, stack, layers) for stack in stacks)
@@ -80,6 +83,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         head=next((name for name, module in model.named_modules() if head is not None and module is head), None),
         norms=tuple(name for name in _norms(model, "") if not any(name.startswith(f"{s.path}.") for s in stacks)),
         ties=ties(model),
+        towers=tuple(stack.path for stack in find_stacks(model) if stack.path not in {own.path for own in stacks}),
     )
 
 
@@ -104,21 +108,22 @@ def ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 def _stack_blocks(model: PreTrainedModel, stack: Stack, layers: Sequence[WeightLayer]) -> tuple[Block, ...]:
     blocks: list[Block] = []
+    # Fused layouts are measured once for each class of module and its sizes.
+    layouts: _Layouts = {}
     for index in range(len(stack)):
         path = stack.block_path(index)
         own = [layer for layer in layers if layer.path.startswith(f"{path}.") and layer.kind not in _NO_PART]
-        # Fused layouts are measured on the first block; the others of the stack are of the same class.
-        blocks.append(_block(model, path, own, like=blocks[0] if blocks else None))
+        blocks.append(_block(model, path, own, layouts))
     return tuple(blocks)
 
 
-def _block(model: PreTrainedModel, path: str, layers: list[WeightLayer], like: Block | None) -> Block:
+def _block(model: PreTrainedModel, path: str, layers: list[WeightLayer], layouts: _Layouts) -> Block:
     flat = [layer for layer in layers if layer.kind != "experts"]
-    attentions = _attentions(model, path, flat, like)
+    attentions = _attentions(model, path, flat, layouts)
     used = {part.layer.path for attention in attentions for part in attention.projections()}
     rest = [layer for layer in flat if layer.path not in used]
     experts = _experts(model, [layer for layer in layers if layer.kind == "experts"])
-    feed_forwards = _feed_forwards(model, path, rest, like)
+    feed_forwards = _feed_forwards(model, rest, layouts)
     used |= {part.layer.path for feed_forward in feed_forwards for part in feed_forward.projections()}
     routers = {mixture.router for mixture in experts}
     norms = _norms(model.get_submodule(path), path)
@@ -139,7 +144,7 @@ def _block(model: PreTrainedModel, path: str, layers: list[WeightLayer], like: B
     )
 
 
-def _attentions(model: PreTrainedModel, block: str, layers: list[WeightLayer], like: Block | None) -> list[Attention]:
+def _attentions(model: PreTrainedModel, block: str, layers: list[WeightLayer], layouts: _Layouts) -> list[Attention]:
     groups: dict[str, dict[str, WeightLayer]] = {}
     for layer in layers:
         role = _role(layer)
@@ -152,12 +157,12 @@ def _attentions(model: PreTrainedModel, block: str, layers: list[WeightLayer], l
         inputs = [layer for layer in layers if layer.path in {part.path for part in roles.values()}]
         scope, output = _output_of(parent, block, inputs, layers)
         if output is not None:
-            found.append(_attention(model, scope, roles, output, like.attentions[len(found)] if like else None))
+            found.append(_attention(model, scope, roles, output, layouts))
     return found
 
 
 def _attention(
-    model: PreTrainedModel, path: str, roles: dict[str, WeightLayer], output: WeightLayer, like: Attention | None
+    model: PreTrainedModel, path: str, roles: dict[str, WeightLayer], output: WeightLayer, layouts: _Layouts
 ) -> Attention:
     o = _projection(output)
     parts = {role: _projection(layer) for role, layer in roles.items()}
@@ -169,11 +174,12 @@ def _attention(
     kv_heads = max(kv_outputs // head_dim, 1)
     layout = None
     if qkv is not None:
-        layout = (
-            like.layout
-            if like is not None
-            else qkv_layout(model, qkv.layer.module, output.module, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        )
+        kind = (type(model.get_submodule(path)), qkv.outputs, heads, kv_heads, head_dim)
+        if kind not in layouts:
+            layouts[kind] = qkv_layout(
+                model, qkv.layer.module, output.module, heads=heads, kv_heads=kv_heads, head_dim=head_dim
+            )
+        layout = layouts[kind]
     return Attention(
         path=path,
         o=o,
@@ -196,18 +202,18 @@ def _output_of(
     """Return the scope of an attention and its output projection: the one more matrix in the smallest such module."""
     taken = {layer.path for layer in inputs}
     scope = parent
-    while len(scope) > len(block):
+    while len(scope) >= len(block):
         rest = [layer for layer in layers if layer.path.startswith(f"{scope}.") and layer.path not in taken]
         if rest:
-            # A normalised or gated attention may hold more; the output is the last that is no query, key or value.
-            return scope, next((layer for layer in reversed(rest) if _role(layer) is None), None)
+            # A gated attention may hold more; the output is the last that is called so, or else that has no role.
+            bare = [layer for layer in rest if _role(layer) is None]
+            named = [layer for layer in bare if layer.path.rpartition(".")[2].lower() in _OUTPUT]
+            return scope, next(reversed(named or bare), None)
         scope = scope.rpartition(".")[0]
     return scope, None
 
 
-def _feed_forwards(
-    model: PreTrainedModel, block: str, layers: list[WeightLayer], like: Block | None
-) -> list[FeedForward]:
+def _feed_forwards(model: PreTrainedModel, layers: list[WeightLayer], layouts: _Layouts) -> list[FeedForward]:
     groups: dict[str, list[WeightLayer]] = {}
     for layer in layers:
         groups.setdefault(layer.path.rpartition(".")[0], []).append(layer)
@@ -218,15 +224,14 @@ def _feed_forwards(
         gathered[_common_parent([layer.path for layer in alone])] = alone
     found: list[FeedForward] = []
     for path, group in gathered.items():
-        twin = like.feed_forwards[len(found)] if like and len(found) < len(like.feed_forwards) else None
-        network = _feed_forward(model, path, group, twin)
+        network = _feed_forward(model, path, group, layouts)
         if network is not None:
             found.append(network)
     return found
 
 
 def _feed_forward(
-    model: PreTrainedModel, path: str, layers: list[WeightLayer], like: FeedForward | None
+    model: PreTrainedModel, path: str, layers: list[WeightLayer], layouts: _Layouts
 ) -> FeedForward | None:
     parts = [_projection(layer) for layer in layers]
     down = next((part for part in reversed(parts) if not _is_gate(part)), parts[-1])
@@ -234,15 +239,30 @@ def _feed_forward(
     ups = [part for part in parts if part is not down and part.inputs == hidden and part.outputs in {width, 2 * width}]
     if not ups or len(ups) != len(parts) - 1:
         return None
+    inner = _inner_norms(model, path, width) if width != hidden else ()
     if len(ups) == 1 and ups[0].outputs == 2 * width:
-        layout = like.layout if like else gate_up_layout(model, ups[0].layer.module, down.layer.module, width=width)
-        return FeedForward(path, down, width, gate_up=ups[0], layout=layout)
+        kind = (type(model.get_submodule(path)), width, hidden)
+        if kind not in layouts:
+            layouts[kind] = gate_up_layout(model, ups[0].layer.module, down.layer.module, width=width)
+        return FeedForward(path, down, width, gate_up=ups[0], layout=layouts[kind], inner=inner)
     if len(ups) == 1:
-        return FeedForward(path, down, width, up=ups[0])
+        return FeedForward(path, down, width, up=ups[0], inner=inner)
     if len(ups) == 2 and ups[0].outputs == ups[1].outputs == width:
         gate = next((part for part in ups if _is_gate(part)), ups[0])
-        return FeedForward(path, down, width, up=next(part for part in ups if part is not gate), gate=gate)
+        up = next(part for part in ups if part is not gate)
+        return FeedForward(path, down, width, up=up, gate=gate, inner=inner)
     return None
+
+
+def _inner_norms(model: PreTrainedModel, path: str, width: int) -> tuple[str, ...]:
+    """Return the parameters of norms over the channels; not over anything as wide by chance elsewhere in a block."""
+    names = [name for name in _norms(model.get_submodule(path), path) if "attn" not in name and "attention" not in name]
+    found = []
+    for name in names:
+        own = dict(model.get_submodule(name).named_parameters(prefix=name, recurse=False))
+        if all(tensor.shape == (width,) for tensor in own.values()):
+            found += list(own)
+    return tuple(found)
 
 
 def _experts(model: PreTrainedModel, layers: list[WeightLayer]) -> list[Experts]:
@@ -341,10 +361,18 @@ def _owners(model: PreTrainedModel, path: str) -> list[Any]:
 def _first_int(names: Sequence[str], owners: Sequence[Any]) -> int | None:
     for owner in owners:
         for name in names:
-            value = getattr(owner, name, None)
+            value = _read(owner, name)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
+
+
+def _read(owner: Any, name: str) -> Any:
+    """Return an attribute, or None where there is none, or where a config has another value for each layer."""
+    try:
+        return getattr(owner, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, which older releases lack
+        return None
 
 
 def _hidden(stacks: tuple[tuple[Block, ...], ...], model: PreTrainedModel) -> int:

@@ -153,10 +153,8 @@ def cut(model: PreTrainedModel, group: Group, keep: torch.Tensor) -> None:
         else:
             module._buffers[name] = replacement
         _note_size(module, name, member.axis, replacement.shape[member.axis])
-    for scope in group.scopes:
-        for module in model.get_submodule(scope).modules():
-            if not _is_layer(module):
-                _note_lengths(module, group, keep.shape[-1])
+    for module in _rememberers(model, group):
+        _note_lengths(module, group, keep.shape[-1])
 
 
 def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
@@ -187,7 +185,7 @@ def _note_size(module: nn.Module, name: str, axis: int, size: int) -> None:
         setattr(module, ("nx", "nf")[axis], size)
     elif isinstance(module, nn.Embedding):
         setattr(module, ("num_embeddings", "embedding_dim")[axis], size)
-    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
         module.normalized_shape = (size,)
     elif isinstance(module, _CONVOLUTIONS) and name == "weight":
         # A depthwise convolution has one group for each channel.
@@ -198,6 +196,22 @@ def _note_size(module: nn.Module, name: str, axis: int, size: int) -> None:
         module.num_features = size
 
 
+def _rememberers(model: nn.Module, group: Group) -> Iterator[nn.Module]:
+    """Yield the modules that may remember sizes of the group.
+
+    Of a feed-forward network only those around its matrices: its scope may be a whole block, with an attention in it.
+    """
+    owners = {member.tensor.rpartition(".")[0] for member in group.members}
+    for scope in group.scopes:
+        for path, module in model.get_submodule(scope).named_modules(prefix=scope):
+            around = any(owner == path or owner.startswith(f"{path}.") for owner in owners) or not path
+            if not _is_layer(module) and (around or group.kind != "ffn"):
+                yield module
+
+
+# What a size is called; other integers (the index of a layer, a window) may equal one by chance.
+_SIZE_WORDS = ("head", "size", "dim", "width", "inner", "intermediate", "features", "channels", "expert", "embed")
+_NO_SIZE = ("idx", "index", "window", "chunk", "block", "kernel", "vocab", "top_k", "per_tok")
 # Sizes of one head, and the number of query heads to a key head, do not shrink with the number of heads.
 _HEAD_SIZE = ("head_dim", "head_size", "proj_dim", "d_kv", "d_head")
 
@@ -212,7 +226,10 @@ def _note_lengths(module: nn.Module, group: Group, kept: int) -> None:
             continue
         grouped = "groups" in name or "n_rep" in name
         shared = "kv_heads" in name or "key_value_heads" in name
-        if any(word in name for word in _HEAD_SIZE) or (group.kind == "heads" and grouped):
+        if not any(word in name for word in _SIZE_WORDS) or any(word in name for word in _NO_SIZE):
+            continue
+        of_one_head = any(word in name for word in _HEAD_SIZE) and "all_head" not in name
+        if of_one_head or (group.kind == "heads" and grouped):
             continue
         if group.kind == "query_heads" and shared:
             continue

@@ -56,7 +56,7 @@ class WeightLayer:
     def input_axis(self) -> int:
         """The axis of `weight` that runs over the inputs of a matrix product."""
         if self.kind == "experts":
-            return 1 if getattr(self.module, "is_transposed", False) else 2
+            return 1 if _is_transposed(self.module) else 2
         return 0 if self.kind == "conv1d" else 1
 
 
@@ -140,6 +140,21 @@ def select(
             f"{_examples(names) or 'no float weight matrix at all (is the model already quantized?)'}."
         )
     return chosen, left
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    """Tell whether 3-D expert weights are stored (experts, in, out): as marked by transformers, or by their shapes."""
+    marked = getattr(experts, "is_transposed", None)
+    if marked is not None:
+        return bool(marked)
+    own = {name: p.shape for name, p in experts.named_parameters(recurse=False) if p.dim() == 3}
+    down = next((shape for name, shape in own.items() if "down" in name), None)
+    up = next((shape for name, shape in own.items() if "up" in name), None)
+    if down is None or up is None:
+        return False
+    # What goes into up comes out of down, and what comes out of up (once, or twice with a gate) goes into down.
+    plain = up[2] == down[1] and up[1] in (down[2], 2 * down[2])
+    return up[1] == down[2] and up[2] in (down[1], 2 * down[1]) and not plain
 
 
 def _matrices_of(module: nn.Module) -> list[tuple[str, Kind]]:

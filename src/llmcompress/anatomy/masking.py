@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def masked(model: PreTrainedModel, cuts: Sequence[tuple[Group, torch.Tensor]]) -> Iterator[None]:
     """Silence all channels of each group but those kept, inside as the cut model will have them.
 
-    Inside, experts that go are never chosen by their router, and a LayerNorm takes its mean over the features that
-    stay.
+    Inside, experts that go are never chosen by their router, and norms take their mean over the features, channels or
+    heads that stay.
     The zeros stay after the context; routers and norms are themselves again.
 
     Args:
@@ -43,7 +43,7 @@ def masked(model: PreTrainedModel, cuts: Sequence[tuple[Group, torch.Tensor]]) -
     with ExitStack() as stack:
         stack.enter_context(_NeverRouted(without))
         for group, keep in cuts:
-            if group.kind == "hidden":
+            if group.kind != "experts" and keep.dim() == 1:
                 stack.enter_context(normalising_over(model, group, keep))
         yield
 

@@ -7,7 +7,6 @@ more memory than the model it names.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, UnsupportedModelError
+from .empty import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,8 +134,8 @@ def build(model: PreTrainedModel) -> PreTrainedModel:
     from transformers import initialization
 
     try:
-        with torch.device("meta"), initialization.meta_device_safe_creation_ops():
-            return type(model)(copy.deepcopy(model.config))
+        with initialization.meta_device_safe_creation_ops():
+            return empty_model(model, model.config)
     except Exception as error:  # code of any model runs here
         raise _untold(model, f"the config builds none ({type(error).__name__}: {error})") from error
 

@@ -79,7 +79,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward network: `up` (and `gate`, or both fused in `gate_up`) widen to `width`, `down` narrows again."""
+    """A feed-forward network: `up` (and `gate`, or both fused in `gate_up`) widen to `width`, `down` narrows again.
+
+    Attributes:
+        path: the module that holds the projections; the block itself, where they are in modules of their own.
+        down: the projection that narrows.
+        width: number of channels.
+        up, gate, gate_up: those that widen, or None.
+        layout: how the rows of `gate_up` are ordered, measured by a probe.
+        inner: parameters of norms that normalise over the channels.
+    """
 
     path: str
     down: Projection
@@ -88,6 +97,7 @@ class FeedForward:
     gate: Projection | None = None
     gate_up: Projection | None = None
     layout: GateUpLayout | None = None
+    inner: tuple[str, ...] = ()
 
     def projections(self) -> list[Projection]:
         """Return those there are, in the order gate, up, gate_up, down."""
@@ -173,6 +183,7 @@ class Anatomy:
         head: path of the output head, or None.
         norms: paths of norms outside the blocks.
         ties: groups of parameter names that are one tensor.
+        towers: paths of stacks that read no tokens (of images, of sound); they are left alone.
     """
 
     model: str
@@ -182,6 +193,7 @@ class Anatomy:
     head: str | None
     norms: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...] = field(default=())
+    towers: tuple[str, ...] = ()
 
     def blocks(self) -> list[Block]:
         """Return all blocks of all stacks."""
@@ -202,6 +214,7 @@ class Anatomy:
                 lines += [f"{count}: {len(run)} block{'s' if len(run) > 1 else ''} like {first.path}", *first.lines()]
         lines.append(f"norms: {', '.join(self.norms) or 'none'}")
         lines.append(f"head: {self.head or 'none'}")
+        lines += [f"reads no tokens, left alone: {path}" for path in self.towers]
         lines += [f"tied: {' = '.join(names)}" for names in self.ties]
         return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +67,27 @@ def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) ->
         model.train(training)
     logits = getattr(outputs, "logits", None)
     return (outputs[0] if logits is None else logits).float()
+
+
+def call_order(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Return those of the modules at `paths` that run in a forward pass, in the order of their first call.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> call_order(tiny_model("bert"), ["classifier", "bert.pooler"])
+        ['bert.pooler', 'classifier']
+    """
+    called: list[str] = []
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(lambda module, inputs, path=path: called.append(path))
+        for path in paths
+    ]
+    try:
+        probe_outputs(model, probe_inputs(model, rows=1, tokens=2))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(called))
 
 
 def relative_error(candidate: torch.Tensor, reference: torch.Tensor) -> float:

@@ -52,6 +52,11 @@ def residual_group(model: PreTrainedModel, body: Anatomy) -> Group:
             f"hidden of {body.model} cannot be pruned: {bare.path} holds parts that are not known ({unknown}), through "
             f"which hidden features may run; use ffn or DepthPruning."
         )
+    if body.towers:
+        raise UnsupportedModelError(
+            f"hidden of {body.model} cannot be pruned: {', '.join(body.towers)} reads no tokens, and what it hands on "
+            f"has the hidden size; use ffn or DepthPruning."
+        )
     others = feed_forward_groups(body) + head_groups(model, body)
     if any(block.experts for block in body.blocks()):
         others += expert_groups(model, body)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
+from .empty import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,18 +152,11 @@ def matches_config(model: PreTrainedModel) -> bool:
 
 
 def build(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTrainedModel | None:
-    """Return a model without weights, built from the config with `values` set, or None where the config refuses them.
-
-    The config takes the way through its dict that saving and loading takes, with its own validation.
-    """
+    """Return a model without weights, built from the config with `values` set, or None where it refuses them."""
     config = copy.deepcopy(model.config)
     try:
         _set(config, values)
-        config = type(config).from_dict(config.to_dict())
-        if getattr(config, "quantization_config", None) is not None:
-            config.quantization_config = None
-        with torch.device("meta"):
-            return type(model)(config)
+        return empty_model(model, config)
     # Configs refuse in many ways, and none of them tells more than that this value is not to be had.
     except Exception:
         return None

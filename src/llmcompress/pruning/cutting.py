@@ -56,6 +56,8 @@ def cut_proven(
         _tell_of_means(expected.outputs, probe_outputs(model, inputs), context)
     for group, keep in cuts:
         cut(model, group, keep)
+        if group.kind not in ("hidden", "experts") and keep.dim() == 1:
+            rescale_norms(model, group, len(keep))  # norms over heads or channels
         context.history.extend(_history(group, keep))
     retie(model, tied)
     if hidden is not None:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from ..anatomy.depth import keep_blocks, plan_depth
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
 from ..anatomy.sizes import matches_config, shapes_of
-from ..anatomy.stacks import Stack, find_stacks
+from ..anatomy.stacks import Stack, token_stacks
 from ..calibration import calibration_batches
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import ConfigError, NothingToCompressError, UnsupportedModelError, VerificationError
@@ -155,7 +155,15 @@ class DepthPruning(Compressor):
                 f"DepthPruning: the shallow {type(model).__name__} has other shapes than predicted, or than its config "
                 f"tells; the result is withheld. Please report this model."
             )
-        difference = relative_error(probe_outputs(model, inputs), expected)
+        try:
+            shallow = probe_outputs(model, inputs)
+        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run without {', '.join(gone)} ({type(error).__name__}: {error}); "
+                f"another part of it depends on their places. Choose other blocks with layers=(0, ...), or use "
+                f"StructuredPruning."
+            ) from error
+        difference = relative_error(shallow, expected)
         if not difference <= _TOLERANCE:
             raise VerificationError(
                 f"DepthPruning: the shallow {type(model).__name__} differs from the deep one with {', '.join(gone)} "
@@ -166,7 +174,7 @@ class DepthPruning(Compressor):
         return model
 
     def _parts(self, model: PreTrainedModel) -> list[_Part]:
-        stacks = find_stacks(model)
+        stacks = token_stacks(model)
         if not stacks:
             raise UnsupportedModelError(
                 f"DepthPruning needs repeated blocks in a ModuleList, and {type(model).__name__} has none; use "

@@ -121,6 +121,8 @@ class StructuredPruning(Compressor):
                 about = "about " if self.scope == "global" else ""
                 does = f"{about}{group.count} -> {kept} {_NAMES[group.kind]}"
                 actions.append(Action(path=group.path, does=does, reason=_told(group, kept, widths, self.round_to)))
+        actions += [Action(path=path, reason=reason) for path, reason in widths.left.items()]
+        actions += [Action(path=path, reason="reads no tokens") for path in widths.body.towers]
         if self.ffn is not None:
             for block in widths.body.blocks():
                 actions += [Action(path=other, reason="no part of a known network") for other in block.others]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..anatomy import Anatomy, anatomy
 from ..anatomy.coupling import expert_groups, feed_forward_groups, head_groups, query_head_groups
 from ..anatomy.groups import Group, Kind, new_shapes
+from ..anatomy.independence import independent
 from ..anatomy.residual import residual_group
 from ..anatomy.sizes import solve_config
 from ..errors import ConfigError, NothingToCompressError, UnsupportedModelError
@@ -37,6 +38,7 @@ class Widths:
         kept: how many channels each group keeps, in the order of `groups`.
         values: config attributes that tell the new sizes; empty where the config keeps the old ones.
         asked: for each kind, the share that was asked for.
+        left: by path, why parts of these kinds are left alone.
     """
 
     body: Anatomy
@@ -44,6 +46,7 @@ class Widths:
     kept: list[int]
     values: dict[str, Any] = field(default_factory=dict)
     asked: dict[Kind, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[tuple[Group, int]]:
@@ -69,7 +72,7 @@ def find_widths(
         ConfigError: fewer experts than a token is sent to.
     """
     body = anatomy(model)
-    groups = _groups(model, body, shares, who)
+    groups, left = _groups(model, body, shares, who)
     choices = [_choices(body, kind, found, shares[kind], multiple, uniform, who) for kind, found in groups.items()]
     flat = [group for found in groups.values() for group in found]
     first = [kept for choice in choices for kept in choice[0]]
@@ -86,7 +89,7 @@ def find_widths(
             f"lower round_to or raise {next(iter(shares))}."
         )
     if not uniform:
-        return Widths(body, flat, first, asked=dict(shares))
+        return Widths(body, flat, first, asked=dict(shares), left=left)
     refusal: UnsupportedModelError | None = None
     ranked = sorted(itertools.product(*(range(len(choice)) for choice in choices)), key=sum)
     for picks in ranked[:_MOST_TRIES]:
@@ -96,13 +99,17 @@ def find_widths(
         except UnsupportedModelError as error:
             refusal = refusal or error
             continue
-        return Widths(body, flat, kept, values, dict(shares))
+        return Widths(body, flat, kept, values, dict(shares), left)
     assert refusal is not None
     raise refusal
 
 
-def _groups(model: PreTrainedModel, body: Anatomy, shares: Mapping[Kind, float], who: str) -> dict[Kind, list[Group]]:
+def _groups(
+    model: PreTrainedModel, body: Anatomy, shares: Mapping[Kind, float], who: str
+) -> tuple[dict[Kind, list[Group]], dict[str, str]]:
+    """Return the groups of each kind, and by path why others of that kind are left alone."""
     found: dict[Kind, list[Group]] = {}
+    left: dict[str, str] = {}
     for kind in shares:
         if kind == "ffn":
             found[kind] = feed_forward_groups(body)
@@ -112,14 +119,16 @@ def _groups(model: PreTrainedModel, body: Anatomy, shares: Mapping[Kind, float],
                     f"{', '.join(body.blocks()[0].others) or 'attentions only'}."
                 )
         elif kind == "heads":
-            found[kind] = head_groups(model, body)
+            found[kind], bound = independent(model, head_groups(model, body))
+            left.update(bound)
         elif kind == "query_heads":
-            found[kind] = query_head_groups(model, body)
+            found[kind], bound = independent(model, query_head_groups(model, body))
+            left.update(bound)
         elif kind == "experts":
             found[kind] = expert_groups(model, body)
         else:
             found[kind] = [residual_group(model, body)]
-    return found
+    return found, left
 
 
 def _choices(
