@@ -71,11 +71,12 @@ def main() -> None:
     known = chains(options.epochs, options.tokens)
     chosen = {name: known[name] for name in options.chains or known}
     print(describe_machine())
-    print(f"- {len(data['train'])} sentences to train, {len(data['test'])} to test; distilled for {options.epochs:g} epochs\n")
+    rows = {side: len(data[side]) for side in data}
+    print(f"- {rows['train']} sentences to train, {rows['test']} to test; distilled for {options.epochs:g} epochs\n")
     heads = ["model", "seed", "accuracy [95 %]", "points to the teacher, paired [95 %]", "of the teacher's", "on disk"]
     print(f"| {' | '.join([*heads, 'embeddings smaller'])} |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    rows = teacher.get_input_embeddings().weight.shape[0]
+    tokens = teacher.get_input_embeddings().weight.shape[0]
     first = True
     for seed in options.seeds:
         for name, steps in chosen.items():
@@ -84,10 +85,10 @@ def main() -> None:
             )
             found = lc.compare({"teacher": teacher, name: result}, task, tokenizer=tokenizer, latency=False)
             if first:
-                print(row(found.base, found.base, seed, (rows, rows)), flush=True)
+                print(row(found.base, found.base, seed, (tokens, tokens)), flush=True)
                 first = False
             kept = result.model.get_input_embeddings().weight.shape[0]
-            print(row(found.candidates[0], found.base, seed, (rows, kept)), flush=True)
+            print(row(found.candidates[0], found.base, seed, (tokens, kept)), flush=True)
 
 
 if __name__ == "__main__":

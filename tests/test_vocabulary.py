@@ -23,8 +23,8 @@ from transformers import (
 import llmcompress as lc
 from llmcompress.anatomy.sizes import build, shapes_of
 from llmcompress.anatomy.surgery import ties
-from llmcompress.anatomy.vocabulary import keep_tokens, named_tokens, plan_vocabulary, token_origins
-from llmcompress.compressor import Context
+from llmcompress.anatomy.vocabulary import keep_tokens, named_tokens, plan_vocabulary
+from llmcompress.compressor import Context, still_there
 from llmcompress.testing import FAMILIES, tiny_data, tiny_model, tiny_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -254,8 +254,8 @@ def test_a_resumed_run_has_the_new_tokenizer(tmp_path):
 
 def test_origins_go_through_all_cuts():
     first, second = lc.Cut("wte", "vocabulary", (0, 5, 6, 8), 9), lc.Cut("wte", "vocabulary", (1, 3), 4)
-    assert token_origins([first, lc.Cut("h", "layers", (0,), 2), second]) == (5, 8)
-    assert token_origins([]) is None
+    assert still_there([first, lc.Cut("h", "layers", (0,), 2), second], "vocabulary") == (5, 8)
+    assert still_there([], "vocabulary") is None
 
 
 def test_a_comparison_uses_each_models_own_tokenizer():

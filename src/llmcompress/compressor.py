@@ -56,7 +56,7 @@ class Cut:
 
     Attributes:
         path: the module whose axis was cut (an MLP, a ModuleList of blocks).
-        axis: `"ffn"`, `"layers"`, and what later strategies add (`"heads"`, `"hidden"`, `"vocabulary"`).
+        axis: `"layers"`, `"ffn"`, `"heads"`, `"query_heads"`, `"experts"`, `"hidden"`, `"vocabulary"`.
         kept: indices kept, ascending, in the numbering before the cut.
         of: how many there were.
     """
@@ -65,6 +65,25 @@ class Cut:
     axis: str
     kept: tuple[int, ...]
     of: int
+
+
+def still_there(history: Sequence[Cut], axis: str) -> tuple[int, ...] | None:
+    """Return which indices of the untouched model are left of an axis that runs through it all, or None if it is whole.
+
+    Args:
+        history: what earlier steps cut, in order.
+        axis: `"hidden"` or `"vocabulary"`.
+
+    Example:
+        >>> first, second = Cut("wte", "vocabulary", (0, 5, 6), 9), Cut("wte", "vocabulary", (0, 2), 3)
+        >>> still_there([first, second], "vocabulary")
+        (0, 6)
+    """
+    left: tuple[int, ...] | None = None
+    for cut in history:
+        if cut.axis == axis:
+            left = cut.kept if left is None else tuple(left[index] for index in cut.kept)
+    return left
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ the mask. LayerNorm subtracts a mean as well, which no weight can mend: there th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from ..compressor import Cut
 from ..errors import UnsupportedModelError
 from .coupling import expert_groups, feed_forward_groups, head_groups
 from .groups import Group, Member, tensor_of
@@ -122,21 +121,6 @@ def rescale(norm: nn.Module, factor: float) -> None:
     bias = getattr(norm, "bias", None)
     if isinstance(bias, torch.Tensor):
         bias.mul_(factor)
-
-
-def feature_origins(history: Sequence[Cut]) -> tuple[int, ...] | None:
-    """Return which feature of the untouched model each hidden feature now was, or None where none was cut.
-
-    Example:
-        >>> first, second = Cut("", "hidden", (0, 5, 6), 9), Cut("", "hidden", (0, 2), 3)
-        >>> feature_origins([first, second])
-        (0, 6)
-    """
-    features: tuple[int, ...] | None = None
-    for cut in history:
-        if cut.axis == "hidden":
-            features = cut.kept if features is None else tuple(features[index] for index in cut.kept)
-    return features
 
 
 def rescale_norms(model: nn.Module, group: Group, kept: int) -> None:

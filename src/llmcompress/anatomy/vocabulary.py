@@ -158,21 +158,6 @@ def named_tokens(model: PreTrainedModel) -> set[int]:
     return found
 
 
-def token_origins(history: Sequence[Cut]) -> tuple[int, ...] | None:
-    """Return which token of the untouched model each token now was, or None where the vocabulary was never cut.
-
-    Example:
-        >>> first, second = Cut("wte", "vocabulary", (0, 5, 6), 9), Cut("wte", "vocabulary", (0, 2), 3)
-        >>> token_origins([first, second])
-        (0, 6)
-    """
-    tokens: tuple[int, ...] | None = None
-    for cut in history:
-        if cut.axis == "vocabulary":
-            tokens = cut.kept if tokens is None else tuple(tokens[index] for index in cut.kept)
-    return tokens
-
-
 def _embedding(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
     try:
         table: Any = model.get_input_embeddings()

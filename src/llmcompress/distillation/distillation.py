@@ -9,9 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.depth import plan_depth
 from ..anatomy.module_sizes import quantized_by
-from ..anatomy.residual import feature_origins
-from ..anatomy.vocabulary import token_origins, vocabulary_size
-from ..compressor import Action, Compressor, Context, Need
+from ..anatomy.vocabulary import vocabulary_size
+from ..compressor import Action, Compressor, Context, Need, still_there
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 from ..registry import register
 from .batches import Head, check_labels, head_of, make_rows
@@ -163,8 +162,8 @@ class KnowledgeDistillation(Compressor):
             hidden=self.hidden,
             layers=layer_map(model, teacher, context.history) if teacher is not None and self.hidden > 0 else (),
             classes=_common_classes(head, model, teacher, context) if teacher is not None else None,
-            tokens=_tensor(token_origins(context.history)),
-            features=_tensor(feature_origins(context.history)),
+            tokens=_tensor(still_there(context.history, "vocabulary")),
+            features=_tensor(still_there(context.history, "hidden")),
         )
         losses = train(
             model,
@@ -236,7 +235,7 @@ def _refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedMo
 
 
 def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> None:
-    if feature_origins(context.history) is not None:
+    if still_there(context.history, "hidden") is not None:
         return  # which of the teacher's features the student's are is known
     ours, theirs = (getattr(model.config.get_text_config(), "hidden_size", None) for model in (student, teacher))
     if ours != theirs:
@@ -253,7 +252,7 @@ def _tensor(indices: tuple[int, ...] | None) -> torch.Tensor | None:
 def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> int | None:
     """Return how many tokens to compare where vocabularies are padded to different sizes; None where they are equal."""
     ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    tokens = token_origins(context.history)
+    tokens = still_there(context.history, "vocabulary")
     if tokens is not None:
         if len(tokens) != vocabulary_size(student) or tokens[-1] >= vocabulary_size(teacher):
             raise UnsupportedModelError(
