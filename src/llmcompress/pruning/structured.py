@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.groups import Group, Kind, new_shapes
 from ..anatomy.sizes import shapes_of
@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..registry import register
 from .cutting import cut_proven
 from .importance import Evidence, needs_of, score_groups
+from .rounding import Rounding, fastest_rounding
 from .selection import choose
 from .widths import Widths, find_widths
 
@@ -57,8 +58,10 @@ class StructuredPruning(Compressor):
         floor: share of its channels that each layer keeps at least under the global scope.
         uniform: only sizes that a plain config can tell, the nearest legal ones; False allows any, which load with
             llmcompress.
-        round_to: widths are the nearest multiple of this, at least one; kernels like multiples of 8 and more. Experts
-            need a multiple of 8 as well.
+        round_to: widths are the nearest multiple of this, at least one, in [1, 1024]; kernels like multiples of 8 and
+            more. Experts need a multiple of 8 as well. "auto" times the matrix products of the model's own feed-forward
+            network for about a second, where the model is, at widths next to the one asked for, and takes the multiple
+            with the least time for each weight kept; the plan tells the numbers.
         rounds: prune in so many rounds, scored anew on what is left.
         samples: how many texts to score on at most.
         max_length: how many tokens of a text to take at most.
@@ -80,7 +83,7 @@ class StructuredPruning(Compressor):
     scope: Literal["layer", "global"] = Field("layer", description="rank within each layer, or across all")
     floor: float = Field(0.2, gt=0, lt=1, description="share that each layer keeps at least under the global scope")
     uniform: bool = Field(True, description="only sizes that a plain config can tell")
-    round_to: int = Field(8, ge=1, le=1024, description="widths are a multiple of this")
+    round_to: int | Literal["auto"] = Field(8, description="widths are a multiple of this; 'auto' measures which")
     rounds: int = Field(1, ge=1, le=100, description="rounds of scoring and pruning")
     samples: int = Field(128, ge=1, description="texts to score on at most")
     max_length: int = Field(512, ge=1, description="tokens of a text at most")
@@ -91,6 +94,16 @@ class StructuredPruning(Compressor):
         if isinstance(fields, dict) and all(fields.get(kind) is None for kind in _KINDS):
             return {**fields, "ffn": 0.5}
         return fields
+
+    @field_validator("round_to", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if number != "auto" and (type(number) is not int or not 1 <= number <= 1024):
+            raise ConfigError(
+                f"StructuredPruning.round_to must be 'auto' or a whole number in [1, 1024], got {value!r}."
+            )
+        return number
 
     @model_validator(mode="after")
     def _agree(self) -> StructuredPruning:
@@ -111,8 +124,8 @@ class StructuredPruning(Compressor):
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each part with its old and new size, and the parameters that will be left."""
-        widths = self._widths(model)
-        actions = []
+        widths, multiple = self._widths(model), self._rounding(model).multiple
+        actions = [Action(path="", reason=self._rounding(model).remark)] if self.round_to == "auto" else []
         for group, kept in zip(widths.groups, widths.kept, strict=True):
             if kept == group.count:
                 reason = f"{_NAMES[group.kind]} stay {group.count}: the nearest size to what is asked for"
@@ -120,7 +133,7 @@ class StructuredPruning(Compressor):
             else:
                 about = "about " if self.scope == "global" else ""
                 does = f"{about}{group.count} -> {kept} {_NAMES[group.kind]}"
-                actions.append(Action(path=group.path, does=does, reason=_told(group, kept, widths, self.round_to)))
+                actions.append(Action(path=group.path, does=does, reason=_told(group, kept, widths, multiple)))
         actions += [Action(path=path, reason=reason) for path, reason in widths.left.items()]
         actions += [Action(path=path, reason="reads no tokens") for path in widths.body.towers]
         if self.ffn is not None:
@@ -150,14 +163,21 @@ class StructuredPruning(Compressor):
             lambda: score_groups(model, widths.groups, self.importance, evidence, context),
             rounds=self.rounds,
             floor=self.floor if self.scope == "global" else None,
-            multiple=self.round_to,
+            multiple=self._rounding(model).multiple,
         )
         cut_proven(model, cuts, context, values=widths.values if self.uniform else None, who="StructuredPruning")
         return model
 
+    @property
+    def _shares(self) -> dict[Kind, float]:
+        return {kind: share for kind in _KINDS if (share := getattr(self, kind)) is not None}
+
+    def _rounding(self, model: PreTrainedModel) -> Rounding:
+        return fastest_rounding(model, self._shares) if self.round_to == "auto" else Rounding(self.round_to, "")
+
     def _widths(self, model: PreTrainedModel) -> Widths:
-        shares: dict[Kind, float] = {kind: share for kind in _KINDS if (share := getattr(self, kind)) is not None}
-        return find_widths(model, shares, multiple=self.round_to, uniform=self.uniform, who="StructuredPruning")
+        multiple = self._rounding(model).multiple
+        return find_widths(model, self._shares, multiple=multiple, uniform=self.uniform, who="StructuredPruning")
 
     def _evidence(self, model: PreTrainedModel, context: Context) -> Evidence:
         who = "StructuredPruning"
