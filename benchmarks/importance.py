@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from _machine import describe_machine
+from _tinystories import loss, texts_of, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
@@ -28,23 +29,6 @@ FIELDS = {
 }
 
 
-def texts_of(assets: Path) -> tuple[str, list[str]]:
-    """Return the text to score on, and those to calibrate on."""
-    story = next((assets / "tinystories").glob("*.txt")).read_text(encoding="utf-8").replace("\n\n", "\n")
-    return story[:100_000], [story[400_000 + i * 1200 : 400_000 + (i + 1) * 1200] for i in range(64)]
-
-
-@torch.inference_mode()
-def loss(model: torch.nn.Module, ids: torch.Tensor, *, window: int = 256, windows: int = 60) -> float:
-    """Return the mean negative log-likelihood of non-overlapping windows, in nats a token."""
-    total = 0.0
-    for at in range(0, window * windows, window):
-        tokens = ids[at : at + window][None]
-        logits = model(input_ids=tokens).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-    return total / (windows * (window - 1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
@@ -55,7 +39,7 @@ def main() -> None:
     folder = options.assets / "babyllama-tok105-hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text, calibration = texts_of(options.assets)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    ids = token_ids(tokenizer, text)
     print(describe_machine(), f"\n- dense: {loss(model, ids):.4f} nats a token\n")
     print("| importance |", " | ".join(FIELDS), "| s |")
     print("|---" * (len(FIELDS) + 2) + "|")

@@ -444,3 +444,23 @@ def test_lowest_is_exact_among_ties():
 def test_products_are_what_sparsegpt_takes():
     layer = next(layer for layer in weight_layers(tiny_model("gpt2")) if layer.kind == "conv1d")
     assert InputProducts.of(layer).products.shape == (64, 64)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral"])
+def test_dense_inputs_are_those_of_the_whole_model(family):
+    """Every layer, the later ones too, is ranked by what it gets in the model before any pruning."""
+    model = tiny_model(family)
+    context = Context(data=tiny_data(model), tokenizer=tiny_tokenizer())
+    step = lc.WandaPruning(inputs="dense")
+    batches = calibration_batches(model, context, who="test", samples=step.samples, max_length=step.max_length)
+    layers = select(model, who="test", targets=None)[0]
+    seen = observe(model, batches, layers, InputNorms.of, who="test")
+    expected = {}
+    for layer in layers:
+        parts = zip(matrices(layer), seen[layer.name], strict=True)
+        expected[layer.name] = [lowest(matrix.abs() * part.norms(), Quota(layer, 0.5)) for matrix, part in parts]
+    dense, pruned = (_compress(model, lc.WandaPruning(inputs=inputs)).model for inputs in ("dense", "pruned"))
+    for layer in select(dense, who="test", targets=None)[0]:
+        for matrix, gone in zip(matrices(layer), expected[layer.name], strict=True):
+            assert torch.equal(matrix == 0, gone)
+    assert any(not torch.equal(a, b) for a, b in zip(dense.parameters(), pruned.parameters(), strict=True))

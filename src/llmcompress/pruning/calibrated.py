@@ -1,4 +1,4 @@
-"""Pruning that looks at the inputs of the layers: block after block, each on what the pruned ones put out."""
+"""Pruning that looks at the inputs of the layers: block after block on what pruned ones put out, or all at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ..anatomy.layers import WeightLayer
-from ..calibration import Statistic, Turn, block_by_block, calibration_batches
+from ..calibration import Statistic, block_by_block, calibration_batches, observe
 from ..compressor import Action, Context, Need
 from ..errors import ConfigError
 from .allocation import owl_quotas
@@ -26,6 +26,7 @@ class CalibratedPruning(UnstructuredPruning):
 
     samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
     max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
+    inputs: Literal["pruned", "dense"] = Field("pruned", description="calibrate on what pruned blocks put out, or not")
     allocation: Literal["uniform", "owl"] = Field("uniform", description="prune all layers alike, or by outliers")
     owl_m: float = Field(5.0, gt=1, description="an outlier scores above this many times the mean of its block")
     owl_lambda: float = Field(0.08, gt=0, lt=0.5, description="how far from the sparsity a block may be")
@@ -60,10 +61,16 @@ class CalibratedPruning(UnstructuredPruning):
                 context.tell(Action(path=quota.layer.name, does=str(quota), reason="allocated by its block's outliers"))
         by_name = {quota.layer.name: quota for quota in quotas}
         layers = [quota.layer for quota in quotas]
-        turns = block_by_block(model, batches, layers, self._statistic, who=who, progress=context.progress)
-        for turn in turns:
+        if self.inputs == "dense":
+            seen = observe(model, batches, layers, self._statistic, who=who, progress=context.progress)
+            for name, statistics in seen.items():
+                self._prune_layer(by_name[name], statistics, "no calibration token was seen to reach it", context)
+            return model
+        for turn in block_by_block(model, batches, layers, self._statistic, who=who, progress=context.progress):
             for name, statistics in turn.statistics.items():
-                self._prune_layer(by_name[name], statistics, turn, context)
+                hidden = name in turn.unseen
+                why = "its inputs cannot be seen" if hidden else "no calibration token reached it"
+                self._prune_layer(by_name[name], statistics, why, context)
         return model
 
     @abstractmethod
@@ -74,21 +81,20 @@ class CalibratedPruning(UnstructuredPruning):
     def _prune(self, matrix: torch.Tensor, statistic: Statistic, quota: Quota) -> str | None:
         """Prune `matrix` (outputs, inputs) in place; return a remark for the report, or None."""
 
-    def _prune_layer(self, quota: Quota, statistics: list[Statistic], turn: Turn, context: Context) -> None:
-        name = quota.layer.name
+    def _prune_layer(self, quota: Quota, statistics: list[Statistic], unknown: str, context: Context) -> None:
+        """Prune each matrix of a layer; `unknown` says why, where nothing was seen of its inputs."""
         remarks: dict[str, list[int]] = {}
         for part, (matrix, statistic) in enumerate(zip(matrices(quota.layer), statistics, strict=True)):
             if statistic.count:
                 remark = self._prune(matrix, statistic, quota)
             else:
                 zero_lowest(matrix, quota)
-                why = "its inputs cannot be seen" if name in turn.unseen else "no calibration token reached it"
-                remark = f"pruned by magnitude: {why}"
+                remark = f"pruned by magnitude: {unknown}"
             if remark is not None:
                 remarks.setdefault(remark, []).append(part)
         for remark, parts in remarks.items():
             where = f"experts {', '.join(map(str, parts))}: " if len(statistics) > 1 else ""
-            context.tell(Action(path=name, does=str(quota), reason=f"{where}{remark}"))
+            context.tell(Action(path=quota.layer.name, does=str(quota), reason=f"{where}{remark}"))
 
     def _does(self, quota: Quota) -> str:
         if self.allocation == "owl" and not quota.own:

@@ -37,6 +37,8 @@ class SparseGPTPruning(CalibratedPruning):
         skip: patterns of layers to leave alone.
         samples: how many texts of the data to calibrate on at most.
         max_length: how many tokens of a text to take at most.
+        inputs: `"pruned"` goes block by block, each on what the pruned ones before it put out, as the paper does;
+            `"dense"` scores all on the inputs of the whole model, in one pass, with the sums of all layers in memory.
         allocation: `"uniform"` prunes all layers alike; `"owl"` prunes blocks with more outliers less (Yin et al.,
             arXiv 2310.05175), with `sparsity` kept as the mean over all weights.
         owl_m: an outlier scores above this many times the mean of its block.

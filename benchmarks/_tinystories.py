@@ -1,0 +1,28 @@
+"""The protocol of the quality tables: what trained Llamas are calibrated on, and how their loss is counted."""
+
+from pathlib import Path
+
+import torch
+
+
+def texts_of(assets: Path) -> tuple[str, list[str]]:
+    """Return the text to score on (100,000 characters), and the 64 texts of 1,200 characters to calibrate on."""
+    story = next((assets / "tinystories").glob("*.txt")).read_text(encoding="utf-8").replace("\n\n", "\n")
+    return story[:100_000], [story[400_000 + i * 1200 : 400_000 + (i + 1) * 1200] for i in range(64)]
+
+
+def token_ids(tokenizer: object, text: str) -> torch.Tensor:
+    """Return the ids of `text` without special tokens, shape (tokens,)."""
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+
+
+@torch.inference_mode()
+def loss(model: torch.nn.Module, ids: torch.Tensor, *, window: int = 256, windows: int = 60) -> float:
+    """Return the mean negative log-likelihood of the first non-overlapping windows, in nats a token."""
+    total, count = 0.0, 0
+    for at in range(0, min(len(ids) - window, window * windows), window):
+        tokens = ids[at : at + window][None]
+        logits = model(input_ids=tokens).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        count += window - 1
+    return total / count
