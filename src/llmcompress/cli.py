@@ -110,6 +110,43 @@ def demo(
 
 
 @app.command()
+def support(
+    architectures: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARCHITECTURE]...", help="patterns; all")
+    ] = None,
+    strategy: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="which strategies; all")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="causal-lm, classification, ...; all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="finished entries; a second run continues")] = Path("support.jsonl"),
+    page: Annotated[Path | None, typer.Option(help="write the whole matrix as a Markdown page")] = None,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="processes side by side")] = 2,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="for one strategy on one model")] = 120.0,
+    retry: Annotated[
+        list[str] | None, typer.Option(metavar="STATUS", help="try again what was failed, refused...")
+    ] = None,
+) -> None:
+    """Try each strategy on a tiny model of every architecture in transformers; 1 if any result is wrong.
+
+    llmcompress support llama 'qwen*' --task causal-lm
+    """
+    from .support.matrix import choose_jobs, run
+    from .support.page import page as rendered
+    from .support.page import totals
+
+    jobs = choose_jobs(architectures or (), strategy or (), task or ())
+    entries = run(jobs, out, workers=workers, timeout=timeout, retry=retry or ())
+    typer.echo(totals(entries).text())
+    for entry in entries:
+        if entry.status == "failed":
+            typer.echo(f"failed: {entry.task} {entry.architecture} {entry.strategy}: {entry.note}")
+    if page is not None:
+        page.write_text(rendered(entries), encoding="utf-8")
+    if any(entry.status == "failed" for entry in entries):
+        raise typer.Exit(_CLAIM_FAILED)
+
+
+@app.command()
 def tasks() -> None:
     """List the tasks, each with its settings."""
     from dataclasses import fields

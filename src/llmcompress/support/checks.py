@@ -15,9 +15,11 @@ import llmcompress as lc
 
 from ..anatomy.footprint import footprint
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
-from ..compressor import Compressor, Context
+from ..anatomy.vocabulary import vocabulary_size
+from ..compressor import Compressor, Context, still_there
 from ..errors import NothingToCompressError, UnsupportedModelError
 from ..quantization.hf import mark
+from ..testing import tiny_tokenizer
 from ..testing.twin import masked_twin
 from .worker import Outcome
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 # Sliced and masked networks add the same numbers in another order.
 _TOLERANCE = 1e-4
 _CACHE_TOLERANCE = 1e-3
+_TEXTS = ["a cat sat on a mat", "the dog ran far", "one and two is three", "no rain today"]
 _NEW_TOKENS = 6
 _FIRST_TOKEN = 2
 
@@ -89,9 +92,17 @@ def check(strategy: str, subject: Subject) -> Outcome:
 
 
 def _magnitude(subject: Subject) -> str:
-    step = lc.MagnitudePruning(sparsity=0.5)
+    return _zeros(subject, lc.MagnitudePruning(sparsity=0.5))
+
+
+def _wanda(subject: Subject) -> str:
+    return _zeros(subject, lc.WandaPruning(sparsity=0.5, max_length=16))
+
+
+def _zeros(subject: Subject, step: Compressor) -> str:
+    """Half of the weights become zero, exactly, and all others stay as they were."""
     dense = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
-    pruned = lc.compress(subject.model, step, inplace=False, progress=False).model
+    pruned = lc.compress(subject.model, step, data=_TEXTS, tokenizer=tiny_tokenizer(), progress=False).model
     _require(_equal(subject.model.state_dict(), dense), "the caller's model was changed")
     zeros = kept = 0
     for name, tensor in pruned.state_dict().items():
@@ -126,12 +137,36 @@ def _depth(subject: Subject) -> str:
     return _structured(subject, lc.DepthPruning(ratio=0.5, criterion="last"))
 
 
+def _hidden(subject: Subject) -> str:
+    return _uniform_or_not(subject, hidden=0.25)
+
+
+def _vocabulary(subject: Subject) -> str:
+    """The cut model answers in its own ids what the dense one does in the old ones."""
+    context = Context(tokenizer=tiny_tokenizer())
+    step = lc.VocabularyPruning(corpus=tuple(_TEXTS), round_to=1)
+    work = step.compress(copy.deepcopy(subject.model), context).eval()
+    kept = torch.tensor(still_there(context.history, "vocabulary") or ())
+    _require(0 < len(kept) < vocabulary_size(subject.model), f"{len(kept)} tokens are kept")
+    for inputs in _questions(work):
+        old = {name: kept[ids] if name.endswith("input_ids") else ids for name, ids in inputs.items()}
+        found, expected = probe_outputs(work, inputs), probe_outputs(subject.model, old)
+        expected = expected if found.shape == expected.shape else expected[..., kept]
+        error = relative_error(found, expected)
+        _require(error <= _TOLERANCE, f"the answers differ from those in the old vocabulary by {error:.1e} (relative)")
+    _check_saved(subject, work)
+    return ""
+
+
 STRATEGIES: dict[str, Callable[[Subject], str]] = {
     "magnitude": _magnitude,
+    "wanda": _wanda,
     "ffn": _ffn,
     "heads": _heads,
     "experts": _experts,
+    "hidden": _hidden,
     "depth": _depth,
+    "vocabulary": _vocabulary,
 }
 """The columns of the matrix: each takes a subject, raises where something is wrong, and returns a remark or nothing."""
 
