@@ -129,6 +129,11 @@ def _query_rows(attention: Attention, query: torch.Tensor) -> torch.Tensor:
 
 def _head_group(model: PreTrainedModel, attention: Attention) -> Group:
     heads, kv, width = attention.heads, attention.kv_heads, attention.head_dim
+    if heads % kv:
+        raise UnsupportedModelError(
+            f"heads of {attention.path} cannot be pruned: its {heads} query heads of {width} do not share its {kv} key "
+            f"heads evenly; use ffn or DepthPruning."
+        )
     query = torch.arange(heads).repeat_interleave(width) // (heads // kv)
     key = torch.arange(kv).repeat_interleave(width)
     members = [_input(attention.o, query)]

@@ -235,4 +235,7 @@ def _note_lengths(module: nn.Module, group: Group, kept: int) -> None:
             continue
         if group.kind == "hidden" and any(word in name for word in _OTHER_WIDTH):
             continue
+        # A network may stand in the block itself, beside an attention of the same width.
+        if group.kind == "ffn" and "embed_dim" in name:
+            continue
         setattr(module, name, value * kept // group.count)

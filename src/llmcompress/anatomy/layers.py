@@ -164,8 +164,8 @@ def _matrices_of(module: nn.Module) -> list[tuple[str, Kind]]:
         return [("weight", "conv1d")]
     if isinstance(module, nn.Embedding):
         return [("weight", "embedding")]
-    # transformers 5 keeps the experts of a mixture as 3-D parameters of one module.
-    kinds: dict[int, Kind] = {2: "other", 3: "experts"}
+    # transformers 5 keeps the experts of a mixture as 3-D parameters of one module; a kernel of a convolution is none.
+    kinds: dict[int, Kind] = {2: "other", 3: "other" if isinstance(module, nn.Conv1d) else "experts"}
     own = module.named_parameters(recurse=False)
     return [(name, kinds[tensor.dim()]) for name, tensor in own if tensor.dim() in kinds and tensor.is_floating_point()]
 

@@ -7,6 +7,7 @@ the mask. LayerNorm subtracts a mean as well, which no weight can mend: there th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,11 +73,23 @@ def residual_group(model: PreTrainedModel, body: Anatomy) -> Group:
         for axis, size in enumerate(tensor.shape)
         if size == body.hidden and (name, axis) not in claimed and not (name in tables and axis == 0)
     ]
+    unsaved = next((member.tensor for member in members if _is_unsaved(model, member.tensor)), None)
+    if unsaved is not None:
+        raise UnsupportedModelError(
+            f"hidden of {body.model} cannot be pruned: {unsaved} is not in any folder but computed anew for the whole "
+            f"hidden size; use ffn, heads or DepthPruning."
+        )
     networks = {part.path for block in body.blocks() for part in block.feed_forwards if part.path != block.path}
     mixtures = {mixture.path.rpartition(".")[0] for block in body.blocks() for mixture in block.experts}
     return Group(
         "hidden", "", body.hidden, tuple(members), scopes=tuple(sorted(networks | mixtures)), lengths=(body.hidden,)
     )
+
+
+def _is_unsaved(model: PreTrainedModel, name: str) -> bool:
+    """Tell whether a folder of the model leaves this parameter out, as it does with fixed positions."""
+    patterns = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return not tensor_of(model, name).requires_grad and any(re.search(pattern, name) for pattern in patterns)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -54,7 +54,8 @@ class Forward:
         self.model = model
         takes = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-        if "logits_to_keep" in takes and not all_logits:
+        # A classifier on a decoder hands the argument on, and then looks for the last token among those that were kept.
+        if "logits_to_keep" in takes and not all_logits and model.get_output_embeddings() is not None:
             self._options["logits_to_keep"] = 1
 
     @torch.no_grad()

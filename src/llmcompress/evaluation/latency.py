@@ -189,7 +189,8 @@ def forward_inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict
         end = model.config.get_text_config().eos_token_id
         if any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__) and end is not None:
             inputs["input_ids"][:, -1] = end
-            del inputs["decoder_input_ids"]
+            if getattr(model.config, "decoder_start_token_id", None) is not None:
+                del inputs["decoder_input_ids"]
     return inputs
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy.groups import Group, cut, new_shapes
+from ..anatomy.groups import Group, Kind, cut, new_shapes
 from ..anatomy.masking import masked
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
 from ..anatomy.residual import rescale_norms
@@ -44,11 +44,13 @@ def cut_proven(
 
     Raises:
         VerificationError: the sliced model is not what the masked one was.
-        UnsupportedModelError: it does not run; or, without hidden features, is not itself.
+        UnsupportedModelError: it does not run; or, without hidden features or experts, is not what the masked one was.
     """
     tied = ties(model)
     predicted = {**shapes_of(model), **new_shapes(model, [(group, keep.shape[-1]) for group, keep in cuts])}
     inputs = probe_inputs(model, seed=context.seed)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][0, 0] = 0  # some models make their masks by numbers that they remember
     hidden = next(((group, keep) for group, keep in cuts if group.kind == "hidden"), None)
     with masked(model, cuts):
         expected = _answer(model, hidden, inputs)
@@ -70,7 +72,7 @@ def cut_proven(
             found = take_back_scales(model, *hidden, expected, inputs)
         else:
             found = _answer(model, None, inputs)
-    _prove_outputs(model, found.outputs, expected.outputs, hidden=hidden is not None, who=who)
+    _prove_outputs(model, found.outputs, expected.outputs, {group.kind for group, _ in cuts}, who=who)
 
 
 def _answer(
@@ -93,7 +95,7 @@ def _tell_of_means(sliced: torch.Tensor, silenced: torch.Tensor, context: Contex
 def _running(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:  # any model's code runs here
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run with fewer of these parts ({type(error).__name__}: {error}); another "
             f"part of it depends on their number. Use another axis, or DepthPruning."
@@ -115,18 +117,19 @@ def _prove_shapes(model: PreTrainedModel, predicted: Shapes, *, told_by_config: 
 
 
 def _prove_outputs(
-    model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor, *, hidden: bool, who: str
+    model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor, kinds: set[Kind], *, who: str
 ) -> None:
     name = type(model).__name__
     difference = relative_error(found, expected) if found.shape == expected.shape else float("inf")
     if difference <= _TOLERANCE.get(model.dtype, 1e-4):
         return
-    if hidden:
-        raise UnsupportedModelError(
-            f"hidden of {name} cannot be pruned: without the features it differs from the model in which they are zero "
-            f"by {difference:.1e} (relative), so something in it depends on their number; use ffn, heads or "
-            f"DepthPruning."
-        )
+    for kind, parts in (("hidden", "features"), ("experts", "experts")):
+        if kind in kinds:
+            raise UnsupportedModelError(
+                f"{kind} of {name} cannot be pruned: without the {parts} it differs from the model in which they do "
+                f"nothing by {difference:.1e} (relative), so something in it depends on their number; use ffn, heads "
+                f"or DepthPruning."
+            )
     raise VerificationError(
         f"{who}: the sliced {name} differs from the masked one by {difference:.1e} (relative); the result is withheld. "
         f"Please report this model."

@@ -165,10 +165,10 @@ class DepthPruning(Compressor):
             ) from error
         difference = relative_error(shallow, expected)
         if not difference <= _TOLERANCE:
-            raise VerificationError(
+            raise UnsupportedModelError(
                 f"DepthPruning: the shallow {type(model).__name__} differs from the deep one with {', '.join(gone)} "
-                f"bypassed by {difference:.1e} (relative): what its blocks do depends on their number. The result is "
-                f"withheld; choose other blocks with layers=(0, ...), or use StructuredPruning."
+                f"bypassed by {difference:.1e} (relative): what its blocks do depends on their number. Choose other "
+                f"blocks with layers=(0, ...), or use StructuredPruning."
             )
         context.history.extend(cuts)
         return model

@@ -218,6 +218,7 @@ _AGREEMENTS: dict[str, Any] = {
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"]},
+    "rwkv": {"num_hidden_layers": 4},  # of one layer it cannot be initialised: it divides by their number less one
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _SPEECH, "semantic_tokenizer_encoder_config": _SPEECH},
     "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
