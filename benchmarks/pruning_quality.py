@@ -5,9 +5,11 @@ part, cut to 256 tokens; all linear layers but the head. Prints the loss in nats
 
     python benchmarks/pruning_quality.py --threads 1
     python benchmarks/pruning_quality.py --reference FILE --peer-python VENV/bin/python
+    python benchmarks/pruning_quality.py --models --classifier
 
 `--reference` is a script that prints rows such as `wanda 50 % 2.0095 2:4 3.1038`, run and shown beside. `--peer-python`
 is an interpreter that has llm-compressor, which prunes the same model on the same token ids in a process of its own.
+`--classifier` prunes a MiniLM that was fine-tuned on SST-2, and an int8 version of each; accuracy, higher is better.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress as lc
 from _machine import describe_machine
 from _tinystories import loss, texts_of, token_ids
+from finetune import minilm_teacher
+from llmcompress.data import load_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("babyllama-tok105-hf", "stories260K-hf")
@@ -87,11 +91,36 @@ def reference(script: Path) -> None:
             print(f"| reference {name} | {words[2]} | | | {words[4]} | |", flush=True)
 
 
+def classifier(assets: Path, cache: Path) -> None:
+    """Print the accuracy on SST-2's test set of a fine-tuned MiniLM with zeros, and of the same in int8."""
+    data = {split: load_examples(next((assets / "sst2").glob(f"{split}*.tsv"))) for split in ("train", "test")}
+    teacher, tokenizer = minilm_teacher(cache / "sst2-minilm", data["train"], labels=2)
+    task = lc.TextClassification(data["test"], max_length=64)
+    fields = {name: FIELDS[name] for name in ("50 %", "60 %", "2:4", "4:8")}
+    dense = lc.evaluate(teacher, task, tokenizer=tokenizer, latency=False, progress=False).score.value
+    print(f"\nMiniLM on SST-2, dense {dense:.2%} of {len(data['test'])} test sentences right; zeros, then int8:\n")
+    print(f"| strategy | {' | '.join(fields)} |\n|{'---|' * (len(fields) + 1)}", flush=True)
+    for name in ("magnitude", "Wanda", "SparseGPT"):
+        strategy, more = STRATEGIES[name]
+        cells = []
+        for one in fields.values():
+            found = []
+            for steps in ([strategy(**one, **more)], [strategy(**one, **more), lc.DynamicQuantization()]):
+                result = lc.compress(teacher, steps, data=data["train"], tokenizer=tokenizer, progress=False)
+                found.append(
+                    lc.evaluate(result.model, task, tokenizer=tokenizer, latency=False, progress=False).score.value
+                )
+            cells.append(f"{found[0]:.2%}, {found[1]:.2%}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--classifier", action="store_true")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="keeps the fine-tuned classifier")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--peer-python")
     options = parser.parse_args()
@@ -110,6 +139,8 @@ def main() -> None:
             reference(options.reference)
         if options.peer_python:
             peer(options.peer_python, folder, [token_ids(tokenizer, text) for text in calibration], ids)
+    if options.classifier:
+        classifier(options.assets, options.cache)
 
 
 if __name__ == "__main__":
