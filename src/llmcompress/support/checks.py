@@ -146,7 +146,7 @@ def _depth(subject: Subject) -> str:
 
 def _texts(subject: Subject) -> list[str]:
     """Return texts that end as some classifiers want them to."""
-    end = subject.model.config.get_text_config().eos_token_id
+    end = getattr(subject.model.config.get_text_config(), "eos_token_id", None)
     return [f"{text}{tiny_tokenizer().convert_ids_to_tokens(end)}" if isinstance(end, int) else text for text in _TEXTS]
 
 
