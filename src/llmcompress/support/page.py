@@ -16,6 +16,7 @@ _SIGNS = {"verified": "yes", "refused": "no", "failed": "**FAILED**", "absent": 
 _LOADS = "loads with llmcompress"
 _REASON_CHARACTERS = 170
 _PATH = re.compile(r"\b[a-z_]\w*(?:\.\w+)*\.\d+(?:\.\w+)*")
+_MODULES = re.compile(r"a module(?:(?:, | and )a module)+")
 _HEAD = """# Supported architectures
 
 What each pruning strategy does on a tiny random model of every architecture that transformers knows under these tasks;
@@ -108,7 +109,9 @@ def _reasons(entries: Sequence[Entry]) -> list[str]:
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for entry in entries:
             if entry.status == status:
-                reason = _PATH.sub("a module", entry.note.replace(entry.model, "the model"))
+                reason = _MODULES.sub(
+                    "some modules", _PATH.sub("a module", entry.note.replace(entry.model, "the model"))
+                )
                 short = reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
                 names = groups["" if status == "not built" else entry.strategy, short.replace("|", "\\|")]
                 if entry.architecture not in names:
