@@ -1,4 +1,4 @@
-"""Where an int8 matrix product is computed: fbgemm on x86, plain torch elsewhere. The only file that knows.
+"""The int8 matrix product: fbgemm on x86, plain torch elsewhere. The only file that knows.
 
 fbgemm's operators live in torch itself (`torch.ops.quantized`), not in `torch.ao.quantization`, whose Python API is
 deprecated and never imported here. They want the weight in a layout of their own; that packed copy is derived from the
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from .affine import activation_range
+from ..affine import activation_range
 
 Activations = Literal["tensor", "token"]
 """What shares one scale: the whole input of a layer (`tensor`), or each row of it (`token`)."""
