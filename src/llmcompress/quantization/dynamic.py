@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
+from ..anatomy.reads import read_directly
 from ..compressor import Action, Compressor, Context
 from ..errors import NothingToCompressError
 from ..registry import register
@@ -32,7 +33,8 @@ class DynamicQuantization(Compressor):
     head that is tied to its embedding stays tied, and both share one int8 weight. A quarter of the float32 bytes
     remain, and products run on the int8 units of the CPU. The folder loads by plain `from_pretrained`.
 
-    Left in float, and told: 3-D experts, embedding classes with a forward of their own, very narrow tables.
+    Left in float, and told: 3-D experts, layers whose weight the model's code reads itself instead of calling them
+    (some of Mamba's), classes with a forward of their own, very narrow tables.
 
     Args:
         bits: bits a weight; 8.
@@ -112,7 +114,8 @@ class DynamicQuantization(Compressor):
             places=("block", "head", "outside"),
         )
         reasons = {action.path: action.reason for action in left}
-        reasons.update({layer.name: _why_float(layer.module) for layer in chosen})
+        direct = read_directly(model)
+        reasons.update({layer.name: direct.get(layer.name) or _why_float(layer.module) for layer in chosen})
         partners = defaultdict(list)
         for layer in weight_layers(model):
             partners[id(layer.weight)].append(layer.name)

@@ -1,0 +1,173 @@
+"""Which weights the code of a model reads itself, past the layer that holds them: those must stay float tensors.
+
+A layer stored in another form than float answers when it is called. Code that takes `layer.weight` and multiplies by
+it, or casts the inputs to `layer.weight.dtype`, would get codes for weights, and an error or nonsense from then on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedModelError
+from .layers import WeightLayer, weight_layers
+from .probe import probe_inputs, probe_outputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PLAIN = {"linear": nn.Linear, "conv1d": Conv1D, "embedding": nn.Embedding}
+# What asks only for a tensor's form, which a layer of codes has as well; the dtype is looked at on its own.
+_DTYPE = torch.Tensor.dtype.__get__
+_FORM = {
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "device", "ndim", "requires_grad", "is_cuda", "layout")
+    ),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "data_ptr")),
+}
+
+
+def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -> dict[str, str]:
+    """Find the linear layers and embeddings whose weight is used in another way than by calling the layer.
+
+    The model runs once on a few tokens (twice where it asks for the dtype of a weight), with every use of a weight
+    watched. A model that cannot be run so (it reads neither token ids nor pixels, or holds no weights yet) is judged
+    by the classes of its layers alone.
+
+    Args:
+        model: a float model; it is left as it was.
+        stored: the dtype that the weights would have; some models know int8 and leave it alone.
+
+    Returns:
+        For each such layer its name, as in `weight_layers`, and the reason, a half-sentence for a plan.
+
+    Example:
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+        >>> read_directly(MambaForCausalLM(MambaConfig(**sizes)))
+        {'backbone.layers.0.mixer.dt_proj': 'the code of MambaMixer reads its weight instead of calling it', ...}
+    """
+    layers = [layer for layer in weight_layers(model) if layer.kind in _PLAIN]
+    reasons = {layer.name: reason for layer in layers if (reason := _own_forward(layer)) is not None}
+    if any(layer.weight.is_meta for layer in layers):
+        return reasons
+    try:
+        inputs = probe_inputs(model, rows=1)
+    except UnsupportedModelError:
+        return reasons
+    reads = _Reads(layers)
+    with torch.random.fork_rng(devices=[]), reads.watching():
+        probe_outputs(model, inputs)
+    for layer in layers:
+        if id(layer.weight) in reads.read:
+            around = model.get_submodule(layer.path.rpartition(".")[0])
+            who = type(around).__name__
+            reasons.setdefault(layer.name, f"the code of {who} reads its weight instead of calling it")
+    asked = [layer for layer in layers if id(layer.weight) in reads.asked and layer.name not in reasons]
+    if asked:
+        cast = _cast_inputs(model, asked, inputs, stored)
+        reasons.update(dict.fromkeys(cast, "the model casts its inputs to the dtype of its weight"))
+    return reasons
+
+
+def _own_forward(layer: WeightLayer) -> str | None:
+    plain: type[nn.Module] = _PLAIN[layer.kind]
+    if type(layer.module).forward is plain.forward:
+        return None
+    what = "an embedding" if layer.kind == "embedding" else "a linear layer"
+    return f"{type(layer.module).__name__} is {what} with a forward of its own"
+
+
+class _Reads(TorchFunctionMode):
+    """Notes each weight that a function of torch gets while no layer that holds it is being called.
+
+    Attributes:
+        read: ids of weights whose values were used so.
+        asked: ids of weights whose dtype was asked for.
+    """
+
+    def __init__(self, layers: Iterable[WeightLayer]) -> None:
+        super().__init__()
+        self._holders: dict[int, list[nn.Module]] = defaultdict(list)
+        for layer in layers:
+            self._holders[id(layer.weight)].append(layer.module)
+        self._called: Counter[int] = Counter()
+        self.read: set[int] = set()
+        self.asked: set[int] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for as long as the context is open."""
+        with ExitStack() as stack:
+            for weight, holders in self._holders.items():
+                for module in holders:
+                    # First in and first out, so that other hooks count as code outside of the layer.
+                    enter = module.register_forward_pre_hook(lambda *_, weight=weight: self._count(weight, 1))
+                    leave = module.register_forward_hook(
+                        lambda *_, weight=weight: self._count(weight, -1), always_call=True
+                    )
+                    stack.callback(enter.remove)
+                    stack.callback(leave.remove)
+            stack.enter_context(self)
+            yield
+
+    def _count(self, weight: int, change: int) -> None:
+        self._called[weight] += change
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func not in _FORM:
+            for value in (*args, *(kwargs or {}).values()):
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    weight = id(tensor)
+                    if weight in self._holders and not self._called[weight]:
+                        (self.asked if func == _DTYPE else self.read).add(weight)
+        return func(*args, **(kwargs or {}))
+
+
+def _cast_inputs(
+    model: PreTrainedModel, layers: Iterable[WeightLayer], inputs: Mapping[str, torch.Tensor], stored: torch.dtype
+) -> list[str]:
+    """Return the names of the layers that get inputs of the dtype `stored` as soon as their weights seem to have it."""
+    seen: dict[str, set[torch.dtype]] = defaultdict(set)
+    with ExitStack() as stack:
+        for layer in layers:
+            parent, _, name = layer.path.rpartition(".")
+            holder = model.get_submodule(parent)
+            holder._modules[name] = _Disguised(layer.module, stored, seen[layer.name])
+            stack.callback(holder._modules.__setitem__, name, layer.module)
+        with torch.random.fork_rng(devices=[]):
+            probe_outputs(model, inputs)
+    return [layer.name for layer in layers if layer.kind != "embedding" and stored in seen[layer.name]]
+
+
+class _Disguised(nn.Module):
+    """A layer that computes as `layer` does, and whose weight seems to have another dtype."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, seen: set[torch.dtype]) -> None:
+        super().__init__()
+        weight: torch.Tensor = layer.weight
+        self._layer, self._seen, self._dtype = (layer,), seen, weight.dtype
+        empty = torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape)
+        # Registered by hand: `register_parameter` asks whether there is a `weight` yet, and the layer says yes.
+        self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Note the dtype of `x`, and go on with floats."""
+        self._seen.add(x.dtype)
+        cast = isinstance(self._layer[0], nn.Embedding) or x.is_floating_point()
+        result: torch.Tensor = self._layer[0](x if cast else x.to(self._dtype))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
