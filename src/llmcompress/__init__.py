@@ -55,6 +55,7 @@ _HOME = {
     "pruning.wanda": ("WandaPruning",),
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dynamic": ("DynamicQuantization",),
+    "quantization.kernels.dispatch": ("kernels",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
 }

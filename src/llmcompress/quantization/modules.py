@@ -162,13 +162,15 @@ class Int8Linear(QuantizedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` (..., in_features) to (..., out_features), in the dtype of `x`."""
+        if torch.compiler.is_compiling():
+            return kernels.int8_linear(x, self.weight, self.scale, self.bias, self.activations)
         if x.requires_grad and torch.is_grad_enabled():
             return _NoBackward.apply(x, self)
         return self._product(x)
 
     def derived_bytes(self) -> int:
         """Return the bytes of fbgemm's packed copy, 0 before the first call."""
-        return kernels.packed_bytes(self.weight) if self._packed is not None else 0
+        return kernels.packed_bytes(self.weight)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
@@ -186,21 +188,21 @@ class Int8Linear(QuantizedModule):
         if packed is not None:
             y = kernels.fbgemm_linear(exact, packed, bias, self.activations)
         else:
-            y = kernels.torch_linear(exact, weight, scale, bias, self.activations)
+            y = kernels.unpacked_linear(exact, weight, scale, bias, self.activations)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def _pack(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
         """Return the packed copy, made anew whenever a tensor was replaced or written to; None without fbgemm."""
-        state = (_identity(weight), _identity(scale), None if bias is None else _identity(bias))
         known = self._packed
-        if known is None or known[0] != state:
+        if known is None or known[0] != kernels.copy_state(weight, scale, bias, self.activations):
             if not kernels.has_fbgemm(weight.device):
                 return None
             # One assignment: another thread sees the old copy or the new one, whole.
-            known = self._packed = (state, kernels.pack(weight, scale, bias, self.activations))
+            known = self._packed = kernels.packed_copy(weight, scale, bias, self.activations)
         return known[1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
+        kernels.forget_copy(self.weight)
         self._packed = None
         return super()._apply(fn, recurse)
 
@@ -299,7 +301,3 @@ class _NoBackward(torch.autograd.Function):
         raise CompressionError(
             "Int8Linear has no backward pass: a quantized model cannot be trained; train first and quantize last."
         )
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

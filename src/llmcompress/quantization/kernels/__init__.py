@@ -1,5 +1,24 @@
 """Where the products of quantized layers are computed: one file a scheme, each with a reference in plain torch."""
 
-from .int8 import Activations, activation_bits, fbgemm_linear, has_fbgemm, pack, packed_bytes, torch_linear
+from .int8 import Activations, Stored, activation_bits, fbgemm_linear, has_int_mm, int_mm_linear, torch_linear
+from .int8_ops import int8_linear, int8_static_linear, unpacked_linear
+from .packing import copy_state, forget_copy, has_fbgemm, pack, packed_bytes, packed_copy
 
-__all__ = ["Activations", "activation_bits", "fbgemm_linear", "has_fbgemm", "pack", "packed_bytes", "torch_linear"]
+__all__ = [
+    "Activations",
+    "Stored",
+    "activation_bits",
+    "copy_state",
+    "fbgemm_linear",
+    "forget_copy",
+    "has_fbgemm",
+    "has_int_mm",
+    "int8_linear",
+    "int8_static_linear",
+    "int_mm_linear",
+    "pack",
+    "packed_bytes",
+    "packed_copy",
+    "torch_linear",
+    "unpacked_linear",
+]

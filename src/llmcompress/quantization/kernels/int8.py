@@ -1,13 +1,13 @@
-"""The int8 matrix product: fbgemm on x86, plain torch elsewhere. The only file that knows.
+"""The int8 matrix product: by fbgemm, by `torch._int_mm`, or in plain torch; all of them round alike.
 
-fbgemm's operators live in torch itself (`torch.ops.quantized`), not in `torch.ao.quantization`, whose Python API is
-deprecated and never imported here. They want the weight in a layout of their own; that packed copy is derived from the
-plain int8 tensors, kept by the module that asked for it, and never saved.
+Activations are coded as they come (`Activations`: one scale for all of them, or one a row), or with a `Stored` scale
+that was calibrated. fbgemm's operators live in torch itself (`torch.ops.quantized`), not in `torch.ao.quantization`,
+whose Python API is deprecated and never imported here; the copy of the weight that they want comes from `packing`.
 """
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ Activations = Literal["tensor", "token"]
 """What shares one scale: the whole input of a layer (`tensor`), or each row of it (`token`)."""
 
 _TINY = torch.finfo(torch.float32).tiny
+_SHIFT = 128
+# Of cuBLAS: more rows than 16, and columns in eights.
+_FEWEST_ROWS, _MULTIPLE = 17, 8
 
 
 @cache
@@ -28,39 +31,55 @@ def activation_bits() -> int:
     return 8 if torch.cpu._is_vnni_supported() else 7
 
 
-def has_fbgemm(device: torch.device) -> bool:
-    """Tell whether the fbgemm operators run on `device` in this build of torch, with the engine now chosen."""
-    return device.type == "cpu" and torch.backends.quantized.engine in {"x86", "fbgemm"}
+@dataclass(frozen=True)
+class Stored:
+    """How activations are coded that have a stored scale: `round(x / scale + zero_point)`, from 0 to `levels`.
 
-
-def pack(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations) -> Any:
-    """Return fbgemm's own copy of a weight.
-
-    Args:
-        weight: int8 codes (out, in).
-        scale: float32 (out,).
-        bias: (out,) or None.
-        activations: the copy serves only calls with the same value.
+    Attributes:
+        scale: what one step is worth, positive.
+        zero_point: the code of 0.0, in [0, levels].
+        levels: the largest code: 255, or 127 where `activation_bits` is 7.
     """
-    zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
-    with warnings.catch_warnings():
-        # torch announces the end of quantized tensor types. This one lives for two lines, on its way to the packer.
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
-        coded = torch._make_per_channel_quantized_tensor(weight.detach(), scale.detach().double(), zero_points, 0)
-    # With one scale a row the bias is added after that scale, so it must not be in the packed product.
-    inside = bias is not None and activations == "tensor"
-    return torch.ops.quantized.linear_prepack(coded, bias.detach().float() if inside and bias is not None else None)
+
+    scale: float
+    zero_point: int
+    levels: int
+
+    @classmethod
+    def of(cls, scale: float, zero_point: int) -> Stored:
+        """Fit what was calibrated for codes from 0 to 255 to the codes that this machine can multiply.
+
+        Example:
+            >>> Stored.of(0.5, 128).levels in (127, 255)
+            True
+        """
+        levels = 2 ** activation_bits() - 1
+        return cls(scale * 255 / levels, round(zero_point * levels / 255), levels)
 
 
-def packed_bytes(weight: torch.Tensor) -> int:
-    """Estimate the memory of a packed copy: the codes; for each output a scale, zero point, column sum and bias."""
-    return weight.numel() + 16 * weight.shape[0]
+def has_int_mm(device: torch.device) -> bool:
+    """Tell whether `torch._int_mm` is worth calling on `device`.
+
+    On CUDA it needs compute capability 7.5. On a CPU without VNNI it is a plain loop, 20 times slower than casting the
+    codes to float; with VNNI it goes through oneDNN.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 5)
+    return device.type == "cpu" and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
 
 
-def fbgemm_linear(x: torch.Tensor, packed: Any, bias: torch.Tensor | None, activations: Activations) -> torch.Tensor:
+def fbgemm_linear(
+    x: torch.Tensor, packed: Any, bias: torch.Tensor | None, activations: Activations | Stored
+) -> torch.Tensor:
     """Multiply float32 `x` (..., in), at least 2-D, by what `pack` made of a weight; returns float32 (..., out)."""
     if activations == "tensor":
         return torch.ops.quantized.linear_dynamic(x, packed, activation_bits() == 7)
+    if isinstance(activations, Stored):
+        zero, scale = activations.zero_point, activations.scale
+        if activations.levels < 255:
+            # The operator would code what is out of range in 8 bits, whose products overflow.
+            x = x.clamp(-zero * scale, (activations.levels - zero) * scale)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, scale, zero, packed)
     limit = 2 ** (activation_bits() - 1) - 1
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min_(_TINY)
     # Every row now lies in [-1, 1], so the fixed range of this operator fits all and no row depends on another.
@@ -70,26 +89,60 @@ def fbgemm_linear(x: torch.Tensor, packed: Any, bias: torch.Tensor | None, activ
     return product.mul_(largest) if bias is None else torch.addcmul(bias.float(), product, largest)
 
 
-def torch_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations
+def int_mm_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activations: Activations | Stored,
 ) -> torch.Tensor:
-    """The same product in plain torch, on any device: codes the activations alike, multiplies the codes as floats.
+    """The same product by `torch._int_mm`, exact in int32, for devices that `has_int_mm`; it takes no packed copy."""
+    codes, zero, unit = _code(x, activations)
+    # Codes of a row are signed already; those from 0 to 255 are moved into int8, and what that adds is taken off.
+    shift = 0 if activations == "token" else _SHIFT
+    small = (codes - shift).to(torch.int8).reshape(-1, codes.shape[-1])
+    rows, (outputs, inputs) = len(small), weight.shape
+    columns = weight
+    if weight.is_cuda:
+        small = F.pad(small, (0, -inputs % _MULTIPLE, 0, max(_FEWEST_ROWS - rows, 0)))
+        columns = F.pad(weight, (0, -inputs % _MULTIPLE, 0, -outputs % _MULTIPLE))
+    product = torch._int_mm(small, columns.t())[:rows, :outputs]
+    if activations != "token":
+        product = product + (shift - zero).to(torch.int32) * weight.sum(dim=1, dtype=torch.int32)
+    y = product.to(torch.float32).reshape(*x.shape[:-1], outputs) * (unit * scale)
+    return y if bias is None else y + bias.float()
+
+
+def torch_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activations: Activations | Stored,
+) -> torch.Tensor:
+    """The same product in plain torch, on any device: the reference that the others are compared with.
 
     Products of codes are whole numbers: exact in float32 up to about 500 inputs, and beyond that to float rounding.
     """
-    codes, unit = _code_activations(x, activations)
-    product = F.linear(codes, weight.to(torch.float32)) * unit * scale
-    return product if bias is None else product + bias.float()
+    codes, zero, unit = _code(x, activations)
+    y = F.linear(codes - zero, weight.to(torch.float32)) * (unit * scale)
+    return y if bias is None else y + bias.float()
 
 
-def _code_activations(x: torch.Tensor, activations: Activations) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes of `x` less their zero point, as floats, and what one step of them is worth."""
+def _code(x: torch.Tensor, activations: Activations | Stored) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the codes of `x` as floats, the code of 0.0, and what one step is worth (a scalar, or one a row)."""
+    zero = x.new_zeros(())
     if x.numel() == 0:
-        return x, x.new_ones(())
+        return x, zero, x.new_ones(())
+    if isinstance(activations, Stored):
+        unit = x.new_tensor(activations.scale)
+        # As fbgemm does: one rounding of x / scale + zero_point to float, then one to a whole number.
+        exact = x.double() * unit.reciprocal().double() + activations.zero_point
+        return exact.float().round_().clamp_(0, activations.levels), zero + activations.zero_point, unit
     if activations == "token":
         limit = 2 ** (activation_bits() - 1) - 1
         largest = x.abs().amax(dim=-1, keepdim=True).clamp_min_(_TINY)
-        return torch.round(x / largest * limit), largest / limit
+        return torch.round(x / largest * limit), zero, largest / limit
     levels = 2 ** activation_bits() - 1
     unit, zero = activation_range(x, levels)
-    return torch.round(x / unit).add_(zero).clamp_(0, levels).sub_(zero), unit
+    return torch.round(x / unit).add_(zero).clamp_(0, levels), zero, unit

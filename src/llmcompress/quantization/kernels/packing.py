@@ -1,0 +1,79 @@
+"""fbgemm's own copy of an int8 weight: made on demand, kept as long as the weight lives, never saved."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .int8 import Activations, Stored
+
+Copy = tuple[Any, Any]
+"""What the copy was made of, and the copy."""
+
+# By the weight itself, so that a compiled graph, which knows tensors and no modules, finds the copy of the module.
+_COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def has_fbgemm(device: torch.device) -> bool:
+    """Tell whether the fbgemm operators run on `device` in this build of torch, with the engine now chosen."""
+    return device.type == "cpu" and torch.backends.quantized.engine in {"x86", "fbgemm"}
+
+
+def pack(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
+) -> Any:
+    """Return fbgemm's own copy of a weight.
+
+    Args:
+        weight: int8 codes (out, in).
+        scale: float32 (out,).
+        bias: (out,) or None.
+        activations: the copy serves only calls with the same value.
+    """
+    zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
+    with warnings.catch_warnings():
+        # torch announces the end of quantized tensor types. This one lives for two lines, on its way to the packer.
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+        coded = torch._make_per_channel_quantized_tensor(weight.detach(), scale.detach().double(), zero_points, 0)
+    # With one scale a row the bias is added after that scale, so it must not be in the packed product.
+    inside = bias is not None and activations != "token"
+    return torch.ops.quantized.linear_prepack(coded, bias.detach().float() if inside and bias is not None else None)
+
+
+def packed_copy(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
+) -> Copy:
+    """Return the copy that is kept for `weight`, made anew where any of the tensors was replaced or written to."""
+    state = copy_state(weight, scale, bias, activations)
+    known: Copy | None = _COPIES.get(weight)
+    if known is None or known[0] != state:
+        known = (state, pack(weight, scale, bias, activations))
+        _COPIES[weight] = known
+    return known
+
+
+def copy_state(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
+) -> tuple[Any, ...]:
+    """Return what tells whether a copy is still of these tensors."""
+    return _identity(weight), _identity(scale), None if bias is None else _identity(bias), activations
+
+
+def forget_copy(weight: torch.Tensor) -> None:
+    """Drop the copy that is kept for `weight`, if any."""
+    _COPIES.pop(weight, None)
+
+
+def packed_bytes(weight: torch.Tensor) -> int:
+    """Estimate the memory of the copy kept for `weight`, 0 before the first product.
+
+    It holds the codes; for each output a scale, zero point, column sum and bias.
+    """
+    return weight.numel() + 16 * weight.shape[0] if weight in _COPIES else 0
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

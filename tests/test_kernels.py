@@ -1,0 +1,128 @@
+"""Kernels of quantized layers: each against the reference, under torch.compile, and the table that tells which runs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import llmcompress as lc
+from llmcompress.quantization import kernels
+from llmcompress.quantization.affine import quantize_rows
+from llmcompress.quantization.kernels import dispatch, int8, packing
+from llmcompress.quantization.modules import Int8Linear
+from llmcompress.testing import tiny_inputs, tiny_model
+
+WAYS = ["tensor", "token", "stored"]
+
+
+def case(way, shape=(5, 96), outputs=40, *, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = quantize_rows(torch.randn(outputs, shape[-1], generator=generator))
+    added = torch.randn(outputs, generator=generator) if bias else None
+    x = torch.randn(shape, generator=generator) * 3 + 0.5
+    return x, weight, scale, added, kernels.Stored.of(0.05, 100) if way == "stored" else way
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 96), (5, 96), (2, 3, 96), (0, 96)])
+def test_int_mm_gives_what_the_reference_gives(way, bias, shape):
+    given = case(way, shape, bias=bias)
+    torch.testing.assert_close(kernels.int_mm_linear(*given), kernels.torch_linear(*given), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not kernels.has_fbgemm(torch.device("cpu")), reason="this torch has no fbgemm")
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_stored_scale_gives_the_very_codes_of_fbgemm(bits, bias, monkeypatch):
+    if bits == 8 and int8.activation_bits() == 7:
+        pytest.skip("8-bit products overflow on a CPU without VNNI")
+    monkeypatch.setattr(int8, "activation_bits", lambda: bits)
+    # A range that the inputs leave on both sides.
+    x, weight, scale, added, stored = case("stored", (64, 96), bias=bias)
+    assert stored.levels == 2**bits - 1
+    fast = kernels.fbgemm_linear(x, kernels.pack(weight, scale, added, stored), added, stored)
+    torch.testing.assert_close(fast, kernels.torch_linear(x, weight, scale, added, stored), rtol=1e-6, atol=1e-5)
+    assert x.max() > (stored.levels - stored.zero_point) * stored.scale
+    assert x.min() < -stored.zero_point * stored.scale
+
+
+def test_stored_codes_as_computed_by_hand(monkeypatch):
+    monkeypatch.setattr(int8, "activation_bits", lambda: 8)
+    stored = kernels.Stored.of(0.5, 10)
+    x = torch.tensor([[-100.0, -1.0, 0.0, 0.6, 0.25, 0.75, 1000.0]])  # 0.25 / 0.5 + 10 lies on the border: to even
+    codes, zero, unit = int8._code(x, stored)
+    assert codes.tolist() == [[0, 8, 10, 11, 10, 12, 255]]
+    assert (zero, unit) == (10, 0.5)
+
+
+@pytest.mark.parametrize(("activations", "backend", "grad"), [("tensor", "aot_eager", True), ("token", "eager", False)])
+def test_a_compiled_model_is_one_graph_and_gives_the_same(grad, backend, activations, monkeypatch):
+    packed = []
+    monkeypatch.setattr(packing, "pack", lambda *tensors, own=packing.pack: packed.append(1) or own(*tensors))
+    model = lc.DynamicQuantization(activations=activations).compress(tiny_model("llama"), lc.Context())
+    inputs = {**tiny_inputs(model), "use_cache": False}
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(**inputs).logits
+    packed.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            assert torch.equal(compiled(**inputs).logits.detach(), expected)
+    if kernels.has_fbgemm(torch.device("cpu")):
+        # Once a layer, and the eager model goes on with the same copies.
+        layers = sum(isinstance(module, Int8Linear) for module in model.modules())
+        assert len(packed) == layers
+        with torch.no_grad():
+            model(**inputs)
+        assert len(packed) == layers
+
+
+def test_a_compiled_backward_pass_is_refused_when_it_runs():
+    layer = Int8Linear.from_float(nn.Linear(8, 8))
+    torch._dynamo.reset()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 8, requires_grad=True))
+    with pytest.raises(lc.CompressionError, match="Int8Linear has no backward pass"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("operator", [kernels.int8_linear, kernels.int8_static_linear])
+def test_fake_kernels_agree_with_real_ones(operator):
+    x, weight, scale, bias, _ = case("tensor")
+    given = ("token",) if operator is kernels.int8_linear else (torch.tensor(0.05), torch.tensor(9))
+    for example in (x, x[0], x.bfloat16()):
+        torch.library.opcheck(operator, (example, weight, scale, bias, *given))
+
+
+def test_the_copy_dies_with_its_weight():
+    layer = Int8Linear.from_float(nn.Linear(16, 8))
+    before = len(packing._COPIES)
+    with torch.no_grad():
+        layer(torch.randn(2, 16))
+    assert len(packing._COPIES) == before + kernels.has_fbgemm(torch.device("cpu"))
+    layer.to(torch.float32)
+    assert layer.derived_bytes() == 0
+    assert len(packing._COPIES) == before
+
+
+def test_the_table_tells_what_runs_here(monkeypatch):
+    table = lc.kernels()
+    for scheme in ("int8_linear", "int8_static_linear"):
+        fast = kernels.has_fbgemm(torch.device("cpu"))
+        assert table.used(scheme)[0].startswith("fbgemm") == fast
+        assert table.used(scheme, "cuda") == ([] if not torch.cuda.is_available() else table.used(scheme, "cuda"))
+    text = str(table)
+    assert "VNNI" in text
+    assert "threads: " in text
+    assert "absent: needs a CUDA device" in text or torch.cuda.is_available()
+    assert table._repr_html_().count("<tr>") == len(table.choices) + 1
+    without = [
+        dispatch.Kernel("int8_linear", "cpu", "any", "first", lambda device: False, "luck"),
+        dispatch.Kernel("int8_linear", "cpu", "any", "second", lambda device: True, "nothing"),
+        dispatch.Kernel("int8_linear", "cpu", "any", "third", lambda device: True, "nothing"),
+    ]
+    monkeypatch.setattr(dispatch, "TABLE", without)
+    assert lc.kernels().used("int8_linear") == ["second"]
+    assert [line.split()[-1] for line in str(lc.kernels()).splitlines()[-3:]] == ["luck", "used", "present"]
