@@ -56,6 +56,7 @@ _HOME = {
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dynamic": ("DynamicQuantization",),
     "quantization.kernels.dispatch": ("kernels",),
+    "quantization.kv_cache": ("QuantizedCache",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
 }

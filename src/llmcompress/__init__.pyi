@@ -91,6 +91,7 @@ from .pruning.wanda import WandaPruning as WandaPruning
 from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .quantization.kernels.dispatch import kernels as kernels
+from .quantization.kv_cache import QuantizedCache as QuantizedCache
 from .registry import Registry as Registry
 from .registry import compressors as compressors
 from .registry import importances as importances
