@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
-from ..anatomy.reads import read_directly
+from ..anatomy.layers import Kind, WeightLayer
 from ..compressor import Action, Compressor, Context
-from ..errors import NothingToCompressError
 from ..registry import register
-from .checks import refuse_nonfinite, refuse_quantized
+from .checks import refuse_nonfinite
+from .choice import choose, replace_layers
 from .hf import mark_quantized
-from .modules import Int8Embedding, Int8Linear, QuantizedModule, replace_modules
+from .modules import Int8Embedding, Int8Linear, QuantizedModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Each row gets a scale of 4 bytes: below this width (relative position biases, one number a head) it does not pay.
-_NARROWEST_TABLE = 16
 
 
 @register("dynamic_quantization")
@@ -81,70 +76,19 @@ class DynamicQuantization(Compressor):
         """
         chosen, _ = self._choose(model)
         refuse_nonfinite(chosen)
-        shared: dict[int, QuantizedModule] = {}
-        for layer in chosen:
-            key = id(layer.weight)
-            replacement = self._quantize(layer.module)
-            if key in shared:
-                replacement.tie(shared[key])
-            shared.setdefault(key, replacement)
-            replace_modules(model, {layer.module: replacement})
+        replace_layers(model, chosen, self._quantize)
         mark_quantized(model)
         return model
 
-    def _quantize(self, module: nn.Module) -> QuantizedModule:
-        if isinstance(module, nn.Embedding):
-            return Int8Embedding.from_float(module)
-        return Int8Linear.from_float(module, self.activations)
+    def _quantize(self, layer: WeightLayer) -> QuantizedModule:
+        if isinstance(layer.module, nn.Embedding):
+            return Int8Embedding.from_float(layer.module)
+        return Int8Linear.from_float(layer.module, self.activations)
 
     def _action(self, layer: WeightLayer) -> Action:
         does = "int8 per row" if layer.kind == "embedding" else f"int8 per channel, activations per {self.activations}"
         return Action(path=layer.name, does=does, reason=f"shared with {layer.tied_to}" if layer.tied_to else None)
 
     def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
-        refuse_quantized(model, type(self).__name__)
         kinds: tuple[Kind, ...] = ("linear", "conv1d", *(("embedding",) if self.embeddings else ()))
-        chosen, left = select(
-            model,
-            who=type(self).__name__,
-            # Named so, tied layers are chosen too; those whose partner must stay in float are taken out below.
-            targets=("*",) if self.targets is None else self.targets,
-            skip=self.skip,
-            kinds=kinds,
-            places=("block", "head", "outside"),
-        )
-        reasons = {action.path: action.reason for action in left}
-        direct = read_directly(model)
-        reasons.update({layer.name: direct.get(layer.name) or _why_float(layer.module) for layer in chosen})
-        partners = defaultdict(list)
-        for layer in weight_layers(model):
-            partners[id(layer.weight)].append(layer.name)
-        kept, refused = [], []
-        for layer in chosen:
-            reason = reasons[layer.name]
-            bound = next((name for name in partners[id(layer.weight)] if reasons[name]), None)
-            if reason is None and bound is not None:
-                reason = f"shares its weight with {bound}, which stays in float: {reasons[bound]}"
-            if reason is None:
-                kept.append(layer)
-            else:
-                refused.append(Action(path=layer.name, reason=reason))
-        if not kept:
-            why = "; ".join(f"{action.path}: {action.reason}" for action in refused[:4])
-            raise NothingToCompressError(
-                f"{type(self).__name__} can quantize no layer of {type(model).__name__}. {why}"
-            )
-        return kept, [*refused, *left]
-
-
-def _why_float(module: nn.Module) -> str | None:
-    """Say why a layer that was asked for cannot be int8, or None."""
-    if not isinstance(module, nn.Embedding):
-        return None
-    if type(module) is not nn.Embedding:
-        return f"{type(module).__name__} is an embedding with a forward of its own"
-    if module.max_norm is not None:
-        return "it renormalises its rows at each call (max_norm)"
-    if module.embedding_dim < _NARROWEST_TABLE:
-        return f"rows of {module.embedding_dim} numbers are too short for a scale each"
-    return None
+        return choose(model, who=type(self).__name__, targets=self.targets, skip=self.skip, kinds=kinds)

@@ -1,0 +1,104 @@
+"""Which layers become int8: those asked for that can, and with each of them all that share its weight."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
+from ..anatomy.reads import read_directly
+from ..compressor import Action
+from ..errors import NothingToCompressError
+from .checks import refuse_quantized
+from .modules import QuantizedModule, replace_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Each row gets a scale of 4 bytes: below this width (relative position biases, one number a head) it does not pay.
+_NARROWEST_TABLE = 16
+
+
+def choose(
+    model: PreTrainedModel,
+    *,
+    who: str,
+    targets: Sequence[str] | None,
+    skip: Sequence[str],
+    kinds: Iterable[Kind],
+    refused: Mapping[str, str] | None = None,
+) -> tuple[list[WeightLayer], list[Action]]:
+    """Choose the layers that become int8, wherever they stand in the model, and say of each other one why it is left.
+
+    Args:
+        model: the float model.
+        who: the strategy's name, for messages.
+        targets: patterns of layers to quantize; None takes all.
+        skip: patterns of layers to leave in float.
+        kinds: kinds of layers that the strategy can quantize.
+        refused: by layer name, why a layer that could be int8 stays in float nevertheless.
+
+    Raises:
+        UnsupportedModelError: the model is already quantized.
+        NothingToCompressError: no layer is left, or a pattern matches none.
+    """
+    refuse_quantized(model, who)
+    chosen, left = select(
+        model,
+        who=who,
+        # Named so, tied layers are chosen too; those whose partner must stay in float are taken out below.
+        targets=("*",) if targets is None else targets,
+        skip=skip,
+        kinds=kinds,
+        places=("block", "head", "outside"),
+    )
+    reasons = {action.path: action.reason for action in left}
+    direct = {**read_directly(model), **(refused or {})}
+    reasons.update({layer.name: direct.get(layer.name) or _why_float(layer.module) for layer in chosen})
+    partners = defaultdict(list)
+    for layer in weight_layers(model):
+        partners[id(layer.weight)].append(layer.name)
+    kept, floats = [], []
+    for layer in chosen:
+        reason = reasons[layer.name]
+        bound = next((name for name in partners[id(layer.weight)] if reasons[name]), None)
+        if reason is None and bound is not None:
+            reason = f"shares its weight with {bound}, which stays in float: {reasons[bound]}"
+        if reason is None:
+            kept.append(layer)
+        else:
+            floats.append(Action(path=layer.name, reason=reason))
+    if not kept:
+        why = "; ".join(f"{action.path}: {action.reason}" for action in floats[:4])
+        raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
+    return kept, [*floats, *left]
+
+
+def replace_layers(
+    model: PreTrainedModel, layers: Iterable[WeightLayer], quantize: Callable[[WeightLayer], QuantizedModule]
+) -> None:
+    """Put what `quantize` makes of each layer in its place; layers that share a weight share its codes."""
+    shared: dict[int, QuantizedModule] = {}
+    for layer in layers:
+        key = id(layer.weight)
+        replacement = quantize(layer)
+        if key in shared:
+            replacement.tie(shared[key])
+        shared.setdefault(key, replacement)
+        replace_modules(model, {layer.module: replacement})
+
+
+def _why_float(module: nn.Module) -> str | None:
+    """Say why a layer that was asked for cannot be int8, or None."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    if type(module) is not nn.Embedding:
+        return f"{type(module).__name__} is an embedding with a forward of its own"
+    if module.max_norm is not None:
+        return "it renormalises its rows at each call (max_norm)"
+    if module.embedding_dim < _NARROWEST_TABLE:
+        return f"rows of {module.embedding_dim} numbers are too short for a scale each"
+    return None
