@@ -109,7 +109,7 @@ def test_the_copy_dies_with_its_weight():
 
 def test_the_table_tells_what_runs_here(monkeypatch):
     table = lc.kernels()
-    for scheme in ("int8_linear", "int8_static_linear"):
+    for scheme in ("int8_linear", "int8_static_linear", "int8_experts"):
         fast = kernels.has_fbgemm(torch.device("cpu"))
         assert table.used(scheme)[0].startswith("fbgemm") == fast
         assert table.used(scheme, "cuda") == ([] if not torch.cuda.is_available() else table.used(scheme, "cuda"))

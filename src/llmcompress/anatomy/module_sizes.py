@@ -150,6 +150,9 @@ def _as_float(module: nn.Module, built: nn.Module) -> tuple[_Shapes, _Numbers]:
     if not hasattr(module, "coded_weights"):
         return _shapes(module), _numbers(module)
     shapes, numbers = _shapes(built), _numbers(built)
+    if hasattr(module, "float_shapes"):
+        own = {name: shape for name, shape in _shapes(module).items() if name in shapes}
+        return {**own, **module.float_shapes()}, _numbers(module)
     if isinstance(built, nn.Embedding):
         rows, columns = module.num_embeddings, module.embedding_dim
         return {**shapes, "weight": (rows, columns)}, {**numbers, "num_embeddings": rows, "embedding_dim": columns}

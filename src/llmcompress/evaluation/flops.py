@@ -88,9 +88,15 @@ def _plain_products(model: nn.Module) -> Iterator[None]:
     own = {id(layer): vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
     for layer in layers:
         layer.forward = _product_of_zeros(int(layer.in_features), int(layer.out_features))
+    # Coded experts run the model's own code, which asks them for one expert's product at a time.
+    experts = [module for module in model.modules() if hasattr(module, "float_shapes")]
+    for module in experts:
+        module.product = _expert_of_zeros(module)
     try:
         yield
     finally:
+        for module in experts:
+            del module.product
         for layer in layers:
             del layer.forward
             if id(layer) in own:  # accelerate's hooks, for instance, put one there
@@ -111,6 +117,14 @@ def _product_of_zeros(inputs: int, outputs: int) -> Callable[[torch.Tensor], tor
         return (x.reshape(-1, inputs) @ weight).reshape(*x.shape[:-1], outputs)
 
     return forward
+
+
+def _expert_of_zeros(module: Any) -> Callable[[str, int, torch.Tensor], torch.Tensor]:
+    def product(name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        _, outputs, inputs = module.sizes(name)
+        return _product_of_zeros(inputs, outputs)(x)
+
+    return product
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

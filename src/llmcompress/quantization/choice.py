@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Each row gets a scale of 4 bytes: below this width (relative position biases, one number a head) it does not pay.
-_NARROWEST_TABLE = 16
+_NARROWEST = 16
 
 
 def choose(
@@ -57,7 +57,7 @@ def choose(
     )
     reasons = {action.path: action.reason for action in left}
     direct = {**read_directly(model), **(refused or {})}
-    reasons.update({layer.name: direct.get(layer.name) or _why_float(layer.module) for layer in chosen})
+    reasons.update({layer.name: direct.get(layer.name) or _why_float(layer) for layer in chosen})
     partners = defaultdict(list)
     for layer in weight_layers(model):
         partners[id(layer.weight)].append(layer.name)
@@ -91,14 +91,38 @@ def replace_layers(
         replace_modules(model, {layer.module: replacement})
 
 
-def _why_float(module: nn.Module) -> str | None:
+def replace_experts(
+    model: PreTrainedModel,
+    weights: Iterable[WeightLayer],
+    quantize: Callable[[nn.Module, Sequence[str], bool], QuantizedModule],
+) -> None:
+    """Put what `quantize` makes of the experts of each block in their place.
+
+    Args:
+        model: the model.
+        weights: 3-D weights of experts; one module may hold several.
+        quantize: gets the module, the names of its weights, and whether those are (experts, inputs, outputs).
+    """
+    groups: dict[nn.Module, list[WeightLayer]] = defaultdict(list)
+    for weight in weights:
+        groups[weight.module].append(weight)
+    for module, own in groups.items():
+        replacement = quantize(module, [weight.parameter for weight in own], own[0].input_axis == 1)
+        replace_modules(model, {module: replacement})
+
+
+def _why_float(layer: WeightLayer) -> str | None:
     """Say why a layer that was asked for cannot be int8, or None."""
+    if layer.kind == "experts" and min(layer.weight.shape[1:]) < _NARROWEST:
+        rows, columns = layer.weight.shape[1:]
+        return f"matrices of {rows} x {columns} are too small for a scale each row"
+    module = layer.module
     if not isinstance(module, nn.Embedding):
         return None
     if type(module) is not nn.Embedding:
         return f"{type(module).__name__} is an embedding with a forward of its own"
     if module.max_norm is not None:
         return "it renormalises its rows at each call (max_norm)"
-    if module.embedding_dim < _NARROWEST_TABLE:
+    if module.embedding_dim < _NARROWEST:
         return f"rows of {module.embedding_dim} numbers are too short for a scale each"
     return None

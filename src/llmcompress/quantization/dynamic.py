@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -11,7 +12,8 @@ from ..anatomy.layers import Kind, WeightLayer
 from ..compressor import Action, Compressor, Context
 from ..registry import register
 from .checks import refuse_nonfinite
-from .choice import choose, replace_layers
+from .choice import choose, replace_experts, replace_layers
+from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .modules import Int8Embedding, Int8Linear, QuantizedModule
 
@@ -28,8 +30,10 @@ class DynamicQuantization(Compressor):
     head that is tied to its embedding stays tied, and both share one int8 weight. A quarter of the float32 bytes
     remain, and products run on the int8 units of the CPU. The folder loads by plain `from_pretrained`.
 
-    Left in float, and told: 3-D experts, layers whose weight the model's code reads itself instead of calling them
-    (some of Mamba's), classes with a forward of their own, very narrow tables.
+    3-D experts keep the model's own routing and gates; each expert's products are computed in int8.
+
+    Left in float, and told: layers whose weight the model's code reads itself instead of calling them (some of
+    Mamba's), classes with a forward of their own, very narrow tables and experts.
 
     Args:
         bits: bits a weight; 8.
@@ -76,7 +80,8 @@ class DynamicQuantization(Compressor):
         """
         chosen, _ = self._choose(model)
         refuse_nonfinite(chosen)
-        replace_layers(model, chosen, self._quantize)
+        replace_layers(model, [layer for layer in chosen if layer.kind != "experts"], self._quantize)
+        replace_experts(model, [layer for layer in chosen if layer.kind == "experts"], self._quantize_experts)
         mark_quantized(model)
         return model
 
@@ -85,10 +90,13 @@ class DynamicQuantization(Compressor):
             return Int8Embedding.from_float(layer.module)
         return Int8Linear.from_float(layer.module, self.activations)
 
+    def _quantize_experts(self, module: nn.Module, parameters: Sequence[str], transposed: bool) -> Int8Experts:
+        return Int8Experts.from_float(module, parameters, transposed=transposed, activations=self.activations)
+
     def _action(self, layer: WeightLayer) -> Action:
         does = "int8 per row" if layer.kind == "embedding" else f"int8 per channel, activations per {self.activations}"
         return Action(path=layer.name, does=does, reason=f"shared with {layer.tied_to}" if layer.tied_to else None)
 
     def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
-        kinds: tuple[Kind, ...] = ("linear", "conv1d", *(("embedding",) if self.embeddings else ()))
+        kinds: tuple[Kind, ...] = ("linear", "conv1d", "experts", *(("embedding",) if self.embeddings else ()))
         return choose(model, who=type(self).__name__, targets=self.targets, skip=self.skip, kinds=kinds)

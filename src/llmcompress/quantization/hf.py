@@ -25,12 +25,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..anatomy.module_sizes import ModuleSizes, module_sizes, quantized_by, resize
 from ..anatomy.per_layer import per_layer_config
 from ..errors import CheckpointError, UnsupportedModelError
+from .expert_modules import Int8Experts
 from .modules import SCHEMES, QuantizedModule, replace_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "llmcompress"
+SCHEMES[Int8Experts.scheme] = Int8Experts
 FORMAT_VERSION = 2
 """The newest format: 1 has groups alone, 2 has sizes as well. A folder is written in the oldest that can tell it."""
 

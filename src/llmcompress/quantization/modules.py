@@ -165,7 +165,7 @@ class Int8Linear(QuantizedModule):
         if torch.compiler.is_compiling():
             return kernels.int8_linear(x, self.weight, self.scale, self.bias, self.activations)
         if x.requires_grad and torch.is_grad_enabled():
-            return _NoBackward.apply(x, self)
+            return NoBackward.apply(x, self._product, type(self).__name__)
         return self._product(x)
 
     def derived_bytes(self) -> int:
@@ -289,15 +289,18 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 parent._modules[name] = replacements[child]
 
 
-class _NoBackward(torch.autograd.Function):
-    """Runs forward as usual; says clearly what is missing where torch would return a silent zero gradient."""
+class NoBackward(torch.autograd.Function):
+    """Runs `product(x)`; says clearly what is missing where torch would return a silent zero gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
-        return layer._product(x)
+    def forward(ctx: Any, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], who: str) -> torch.Tensor:
+        """Compute the product, and keep the name of the layer for the message."""
+        ctx.who = who
+        return product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Refuse."""
         raise CompressionError(
-            "Int8Linear has no backward pass: a quantized model cannot be trained; train first and quantize last."
+            f"{ctx.who} has no backward pass: a quantized model cannot be trained; train first and quantize last."
         )

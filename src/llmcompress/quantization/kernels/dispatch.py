@@ -108,6 +108,7 @@ def _int8(scheme: str, fbgemm: str) -> list[Kernel]:
 
 TABLE: list[Kernel] = [
     *_int8("int8_linear", "linear_dynamic"),
+    *_int8("int8_experts", "linear_dynamic, one call an expert"),
     *_int8("int8_static_linear", "linear_with_input_q_dq"),
 ]
 """Every kernel there is. A new one is an entry here and a file beside this one."""
