@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import CompressionError
 from . import kernels
-from .affine import quantize_rows
+from .affine import dequantize_rows, quantize_rows
 from .kernels import Activations
 
 Spec = Mapping[str, Any]
@@ -30,21 +30,27 @@ class QuantizedModule(nn.Module, ABC):
     A subclass names its `scheme`, and can be built without weights from the float layer it replaces and the `spec`
     found in a folder's config: that is all a new scheme needs in order to be saved and loaded.
 
+    Args:
+        weight: the codes, filled or not.
+        shared: the buffers that say what the codes are worth, by name. A layer whose weight is tied has none of its
+            own and reads its partner's. They keep their dtype when the model is cast.
+
     Attributes:
         scheme: the name under which `config.json` knows the class.
-        weight: int8 codes (rows, columns).
-        scale: float32 (rows,); what one step of a row's codes is worth. Keeps its dtype when the model is cast.
+        weight: the codes.
+        scale: what a step of the codes is worth.
     """
 
     scheme: ClassVar[str]
     weight: nn.Parameter
     scale: torch.Tensor
 
-    def __init__(self, rows: int, columns: int, device: torch.device | str) -> None:
+    def __init__(self, weight: torch.Tensor, shared: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("scale", torch.empty(rows, dtype=torch.float32, device=device))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._shared = tuple(shared)
+        for name, tensor in shared.items():
+            self.register_buffer(name, tensor)
         self._partner: tuple[QuantizedModule] | None = None
 
     @classmethod
@@ -56,41 +62,75 @@ class QuantizedModule(nn.Module, ABC):
     def spec(self) -> dict[str, Any]:
         """Return what `from_spec` needs beside the float layer; JSON values, `scheme` included."""
 
-    def fill(self, weight: torch.Tensor) -> None:
-        """Quantize a float `weight` (rows, columns) into this layer."""
-        codes, self.scale = quantize_rows(weight)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+    @abstractmethod
+    def dequantized(self) -> torch.Tensor:
+        """Return the float32 weight (rows, columns) that the codes stand for; rows are outputs, or table entries."""
 
     def tie(self, partner: QuantizedModule) -> None:
         """Share the weight and the scale of `partner`; the state dict then holds the scale once, under the partner."""
         self.weight = partner.weight
-        self._buffers.pop("scale", None)
+        for name in self._shared:
+            self._buffers.pop(name, None)
         # In a tuple, the partner does not become a submodule of this layer.
         self._partner = (partner,)
 
+    @abstractmethod
     def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
         """Return each stored tensor with the number of weights it stands for."""
-        return [(self.weight, self.weight.numel())]
 
     def derived_bytes(self) -> int:
         """Return the bytes of copies made for a kernel, which are never saved."""
         return 0
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
-        exact = self._buffers.get("scale")
+        exact = {name: self._buffers[name] for name in self._shared if name in self._buffers}
         super()._apply(fn, recurse)
         # `model.to(torch.bfloat16)` casts every float tensor; a scale of 8 bits would double the error of the codes.
-        if exact is not None and self.scale.dtype != exact.dtype:
-            self.scale = exact.to(self.scale.device)
+        for name, tensor in exact.items():
+            now = self._buffers[name]
+            if tensor is not None and now is not None and now.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(now.device)
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scale" and self._partner is not None:
-            return self._partner[0].scale
+        state = self.__dict__
+        if state.get("_partner") is not None and name in state["_shared"]:
+            return getattr(state["_partner"][0], name)
         return super().__getattr__(name)
 
 
-class Int8Linear(QuantizedModule):
+class Int8Module(QuantizedModule):
+    """A layer with int8 weights and one scale a row.
+
+    Args:
+        rows: outputs, or entries of a table.
+        columns: inputs, or the width of an entry.
+        device: where the tensors are made.
+
+    Attributes:
+        weight: int8 codes (rows, columns).
+        scale: float32 (rows,).
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device | str) -> None:
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        super().__init__(codes, {"scale": torch.empty(rows, dtype=torch.float32, device=device)})
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Quantize a float `weight` (rows, columns) into this layer."""
+        codes, self.scale = quantize_rows(weight)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the float32 weight (rows, columns)."""
+        return dequantize_rows(self.weight, self.scale)
+
+    def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
+        """Return the codes with their number."""
+        return [(self.weight, self.weight.numel())]
+
+
+class Int8Linear(Int8Module):
     """A linear layer with int8 weights, one scale an output, and activations coded in 8 bits as they come.
 
     Takes the place of `nn.Linear` and of transformers' `Conv1D`, whose weight is stored transposed here. The input may
@@ -210,7 +250,7 @@ class Int8Linear(QuantizedModule):
         return {**self.__dict__, "_packed": None}
 
 
-class Int8Embedding(QuantizedModule):
+class Int8Embedding(Int8Module):
     """An embedding table in int8 with one scale a row, returned in `output_dtype`.
 
     Args:
