@@ -175,7 +175,7 @@ def test_backward_is_refused_by_name():
 def test_logits_stay_close_in_every_family(family, activations):
     expected = logits(tiny_model(family))
     model = quantized(family, activations=activations)
-    assert relative(logits(model), expected) < 0.07
+    assert relative(logits(model), expected) < 0.08
     assert model.num_parameters() == tiny_model(family).num_parameters()
     assert footprint(model).parameters == footprint(tiny_model(family)).parameters
     if family != "opt":  # whose table of 2048 positions stays in float

@@ -57,6 +57,7 @@ _HOME = {
     "quantization.dynamic": ("DynamicQuantization",),
     "quantization.kernels.dispatch": ("kernels",),
     "quantization.kv_cache": ("QuantizedCache",),
+    "quantization.weight_only": ("WeightOnlyQuantization",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
 }

@@ -87,6 +87,14 @@ class QuantizedExperts(QuantizedModule):
     def product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Map `x` (..., inputs), at least 2-D, to (..., outputs), in the dtype of `x`."""
 
+    def float_weights(self) -> dict[str, torch.Tensor]:
+        """Return each weight in the shape that it has in the float experts."""
+        weights = {}
+        for name, (shape, transposed) in self._layouts.items():
+            whole = torch.stack([self.matrix(name, expert) for expert in range(shape[0])])
+            weights[name] = whole.mT.contiguous() if transposed else whole
+        return weights
+
     def spec(self) -> dict[str, Any]:
         """Return the scheme, the parameters that are stored so, and whether the float ones are (., inputs, outputs)."""
         transposed = any(transposed for _, transposed in self._layouts.values())

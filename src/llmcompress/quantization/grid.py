@@ -47,6 +47,7 @@ class Grid:
         symmetric: the zero point is the middle code and is not stored.
         codebook: unequal steps, or None.
         scale_dtype: in which scales are stored.
+        zero_bits: of a stored zero point; above `bits` it has that many binary places more. None is `bits`: a code.
 
     Example:
         >>> Grid(4, 64).bits_a_weight(4096)
@@ -58,6 +59,17 @@ class Grid:
     symmetric: bool = False
     codebook: Codebook | None = None
     scale_dtype: torch.dtype = torch.float16
+    zero_bits: int | None = None
+
+    @property
+    def zero_width(self) -> int:
+        """The bits of a stored zero point."""
+        return self.zero_bits or self.bits
+
+    @property
+    def zero_parts(self) -> int:
+        """How many parts of a step the zero point is counted in: 1 where it is a code."""
+        return 2 ** (self.zero_width - self.bits)
 
     @property
     def limit(self) -> int:
@@ -79,7 +91,7 @@ class Grid:
 
     def bits_a_weight(self, columns: int) -> float:
         """Return the stored bits a weight, scales and zero points included, without the padding of the last byte."""
-        extra = 8 * self.scale_dtype.itemsize + (self.bits if self.has_zero else 0)
+        extra = 8 * self.scale_dtype.itemsize + (self.zero_width if self.has_zero else 0)
         return self.bits + extra * self.groups(columns) / columns
 
 
@@ -90,7 +102,7 @@ class Coded:
     Attributes:
         codes: uint8 (rows, columns), not packed.
         scale: (rows, groups), in the grid's scale dtype.
-        zero: uint8 (rows, groups), or None where the grid has none.
+        zero: uint8 (rows, groups), in parts of a step (see `Grid.zero_parts`), or None where the grid has none.
     """
 
     codes: torch.Tensor
@@ -114,7 +126,7 @@ def min_max(weight: torch.Tensor, grid: Grid) -> Range:
         >>> scale.tolist(), zero.tolist()
         ([[1.0]], [[1]])
     """
-    return _laid(*_bounds(weight, grid), grid)
+    return laid(*_bounds(weight, grid), grid)
 
 
 def encode(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
@@ -135,8 +147,7 @@ def encode(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
     if grid.codebook:
         levels = _levels(grid, weight.device)
         return torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    middle = 2 ** (grid.bits - 1) if zero is None else spread(zero.float(), grid, weight.shape[1])
-    return steps.round_().add_(middle).clamp_(0, grid.limit).to(torch.uint8)
+    return steps.add_(_middle(zero, grid, weight.shape[1])).round_().clamp_(0, grid.limit).to(torch.uint8)
 
 
 def decode(coded: Coded, grid: Grid) -> torch.Tensor:
@@ -151,8 +162,7 @@ def decode(coded: Coded, grid: Grid) -> torch.Tensor:
     scale = spread(coded.scale.float(), grid, columns)
     if grid.codebook:
         return _levels(grid, coded.codes.device)[coded.codes.int()] * scale
-    middle = 2 ** (grid.bits - 1) if coded.zero is None else spread(coded.zero.float(), grid, columns)
-    return (coded.codes.float() - middle) * scale
+    return (coded.codes.float() - _middle(coded.zero, grid, columns)) * scale
 
 
 def spread(values: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor:
@@ -182,23 +192,36 @@ def _bounds(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tenso
     return groups.amin(-1).clamp_max(0.0), groups.amax(-1).clamp_min(0.0)
 
 
-def _laid(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> Range:
+def laid(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> Range:
+    """Lay the grid from `low` (at most 0) to `high` (at least 0) of each group, (rows, groups)."""
     if grid.has_zero:
-        scale = _stored((high - low) / grid.limit, grid)
-        return scale, (-low / scale.float()).round().clamp(0, grid.limit).to(torch.uint8)
+        scale = stored((high - low) / grid.limit, grid)
+        return scale, stored_zero(-low / scale.float(), grid)
     if grid.codebook:
-        return _stored(torch.maximum(high, -low), grid), None
+        return stored(torch.maximum(high, -low), grid), None
     # There is one level more below zero than above it: the sign of the scale gives it to the larger side.
     half = 2 ** (grid.bits - 1)
     largest = torch.where(-low >= high, low, high)
-    return _stored(largest / -half, grid), None
+    return stored(largest / -half, grid), None
 
 
-def _stored(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Round to the stored dtype; a group of zeros has no scale of its own, and any that is not zero codes it exactly."""
+def stored_zero(zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round zero points in steps, (rows, groups), to what is stored of them."""
+    return (zero * grid.zero_parts).round().clamp(0, 2**grid.zero_width - 1).to(torch.uint8)
+
+
+def stored(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round scales to the stored dtype; a group of zeros gets one that is not zero, and is coded exactly by it."""
     stored = scale.to(grid.scale_dtype)
     tiny = torch.finfo(grid.scale_dtype).smallest_normal
     return torch.where(stored == 0, torch.full_like(stored, tiny), stored)
+
+
+def _middle(zero: torch.Tensor | None, grid: Grid, columns: int) -> torch.Tensor | int:
+    """Return which code stands for 0.0, at each weight."""
+    if zero is None:
+        return 2 ** (grid.bits - 1)
+    return spread(zero.float() / grid.zero_parts, grid, columns)
 
 
 def _levels(grid: Grid, device: torch.device) -> torch.Tensor:

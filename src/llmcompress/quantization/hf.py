@@ -25,14 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..anatomy.module_sizes import ModuleSizes, module_sizes, quantized_by, resize
 from ..anatomy.per_layer import per_layer_config
 from ..errors import CheckpointError, UnsupportedModelError
-from .expert_modules import Int8Experts
-from .modules import SCHEMES, QuantizedModule, replace_modules
+from .modules import QuantizedModule, replace_modules
+from .schemes import SCHEMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "llmcompress"
-SCHEMES[Int8Experts.scheme] = Int8Experts
 FORMAT_VERSION = 2
 """The newest format: 1 has groups alone, 2 has sizes as well. A folder is written in the oldest that can tell it."""
 

@@ -63,8 +63,8 @@ class QuantizedModule(nn.Module, ABC):
         """Return what `from_spec` needs beside the float layer; JSON values, `scheme` included."""
 
     @abstractmethod
-    def dequantized(self) -> torch.Tensor:
-        """Return the float32 weight (rows, columns) that the codes stand for; rows are outputs, or table entries."""
+    def float_weights(self) -> dict[str, torch.Tensor]:
+        """Return what the codes stand for, float32, by name and in the shape of a plain linear or expert layer."""
 
     def tie(self, partner: QuantizedModule) -> None:
         """Share the weight and the scale of `partner`; the state dict then holds the scale once, under the partner."""
@@ -124,6 +124,10 @@ class Int8Module(QuantizedModule):
     def dequantized(self) -> torch.Tensor:
         """Return the float32 weight (rows, columns)."""
         return dequantize_rows(self.weight, self.scale)
+
+    def float_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weight."""
+        return {"weight": self.dequantized()}
 
     def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
         """Return the codes with their number."""
@@ -315,10 +319,6 @@ class Int8Embedding(Int8Module):
         # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.weight.device)).dtype
         return super()._apply(fn, recurse)
-
-
-SCHEMES: dict[str, type[QuantizedModule]] = {cls.scheme: cls for cls in (Int8Linear, Int8Embedding)}
-"""Name in a folder's config -> class. A new way to store weights is one class and one entry here."""
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -2,10 +2,12 @@
 
 from .int8 import Activations, Stored, activation_bits, fbgemm_linear, has_int_mm, int_mm_linear, torch_linear
 from .int8_ops import int8_linear, int8_static_linear, unpacked_linear
-from .packing import copy_state, forget_copy, has_fbgemm, pack, packed_bytes, packed_copy
+from .packed import Product, packed_product
+from .packing import copy_state, forget_copy, has_fbgemm, identity, pack, packed_bytes, packed_copy
 
 __all__ = [
     "Activations",
+    "Product",
     "Stored",
     "activation_bits",
     "copy_state",
@@ -13,12 +15,14 @@ __all__ = [
     "forget_copy",
     "has_fbgemm",
     "has_int_mm",
+    "identity",
     "int8_linear",
     "int8_static_linear",
     "int_mm_linear",
     "pack",
     "packed_bytes",
     "packed_copy",
+    "packed_product",
     "torch_linear",
     "unpacked_linear",
 ]

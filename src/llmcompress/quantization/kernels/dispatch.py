@@ -95,10 +95,12 @@ def _always(device: torch.device) -> bool:
     return True
 
 
+_FBGEMM = "a torch built with fbgemm, and torch.backends.quantized.engine 'x86' or 'fbgemm'"
+
+
 def _int8(scheme: str, fbgemm: str) -> list[Kernel]:
-    x86 = "a torch built with fbgemm, and torch.backends.quantized.engine 'x86' or 'fbgemm'"
     return [
-        Kernel(scheme, "cpu", "any", f"fbgemm {fbgemm}", has_fbgemm, x86),
+        Kernel(scheme, "cpu", "any", f"fbgemm {fbgemm}", has_fbgemm, _FBGEMM),
         Kernel(scheme, "cpu", "any", "torch._int_mm (oneDNN)", has_int_mm, "a CPU with VNNI and oneDNN"),
         Kernel(scheme, "cpu", "any", "codes multiplied as float32", _always, "nothing"),
         Kernel(scheme, "cuda", "any", "torch._int_mm (cuBLAS)", has_int_mm, "compute capability 7.5"),
@@ -109,6 +111,9 @@ def _int8(scheme: str, fbgemm: str) -> list[Kernel]:
 TABLE: list[Kernel] = [
     *_int8("int8_linear", "linear_dynamic"),
     *_int8("int8_experts", "linear_dynamic, one call an expert"),
+    Kernel("packed_linear", "cpu", "any", "fbgemm int8, codes made anew in 8 bits", has_fbgemm, _FBGEMM),
+    Kernel("packed_linear", "cpu", "any", "codes unpacked to float at each call", _always, "nothing"),
+    Kernel("packed_linear", "cuda", "any", "codes unpacked to float at each call", _always, "nothing"),
     *_int8("int8_static_linear", "linear_with_input_q_dq"),
 ]
 """Every kernel there is. A new one is an entry here and a file beside this one."""

@@ -59,7 +59,7 @@ def copy_state(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
 ) -> tuple[Any, ...]:
     """Return what tells whether a copy is still of these tensors."""
-    return _identity(weight), _identity(scale), None if bias is None else _identity(bias), activations
+    return identity(weight), identity(scale), None if bias is None else identity(bias), activations
 
 
 def forget_copy(weight: torch.Tensor) -> None:
@@ -75,5 +75,6 @@ def packed_bytes(weight: torch.Tensor) -> int:
     return weight.numel() + 16 * weight.shape[0] if weight in _COPIES else 0
 
 
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+def identity(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is replaced or written to."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,250 @@
+"""What the strategies share that store weights on grids of groups: their fields, the choice of layers, the exchange."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import gcd
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
+from ..compressor import Action, Compressor
+from ..errors import CompressionError, ConfigError, NothingToCompressError
+from .checks import refuse_quantized
+from .grid import Coded, Grid
+from .hf import mark_quantized
+from .modules import QuantizedModule, replace_modules
+from .packed_modules import Compute, PackedEmbedding, PackedLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+_KINDS: tuple[Kind, ...] = ("linear", "conv1d")
+# Groups begin on whole bytes at any number of bits.
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that becomes packed.
+
+    Attributes:
+        layer: the layer.
+        grid: the levels of its weights.
+        remark: for the plan, or None.
+    """
+
+    layer: WeightLayer
+    grid: Grid
+    remark: str | None = None
+
+    def __str__(self) -> str:
+        columns = self.layer.weight.shape[self.layer.input_axis]
+        kind = self.grid.codebook or f"int{self.grid.bits}"
+        group = "one scale a row" if self.grid.group_size is None else f"groups of {self.grid.size(columns)}"
+        return f"{kind}, {group}: {self.grid.bits_a_weight(columns):.2f} bits a weight"
+
+
+class GroupedQuantization(Compressor):
+    """Base of the strategies that store weights as codes on grids of groups."""
+
+    bits: int = Field(4, ge=2, le=8, description="bits a weight, scales not included")
+    group_size: int | None = Field(64, description="consecutive inputs that share a scale; None: a whole row")
+    symmetric: bool = Field(False, description="no zero points: the middle code is zero")
+    indivisible: Literal["error", "pad", "smaller_group"] = Field(
+        "error", description="what to do where group_size does not divide the inputs of a layer"
+    )
+    scale_dtype: Literal["float16", "bfloat16"] = Field("float16", description="dtype of the stored scales")
+    overrides: dict[str, int | None] = Field({}, description="bits by pattern of layer names; None leaves them alone")
+    compute: Compute = Field("auto", description="how products are computed: 'int8', 'float', or the fastest")
+    targets: tuple[str, ...] | None = Field(None, description="patterns of layers to quantize; None takes the blocks'")
+    skip: tuple[str, ...] = Field((), description="patterns of layers to leave in float")
+
+    @field_validator("group_size", mode="after")
+    @classmethod
+    def _whole_bytes(cls, group_size: int | None) -> int | None:
+        if group_size is not None and (group_size < _MULTIPLE or group_size % _MULTIPLE):
+            raise ConfigError(
+                f"{cls.__name__}.group_size must be a multiple of {_MULTIPLE}, or None for a whole row, got "
+                f"{group_size}."
+            )
+        return group_size
+
+    @field_validator("overrides", mode="after")
+    @classmethod
+    def _possible(cls, overrides: dict[str, int | None]) -> dict[str, int | None]:
+        for name, bits in overrides.items():
+            if bits is not None and not 2 <= bits <= 8:
+                raise ConfigError(
+                    f"{cls.__name__}.overrides[{name!r}] must be in [2, 8], or None to leave the layers in float, got "
+                    f"{bits}."
+                )
+        return overrides
+
+    @property
+    def terminal(self) -> bool:
+        """Packed weights cannot be pruned or trained further."""
+        return True
+
+    def _grid(self, bits: int) -> Grid:
+        """Return the grid of a layer with so many bits, before its group size is fitted to the layer."""
+        return Grid(bits, self.group_size, self.symmetric, scale_dtype=getattr(torch, self.scale_dtype))
+
+    def _choose(self, model: PreTrainedModel) -> tuple[list[Target], list[Action]]:
+        """Return the layers that become packed, tied ones included, and those that do not, with the reasons.
+
+        Raises:
+            UnsupportedModelError: the model is quantized already.
+            NothingToCompressError: nothing is chosen, or a pattern matches no layer.
+            ConfigError: the group size divides the inputs of no layer or not of all.
+        """
+        who = type(self).__name__
+        refuse_quantized(model, who)
+        chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=_KINDS)
+        known = weight_layers(model)
+        for pattern in self.overrides:
+            if not any(fnmatchcase(layer.name, pattern) for layer in known):
+                raise NothingToCompressError(
+                    f"no layer of {type(model).__name__} matches {who}.overrides[{pattern!r}]; it has: "
+                    f"{', '.join(layer.name for layer in known[:8])}{', ...' if len(known) > 8 else ''}."
+                )
+        named = tuple(pattern for pattern, bits in self.overrides.items() if bits is not None)
+        if named:
+            kinds: tuple[Kind, ...] = (*_KINDS, "embedding")
+            more, _ = select(model, who=who, targets=named, skip=self.skip, kinds=kinds)
+            names = {layer.name for layer in chosen}
+            chosen += [layer for layer in more if layer.name not in names]
+        wanted = {layer.name: self._bits(layer) for layer in chosen}
+        reasons = {action.path: action.reason for action in left}
+        reasons.update({name: pattern for name, (_, pattern) in wanted.items() if pattern is not None})
+        return self._with_partners(model, known, {name: bits for name, (bits, _) in wanted.items() if bits}, reasons)
+
+    def _with_partners(
+        self,
+        model: PreTrainedModel,
+        known: Sequence[WeightLayer],
+        wanted: Mapping[str, int],
+        reasons: Mapping[str, str | None],
+    ) -> tuple[list[Target], list[Action]]:
+        """Let tied layers go one way together: packed if one of them was asked for and none was refused."""
+        partners = defaultdict(list)
+        for layer in known:
+            partners[id(layer.weight)].append(layer)
+        targets, left = [], []
+        for layer in known:
+            together = partners[id(layer.weight)]
+            asked = next((own for own in together if own.name in wanted), None)
+            refused = next(
+                (own for own in together if own.name in reasons and self._is_refusal(reasons[own.name])), None
+            )
+            other = next((own for own in together if _why_float(own) is not None), None)
+            if asked is None:
+                left.append(Action(path=layer.name, reason=reasons.get(layer.name) or "not asked for"))
+            elif other is not None:
+                why = _why_float(other)
+                left.append(
+                    Action(
+                        path=layer.name, reason=why if other is layer else f"shares its weight with {other.name}: {why}"
+                    )
+                )
+            elif refused is not None:
+                why = f"shares its weight with {refused.name}, which stays in float: {reasons[refused.name]}"
+                left.append(Action(path=layer.name, reason=why))
+            else:
+                remark = f"shared with {layer.tied_to}" if layer.tied_to else None
+                targets.append(self._fitted(layer, wanted[asked.name], remark))
+        if not targets:
+            why = "; ".join(f"{action.path}: {action.reason}" for action in left[:4])
+            raise NothingToCompressError(
+                f"{type(self).__name__} can quantize no layer of {type(model).__name__}. {why}"
+            )
+        return targets, left
+
+    @staticmethod
+    def _is_refusal(reason: str | None) -> bool:
+        """Whether a layer was left because the caller said so."""
+        return reason is not None and reason.startswith(("skip=", "overrides["))
+
+    def _bits(self, layer: WeightLayer) -> tuple[int | None, str | None]:
+        """Return the bits of a layer, or None and the reason."""
+        for pattern, bits in self.overrides.items():
+            if fnmatchcase(layer.name, pattern):
+                return bits, None if bits is not None else f"overrides[{pattern!r}] = None"
+        return self.bits, None
+
+    def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
+        """Fit the group size to a layer, as `indivisible` says."""
+        grid = self._grid(bits)
+        columns = layer.weight.shape[layer.input_axis]
+        size = grid.group_size
+        if size is None or columns % size == 0:
+            return Target(layer, grid, remark)
+        if self.indivisible == "pad":
+            note = f"its last group has {columns % size} of {size} inputs"
+            return Target(layer, grid, "; ".join(filter(None, (remark, note))))
+        who = type(self).__name__
+        if self.indivisible == "smaller_group":
+            smaller = gcd(columns, size)
+            if smaller % _MULTIPLE == 0:
+                note = f"{size} does not divide its {columns} inputs"
+                small = Grid(grid.bits, smaller, grid.symmetric, grid.codebook, grid.scale_dtype, grid.zero_bits)
+                return Target(layer, small, "; ".join(filter(None, (remark, note))))
+            raise ConfigError(
+                f"{who}.group_size must share a factor of {_MULTIPLE} with the inputs of every layer, and {layer.name} "
+                f"has {columns}; leave it out with skip=({layer.name!r},), or take indivisible='pad'."
+            )
+        raise ConfigError(
+            f"{who}.group_size={size} must divide the inputs of every layer, and {layer.name} has {columns}; take "
+            f"indivisible='pad' or 'smaller_group', another group_size, or skip=({layer.name!r},)."
+        )
+
+    def _exchange(self, model: PreTrainedModel, coded: Sequence[tuple[Target, Coded]]) -> None:
+        """Put packed layers in the place of those that were coded, and mark the model.
+
+        Raises:
+            CompressionError: a scale is NaN or infinite; nothing is changed then.
+        """
+        for target, codes in coded:
+            if not torch.isfinite(codes.scale).all():
+                raise CompressionError(
+                    f"{type(self).__name__}: the scales of {target.layer.name} hold NaN or infinity in "
+                    f"{self.scale_dtype}; its weights are too large for it: take scale_dtype='bfloat16', or leave it "
+                    f"out with skip=({target.layer.name!r},)."
+                )
+        shared: dict[int, QuantizedModule] = {}
+        for target, codes in coded:
+            module, key = target.layer.module, id(target.layer.weight)
+            replacement: QuantizedModule
+            if isinstance(module, nn.Embedding):
+                replacement = PackedEmbedding.from_coded(module, codes, target.grid)
+            else:
+                replacement = PackedLinear.from_coded(module, codes, target.grid, self.compute)
+            if key in shared:
+                replacement.tie(shared[key])
+            shared.setdefault(key, replacement)
+            replace_modules(model, {module: replacement})
+        mark_quantized(model)
+
+
+def upright(layer: WeightLayer) -> torch.Tensor:
+    """Return the weight as (outputs, inputs), or (entries, width) of a table, float32."""
+    weight = layer.weight.detach()
+    return (weight.T.contiguous() if layer.kind == "conv1d" else weight).float()
+
+
+def _why_float(layer: WeightLayer) -> str | None:
+    """Say why a layer cannot be packed, or None."""
+    module = layer.module
+    if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+        return f"{type(module).__name__} is an embedding with a forward of its own"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it renormalises its rows at each call (max_norm)"
+    return None

@@ -1,0 +1,88 @@
+"""Products with packed weights, and which one serves where.
+
+torch has no fast product for packed codes on a CPU (2.13: `_weight_int4pack_mm_for_cpu` is slower than float32). Two
+ways are left there, and a native kernel has its place beside them:
+
+- `int8`: the weight is coded anew in 8 bits, one scale a row, when it is first used, and multiplied by fbgemm with one
+  scale of activations a token. The second coding moves a weight by at most 1/254 of the largest of its row, little
+  beside the steps of 4 bits and less; the 8-bit copy is memory, told by `derived_bytes`, and never saved.
+- `float`: rows are unpacked, multiplied in float and forgotten, at every call. Exact, no memory, slow for few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ..affine import quantize_rows
+from ..grid import Coded, decode, row_chunks
+from .int8 import fbgemm_linear, torch_linear
+from .packing import has_fbgemm, pack
+
+if TYPE_CHECKING:
+    from ..packed_modules import Compute, PackedModule
+
+
+class Product(Protocol):
+    """A product with one weight.
+
+    Attributes:
+        nbytes: of the copy of the weight that it holds.
+    """
+
+    nbytes: int
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Map `x` (..., inputs), at least 2-D, to (..., outputs) in the dtype of `x`."""
+
+
+def packed_product(layer: PackedModule, compute: Compute) -> Product:
+    """Return the product that serves `layer` on its device; `"auto"` takes the fastest there."""
+    fast = has_fbgemm(layer.weight.device)
+    if compute == "int8" or (compute == "auto" and fast):
+        return Int8Product(layer.dequantized())
+    return FloatProduct(layer)
+
+
+class FloatProduct:
+    """Unpacks at each call, a million weights at a time."""
+
+    nbytes = 0
+
+    def __init__(self, layer: PackedModule) -> None:
+        self._layer = layer
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply in the dtype of `x`."""
+        coded, grid = self._layer.coded(), self._layer.grid
+        parts = []
+        for rows in row_chunks(coded.codes):
+            zero = coded.zero[rows] if coded.zero is not None else None
+            weight = decode(Coded(coded.codes[rows], coded.scale[rows], zero), grid)
+            parts.append(F.linear(x, weight.to(x.dtype)))
+        product = torch.cat(parts, dim=-1)
+        return product if bias is None else product.add_(bias)
+
+
+class Int8Product:
+    """Holds the weight (rows, columns) in 8 bits, packed by fbgemm where there is one."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._codes, self._scale = quantize_rows(weight)
+        # fbgemm adds for each output a scale, zero point, column sum and bias.
+        self.nbytes = self._codes.numel() + 16 * len(self._codes)
+        self._packed: Any = None
+        if has_fbgemm(weight.device):
+            self._packed = pack(self._codes, self._scale, None, "token")
+            self._codes = self._codes.new_empty(0)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply in int8, one scale a row of `x`."""
+        exact = x if x.dtype == torch.float32 else x.float()
+        if self._packed is not None:
+            product = fbgemm_linear(exact, self._packed, bias, "token")
+        else:
+            product = torch_linear(exact, self._codes, self._scale, bias, "token")
+        return product if x.dtype == torch.float32 else product.to(x.dtype)

@@ -1,0 +1,12 @@
+"""The ways in which weights are stored, by the name that a folder's config knows."""
+
+from __future__ import annotations
+
+from .expert_modules import Int8Experts
+from .modules import Int8Embedding, Int8Linear, QuantizedModule
+from .packed_modules import PackedEmbedding, PackedLinear
+
+SCHEMES: dict[str, type[QuantizedModule]] = {
+    cls.scheme: cls for cls in (Int8Linear, Int8Embedding, Int8Experts, PackedLinear, PackedEmbedding)
+}
+"""A new way to store weights is one class and one entry here."""

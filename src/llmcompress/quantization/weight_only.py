@@ -1,0 +1,110 @@
+"""Weight-only quantization to 2 to 8 bits, with no data: round to nearest on grids laid in several ways."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from ..compressor import Action, Context
+from ..errors import ConfigError
+from ..registry import register
+from .checks import refuse_nonfinite
+from .fitting import Fit, quantize
+from .grid import Coded, Grid
+from .grouped import GroupedQuantization, Target, upright
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A zero point of 8 bits has 4 binary places at 4 bits: what HQQ keeps in a float of 16.
+_FINE = 8
+
+
+@register("weight_only_quantization")
+class WeightOnlyQuantization(GroupedQuantization):
+    """Store weights in 2 to 8 bits, in groups with a scale and a zero point each, rounded to the nearest level.
+
+    Needs no data and takes seconds. `GPTQ` and `AWQ` store the same layout and lose less, but need texts. The folder
+    loads by plain `from_pretrained` after `import llmcompress`; the bits that are told are the bits on disk, scales and
+    zero points included.
+
+    On a CPU with fbgemm, products run in int8 by default: each weight is coded anew in 8 bits when it is first used,
+    and activations get 8 bits a token. That is fast, costs a byte a weight in memory, and adds a small error of its
+    own; `compute="float"` is exact and keeps the memory small, but unpacks the weights at every call.
+
+    Left in float, and told: embeddings and heads unless `overrides` or `targets` name them, 3-D experts, embedding
+    classes with a forward of their own.
+
+    Args:
+        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
+        group_size: how many consecutive inputs share a scale, a multiple of 8; None is one scale a row.
+        symmetric: whether to do without zero points.
+        fit: how a group's grid is laid: `"min_max"` just covers its weights; `"mse"` clips the range to the least
+            squared error; `"hqq"` is robust to outliers (half-quadratic; its zero points have 8 bits).
+        codebook: `"nf4"` or `"fp4"`: 16 unequal levels instead of equal steps; then `bits` is 4, with no zero points.
+        indivisible: where `group_size` does not divide the inputs of a layer: `"error"`; `"pad"`, a shorter last group;
+            or `"smaller_group"`, the largest common divisor.
+        scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
+        overrides: other bits for the layers whose names match a shell pattern (`{"*.down_proj": 8, "lm_head": None}`).
+            The first match decides; None leaves the layer in float. Embeddings and heads can be named too.
+        compute: `"int8"`, `"float"`, or `"auto"`, the fastest on the device where the model is.
+        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        skip: patterns of layers to leave in float; they win over all others.
+
+    Raises:
+        ConfigError: a field is out of range, or the group size divides the inputs of a layer not.
+        CompressionError: a weight or a scale is NaN or infinite; the message names the layer.
+
+    Source:
+        HQQ: Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/; NF4: Dettmers et al. 2023, arXiv 2305.14314.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> from llmcompress.testing import tiny_model
+        >>> result = lc.compress(tiny_model("llama"), lc.WeightOnlyQuantization(bits=4, group_size=32), progress=False)
+        >>> result.model.model.layers[0].mlp.up_proj
+        PackedLinear(64, 128, bias=False, bits=4, group_size=32, affine, compute='auto')
+    """
+
+    fit: Fit = Field("min_max", description="how the grid of a group is laid")
+    codebook: Literal["nf4", "fp4"] | None = Field(None, description="unequal levels instead of equal steps")
+
+    @model_validator(mode="after")
+    def _agree(self) -> WeightOnlyQuantization:
+        who = type(self).__name__
+        if self.codebook is None:
+            return self
+        if any(bits not in (4, None) for bits in (self.bits, *self.overrides.values())):
+            raise ConfigError(f"{who}.bits must be 4 with codebook={self.codebook!r}, in overrides too.")
+        if self.fit != "min_max" or self.symmetric:
+            raise ConfigError(
+                f"{who}.fit must be 'min_max' and symmetric False with codebook={self.codebook!r}, whose levels are "
+                f"made for the largest magnitude of a group."
+            )
+        return self
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Name each layer that is packed, with its bits a weight, and why each other one is left."""
+        targets, left = self._choose(model)
+        return [Action(path=target.layer.name, does=str(target), reason=target.remark) for target in targets] + left
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Replace the layers by packed ones."""
+        targets, _ = self._choose(model)
+        refuse_nonfinite(target.layer for target in targets)
+        coded: list[tuple[Target, Coded]] = []
+        known: dict[int, Coded] = {}
+        for target in targets:
+            key = id(target.layer.weight)
+            if key not in known:
+                known[key] = quantize(upright(target.layer), target.grid, self.fit)
+            coded.append((target, known[key]))
+        self._exchange(model, coded)
+        return model
+
+    def _grid(self, bits: int) -> Grid:
+        fine = _FINE if self.fit == "hqq" and not self.symmetric else None
+        dtype = getattr(torch, self.scale_dtype)
+        return Grid(bits, self.group_size, self.symmetric, self.codebook, dtype, fine)
