@@ -56,6 +56,7 @@ _HOME = {
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dynamic": ("DynamicQuantization",),
     "quantization.kernels.dispatch": ("kernels",),
+    "quantization.static": ("StaticQuantization",),
     "quantization.kv_cache": ("QuantizedCache",),
     "quantization.weight_only": ("WeightOnlyQuantization",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CompressionError
 from . import kernels
 from .affine import dequantize_rows, quantize_rows
-from .kernels import Activations
+from .kernels import Activations, Stored
 
 Spec = Mapping[str, Any]
 
@@ -166,7 +166,7 @@ class Int8Linear(Int8Module):
         super().__init__(out_features, in_features, device)
         self.in_features = in_features
         self.out_features = out_features
-        self.activations: Activations = activations
+        self.activations: Activations | Stored = activations
         added = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", added)
         self._packed: tuple[Any, Any] | None = None
