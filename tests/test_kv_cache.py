@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import llmcompress as lc
-from llmcompress.quantization.coded_states import CodedStates
+from llmcompress.quantization.coded_states import CodedStates, _pack, _unpack
 from llmcompress.testing import tiny_inputs, tiny_model
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -79,6 +79,16 @@ def test_hand_computed_nibbles():
     coded.append(torch.tensor([0.0, 1.0, 2.0, 15.0]).reshape(1, 1, 1, 4))
     assert coded._codes.flatten().tolist() == [0 | 1 << 4, 2 | 15 << 4]
     assert torch.allclose(coded.dequantize().flatten(), torch.tensor([0.0, 1.0, 2.0, 15.0]), atol=0.02)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_codes_come_back_whole(bits, order, monkeypatch):
+    monkeypatch.setattr("llmcompress.quantization.coded_states.sys.byteorder", order)
+    codes = torch.randint(0, 2**bits, (2, 3, 5, 21), dtype=torch.uint8)
+    packed = _pack(codes, bits)
+    assert packed.shape[-1] == -(-21 * bits // 8)
+    assert torch.equal(_unpack(packed, bits, 21), codes)
 
 
 def test_odd_channels_constant_channels_and_dropping():
