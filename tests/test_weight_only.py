@@ -37,6 +37,14 @@ def test_codes_come_back_and_no_bit_is_wasted(bits, columns):
     assert [int.from_bytes(bytes(row.tolist()), "little") for row in packed] == stream
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_codes_come_back_on_machines_of_the_other_byte_order(bits, monkeypatch):
+    codes = torch.randint(0, 2**bits, (3, 33), dtype=torch.uint8)
+    known = unpack(pack(codes, bits), bits, 33)
+    monkeypatch.setattr("llmcompress.quantization.packing.sys.byteorder", "big")
+    assert torch.equal(unpack(pack(codes, bits), bits, 33), known)
+
+
 # -- grids --------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Keys or values of one attention, coded in 8, 4 or 2 bits: affine, packed, appended to, never coded twice.
+"""Keys or values of one attention, coded in 2 to 8 bits: affine, packed, appended to, never coded twice.
 
 A number is stored as a code in [0, 2^bits - 1], the numbers of a group share a scale and an offset in 16 bits:
 `x ~ offset + code * scale`. A group is a run of tokens of one channel, or a run of channels of one token.
@@ -6,12 +6,12 @@ A number is stored as a code in [0, 2^bits - 1], the numbers of a group share a 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
+
+from .packing import pack, unpack
 
 Along = Literal["channel", "token"]
 """Which numbers share a scale: those of one channel over a run of tokens, or those of one token over its channels."""
@@ -21,7 +21,7 @@ class CodedStates:
     """States (batch, heads, tokens, channels) in `bits` bits a number; grows at its end.
 
     Args:
-        bits: 8, 4 or 2.
+        bits: 2 to 8.
         along: what shares a scale.
         group_size: tokens a group for `"channel"`; for `"token"` channels a group, or the largest divisor of the
             channels below it.
@@ -72,7 +72,7 @@ class CodedStates:
         step = (high - offset.float()) / levels
         scale = (step * (1 + limits.eps / 2) + least).clamp_max(limits.max).to(kind)
         codes = torch.round((grouped - offset.float()) / scale.float()).clamp_(0, levels).to(torch.uint8)
-        new = (_pack(codes.flatten(dim - 1, dim), self.bits), scale.squeeze(dim), offset.squeeze(dim))
+        new = (pack(codes.flatten(dim - 1, dim), self.bits), scale.squeeze(dim), offset.squeeze(dim))
         held = self._tensors()
         joined = [torch.cat(pair, dim=2) for pair in zip(held, new, strict=True)] if held else new
         self._codes, self._scale, self._offset = joined
@@ -82,7 +82,7 @@ class CodedStates:
         if self._codes is None or self._scale is None or self._offset is None:
             return
         dim = 3 if self.along == "channel" else 4
-        codes = self._grouped(_unpack(self._codes, self.bits, self._channels))
+        codes = self._grouped(unpack(self._codes, self.bits, self._channels))
         view = self._grouped(out)
         scale, offset = (tensor.unsqueeze(dim).to(out.dtype) for tensor in (self._scale, self._offset))
         # Two passes: addcmul takes five times as long where a scale is spread over the last dimension.
@@ -135,31 +135,3 @@ class CodedStates:
         channels = states.shape[3]
         size = next(size for size in range(min(self.group_size, channels), 0, -1) if channels % size == 0)
         return states.unflatten(3, (-1, size))
-
-
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes (..., channels) into uint8 (..., bytes), the first of a byte in its lowest bits."""
-    each = 8 // bits
-    if each == 1:
-        return codes
-    padded = F.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    packed = padded[..., 0].clone()
-    for place in range(1, each):
-        packed |= padded[..., place] << (place * bits)
-    return packed
-
-
-def _unpack(packed: torch.Tensor, bits: int, channels: int) -> torch.Tensor:
-    """Return the codes (..., channels) that `_pack` packed."""
-    if bits == 8:
-        return packed
-    # Within a wider whole number the codes of a byte move to bytes of their own, whose order is that of the machine.
-    if bits == 4 and sys.byteorder == "little":
-        wide = packed.to(torch.int16)
-        return (wide << 4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.uint8)[..., :channels]
-    if bits == 2 and sys.byteorder == "little":
-        wide = packed.to(torch.int32)
-        wide = wide.bitwise_or_(wide << 12)
-        return (wide << 6).bitwise_or_(wide).bitwise_and_(0x03030303).view(torch.uint8)[..., :channels]
-    places = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return torch.stack(places, dim=-1).flatten(-2)[..., :channels]

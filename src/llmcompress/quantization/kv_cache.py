@@ -1,4 +1,4 @@
-"""A key-value cache in 8, 4 or 2 bits for `model.generate(past_key_values=...)`, built on transformers' own classes.
+"""A key-value cache in 2 to 8 bits for `model.generate(past_key_values=...)`, built on transformers' own classes.
 
 transformers' `QuantizedCache` needs packages for its arithmetic, codes the whole cache anew whenever its window of
 recent tokens is full, errors upon errors, and takes no model with sliding windows. Here every token is coded once.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -20,8 +20,6 @@ from .coded_states import Along, CodedStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-Bits = Literal[2, 4, 8]
 
 # While an assistant drafts tokens, which may be taken back, so many more stay in float than otherwise.
 _DRAFT = 64
@@ -43,7 +41,7 @@ class QuantizedCache(DynamicCache):
 
     Args:
         config: of the model. Encoder-decoders need two caches: see `for_encoder_decoder`.
-        bits: 8, 4 or 2 bits a number; a pair names keys and values apart, `(4, 2)`.
+        bits: 2 to 8 bits a number; a pair names keys and values apart, `(4, 2)`.
         group_size: numbers that share a scale and an offset of 16 bits each; at most the head's size for values.
         residual_length: how many of the newest tokens stay in float at least.
         keys: what shares a scale in keys, `"channel"` or `"token"`.
@@ -68,7 +66,7 @@ class QuantizedCache(DynamicCache):
         self,
         config: PreTrainedConfig,
         *,
-        bits: Bits | tuple[Bits, Bits] = 4,
+        bits: int | tuple[int, int] = 4,
         group_size: int = 64,
         residual_length: int = 128,
         keys: Along = "channel",
@@ -86,7 +84,7 @@ class QuantizedCache(DynamicCache):
         cls,
         config: PreTrainedConfig,
         *,
-        bits: Bits | tuple[Bits, Bits] = 4,
+        bits: int | tuple[int, int] = 4,
         group_size: int = 64,
         residual_length: int = 128,
         keys: Along = "channel",
@@ -118,7 +116,7 @@ class QuantizedCache(DynamicCache):
     def _make(
         self,
         config: PreTrainedConfig,
-        bits: Bits | tuple[Bits, Bits],
+        bits: int | tuple[int, int],
         group_size: int,
         residual_length: int,
         keys: Along,
@@ -126,8 +124,8 @@ class QuantizedCache(DynamicCache):
     ) -> None:
         key_bits, value_bits = bits if isinstance(bits, tuple) and len(bits) == 2 else (bits, bits)
         for given in (key_bits, value_bits):
-            if given not in (2, 4, 8):
-                raise ConfigError(f"QuantizedCache.bits must be 8, 4 or 2, or a pair of them, got {bits!r}.")
+            if given not in range(2, 9):
+                raise ConfigError(f"QuantizedCache.bits must be in [2, 8], or a pair of such, got {bits!r}.")
         for name, number, least in (("group_size", group_size, 2), ("residual_length", residual_length, 0)):
             if not isinstance(number, int) or number < least:
                 raise ConfigError(f"QuantizedCache.{name} must be a whole number of at least {least}, got {number!r}.")
