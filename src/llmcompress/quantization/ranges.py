@@ -1,5 +1,4 @@
-"""The range of a layer's inputs that 8-bit codes shall cover: a histogram gathered batch by batch, and four ways to
-choose from it.
+"""The range of a layer's inputs that 8-bit codes shall cover: a histogram of them, and four ways to choose from it.
 
 All values are kept (`minmax`), or some are cut off, so that the others get finer steps: a fixed share of them
 (`percentile`), as many as makes the squared error least (`mse`), or as many as keeps the distribution most like itself
@@ -8,6 +7,7 @@ All values are kept (`minmax`), or some are cut off, so that the others get fine
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,9 +28,9 @@ _SMALLEST_STEP = 1e-30
 class InputHistogram:
     """How often each value occurs among a layer's inputs, in bins of equal width around 0.
 
-    Where a batch brings larger values the bins double their width, and neighbours are added up: no value is ever
-    counted twice or in a wrong bin, and the counts do not depend on how values are split into batches, but for the
-    width. At least a quarter of the bins is in use.
+    The bins reach to a power of two above all values. Where a batch brings larger ones the bins double their width, and
+    neighbours are added up, so the counts do not depend on how values are split into batches. At least a quarter of
+    the bins is in use.
 
     Attributes:
         count: tokens seen so far.
@@ -51,7 +51,6 @@ class InputHistogram:
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self.reach = 0.0
         self.low, self.high = 0.0, 0.0
-        self._zeros = 0
 
     @classmethod
     def of(cls, layer: WeightLayer) -> InputHistogram:
@@ -68,13 +67,13 @@ class InputHistogram:
         self.count += len(inputs)
         largest = max(-low, high)
         if largest == 0 and self.reach == 0:
-            # Without a width there are no bins yet; they all will go to the one in the middle.
-            self._zeros += values.numel()
+            # Without a width there are no bins yet; these all go to the one in the middle.
+            self.counts[_BINS // 2] += values.numel()
             return
+        reach = math.ldexp(1.0, math.frexp(largest)[1])
         if self.reach == 0:
-            self.reach = largest
-            self.counts[_BINS // 2] = self._zeros
-        while self.reach < largest:
+            self.reach = reach
+        while self.reach < reach:
             self._widen()
         for part in values.flatten().split(1 << 22):  # float32 counts are exact up to 2^24
             self.counts += torch.histc(part, _BINS, -self.reach, self.reach).double().cpu()
