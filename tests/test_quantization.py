@@ -17,6 +17,7 @@ from llmcompress.anatomy.footprint import footprint
 from llmcompress.quantization import kernels
 from llmcompress.quantization.affine import activation_range, dequantize_rows, quantize_rows
 from llmcompress.quantization.modules import Int8Embedding, Int8Linear, QuantizedModule
+from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
 
 needs_fbgemm = pytest.mark.skipif(not kernels.has_fbgemm(torch.device("cpu")), reason="this torch has no fbgemm")
@@ -204,6 +205,22 @@ def test_a_head_of_a_masked_model_keeps_its_tied_bias():
     model = lc.DynamicQuantization().compress(model, lc.Context())
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+
+
+@pytest.mark.parametrize("architecture", ["xlm-roberta", "olmo"])
+def test_folders_whose_head_comes_first_or_without_a_float_weight(architecture, tmp_path):
+    model = lc.DynamicQuantization().compress(build_tiny("causal-lm", architecture), lc.Context())
+    assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.dtype == torch.float32
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_last_float_weight_stays_and_says_so():
+    plan = lc.DynamicQuantization().plan(build_tiny("causal-lm", "olmo"), lc.Context())
+    (left,) = [action for action in plan if not action.touched]
+    assert "tells a model's dtype" in left.reason
 
 
 def test_a_tied_head_follows_its_embedding_into_float():

@@ -70,6 +70,16 @@ def test_t5_knows_int8_and_no_other_codes():
     assert all(name.endswith("DenseReluDense.wo") for name in found)
 
 
+def test_what_is_read_at_the_first_call_is_found_after_it():
+    model = build_tiny("causal-lm", "rwkv")
+    assert model.rwkv.layers_are_rescaled
+    found = read_directly(model)
+    assert {name.rpartition("blocks.0.")[2] for name in found if "blocks.0." in name} == {
+        "attention.output",
+        "feed_forward.value",
+    }
+
+
 def test_mamba_is_quantized_but_for_what_it_reads():
     model = build_tiny("causal-lm", "mamba")
     with torch.no_grad():

@@ -33,7 +33,7 @@ def test_each_strategy(task, architecture):
     subject = Subject.of(build_tiny(task, architecture))
     assert (subject.reloads, subject.remarks) == (True, [])
     assert subject.generates == (task != "classification")
-    for strategy in ("magnitude", "ffn", "heads", "depth"):
+    for strategy in ("magnitude", "ffn", "heads", "depth", "quantization"):
         note = "loads with llmcompress" if (architecture, strategy) in {("gpt2", "heads"), ("bert", "heads")} else ""
         assert check(strategy, subject) == Outcome("verified", note)
     assert check("experts", subject).status == ("verified" if architecture == "mixtral" else "absent")
@@ -58,6 +58,10 @@ def test_each_strategy(task, architecture):
         ("bloom", "heads", "refused", "does not run with fewer"),
         ("kimi_linear", "heads", "refused", "a convolution runs over queries"),
         ("mamba", "heads", "refused", "no attention"),
+        ("gpt_oss", "quantization", "verified", ""),  # experts the other way round, with biases
+        ("dbrx", "quantization", "verified", "of the matrices stay in float"),  # experts of all kinds in one matrix
+        ("mamba", "quantization", "verified", ""),  # weights read past their layer
+        ("rwkv", "quantization", "verified", ""),  # weights divided at the first call
     ],
 )
 def test_what_the_matrix_has_shown(architecture, strategy, status, note):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, Field
 from torch import nn
+
+from .saved import file_bytes, saved_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,30 +52,11 @@ def footprint(model: nn.Module | PreTrainedModel) -> Footprint:
 
 
 def disk_bytes(model: nn.Module) -> int:
-    """Predict the bytes of the safetensors file that holds the model's state, header included, without writing it.
+    """Tell the bytes of the safetensors file that `save_pretrained` writes, header included, without writing it.
 
-    Exact but for the alignment of the header where `save_pretrained` stores tensors as they are in memory; where
-    transformers renames or splits them (3-D experts) the header differs by some bytes a tensor, the weights not at all.
+    Exact, but for a model above the 50 GB at which transformers begins another file with a header of its own.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    seen: set[tuple[int, torch.Size, torch.dtype]] = set()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.dtype)
-        if key in seen:
-            continue
-        seen.add(key)
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SAFETENSORS_NAME.get(tensor.dtype, "F32"),
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + (length + 7) // 8 * 8 + offset
+    return file_bytes(saved_tensors(model))
 
 
 def sparse_bytes(model: nn.Module) -> int:
@@ -89,20 +71,6 @@ def sparse_bytes(model: nn.Module) -> int:
             zeros = tensor.numel() - int(torch.count_nonzero(tensor))
             saved += max(0, zeros * tensor.element_size() - (tensor.numel() + 7) // 8)
     return disk_bytes(model) - saved
-
-
-_SAFETENSORS_NAME = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:

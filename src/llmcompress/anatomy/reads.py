@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from .layers import WeightLayer, weight_layers
+from .module_sizes import build
 from .probe import probe_inputs, probe_outputs
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
     reads = _Reads(layers)
     with torch.random.fork_rng(devices=[]), reads.watching():
         probe_outputs(model, inputs)
+    first = _read_at_first(model, inputs)
     for layer in layers:
-        if id(layer.weight) in reads.read:
+        if id(layer.weight) in reads.read or layer.name in first:
             around = model.get_submodule(layer.path.rpartition(".")[0])
             who = type(around).__name__
             reasons.setdefault(layer.name, f"the code of {who} reads its weight instead of calling it")
@@ -76,6 +78,23 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
         cast = _cast_inputs(model, asked, inputs, stored)
         reasons.update(dict.fromkeys(cast, "the model casts its inputs to the dtype of its weight"))
     return reasons
+
+
+def _read_at_first(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names of the layers whose weight a model of this kind reads at the first call after it was loaded.
+
+    `model` may have had that call (RWKV divides some of its weights then), so its twin without weights is called. It
+    stops where the code wants to see a value; what it has done until then counts.
+    """
+    try:
+        twin = build(model).eval()
+    except UnsupportedModelError:
+        return set()
+    layers = [layer for layer in weight_layers(twin) if layer.kind in _PLAIN]
+    reads = _Reads(layers)
+    with suppress(Exception), reads.watching(), torch.no_grad():  # any model's code runs here
+        twin(**{name: tensor.to("meta") for name, tensor in inputs.items()})
+    return {layer.name for layer in layers if id(layer.weight) in reads.read}
 
 
 def _own_forward(layer: WeightLayer) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,12 @@ def choose(
             kept.append(layer)
         else:
             floats.append(Action(path=layer.name, reason=reason))
+    last = _only_float(model, kept)
+    if last is not None:
+        kept.remove(last)
+        floats.append(
+            Action(path=last.name, reason="transformers tells a model's dtype by a float weight; none else is left")
+        )
     if not kept:
         why = "; ".join(f"{action.path}: {action.reason}" for action in floats[:4])
         raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
@@ -82,7 +88,9 @@ def replace_layers(
 ) -> None:
     """Put what `quantize` makes of each layer in its place; layers that share a weight share its codes."""
     shared: dict[int, QuantizedModule] = {}
-    for layer in layers:
+    # Loading ties in transformers' direction, whichever layer comes first in the model: the source holds the scale.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for layer in sorted(layers, key=lambda layer: f"{layer.path}.{layer.parameter}" in tied):
         key = id(layer.weight)
         replacement = quantize(layer)
         if key in shared:
@@ -109,6 +117,16 @@ def replace_experts(
     for module, own in groups.items():
         replacement = quantize(module, [weight.parameter for weight in own], own[0].input_axis == 1)
         replace_modules(model, {module: replacement})
+
+
+def _only_float(model: PreTrainedModel, kept: Sequence[WeightLayer]) -> WeightLayer | None:
+    """Return the smallest layer of `kept` if all float parameters of the model are weights in it, or None."""
+    coded = {id(layer.weight) for layer in kept}
+    if not coded or any(id(tensor) not in coded for tensor in model.parameters() if tensor.is_floating_point()):
+        return None
+    holders = Counter(id(layer.weight) for layer in kept)
+    alone = [layer for layer in kept if holders[id(layer.weight)] == 1]
+    return min(alone or kept, key=lambda layer: layer.weight.numel())
 
 
 def _why_float(layer: WeightLayer) -> str | None:

@@ -14,6 +14,7 @@ import torch
 import llmcompress as lc
 
 from ..anatomy.footprint import footprint
+from ..anatomy.layers import weight_layers
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
 from ..anatomy.vocabulary import vocabulary_size
 from ..compressor import Compressor, Context, still_there
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 # Sliced and masked networks add the same numbers in another order.
 _TOLERANCE = 1e-4
 _CACHE_TOLERANCE = 1e-3
+# Of a random model, in which a router's choice or a hash turns on little; what computes nonsense differs by 1.4.
+_CODED_TOLERANCE = 0.8
+# Of the weights in matrices; tables of positions are far too large in a tiny model.
+_TOLD_SHARE = 0.1
 # In capitals, whose ids a vocabulary of 64 tokens holds.
 _TEXTS = ["A CAT SAT ON A MAT", "THE DOG RAN FAR", "ONE AND TWO IS THREE", "NO RAIN TODAY"]
 _NEW_TOKENS = 6
@@ -171,6 +176,27 @@ def _vocabulary(subject: Subject) -> str:
     return ""
 
 
+def _quantization(subject: Subject) -> str:
+    """The int8 model is about the float one, and answers for itself: saved, loaded, and with a cache."""
+    # One scale a token: with one for all, a call of one token rounds them otherwise than a call of many.
+    step = lc.DynamicQuantization(activations="token")
+    left = {action.path for action in step.plan(subject.model, Context()) if not action.touched}
+    work = step.compress(copy.deepcopy(subject.model), Context()).eval()
+    for inputs in _questions(subject.model):
+        found, expected = probe_outputs(work, inputs), probe_outputs(subject.model, inputs)
+        _require(bool(torch.isfinite(found).all()), "the outputs hold NaN or infinity")
+        error = relative_error(found, expected)
+        _require(error <= _CODED_TOLERANCE, f"the outputs differ from the float model's by {error:.1e} (relative)")
+    before, after = footprint(subject.model), footprint(work)
+    _require(after.parameters == before.parameters, f"{after.parameters} weights are counted of {before.parameters}")
+    _require(after.disk_bytes < before.disk_bytes, f"{after.disk_bytes} bytes are left of {before.disk_bytes}")
+    _check_saved(subject, work)
+    matrices = [layer for layer in weight_layers(subject.model) if layer.kind != "embedding"]
+    numbers = {layer.name: layer.weight.numel() for layer in matrices}
+    share = sum(number for name, number in numbers.items() if name in left) / max(sum(numbers.values()), 1)
+    return f"{share:.0%} of the matrices stay in float" if share > _TOLD_SHARE else ""
+
+
 STRATEGIES: dict[str, Callable[[Subject], str]] = {
     "magnitude": _magnitude,
     "wanda": _wanda,
@@ -180,6 +206,7 @@ STRATEGIES: dict[str, Callable[[Subject], str]] = {
     "hidden": _hidden,
     "depth": _depth,
     "vocabulary": _vocabulary,
+    "quantization": _quantization,
 }
 """The columns of the matrix: each takes a subject, raises where something is wrong, and returns a remark or nothing."""
 

@@ -228,8 +228,7 @@ def _save(result: Result, folder: Path, inputs: Mapping[str, torch.Tensor], logi
     result.save_pretrained(folder)
     predicted = result.report.steps[-1].footprint.disk_bytes
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    off = abs(written - predicted) / written
-    _require(off < 0.02, f"{folder.name}: {written} bytes on disk where the report says {predicted}")
+    _require(written == predicted, f"{folder.name}: {written} bytes on disk where the report says {predicted}")
     (folder / "expected").mkdir()
     save_file({**inputs, "logits": logits.contiguous()}, folder / "expected" / _EXPECTED)
 
