@@ -91,9 +91,7 @@ def speed(lengths: tuple[int, ...], rounds: int, steps: int) -> None:
         **{f"{bits} bits": lambda bits=bits: lc.QuantizedCache(config, bits=bits) for bits in (8, 4, 2)},
     }
     print(f"\n### Milliseconds a step, medians of {rounds} rounds of {steps} steps, caches in turn (MiB held)\n")
-    print(
-        "Random Llama of 134 million parameters, 12 layers of 12 heads of 64, batch 1; groups of 64, 128 in float.\n"
-    )
+    print("Random Llama of 134 million parameters, 12 layers of 12 heads of 64, batch 1; groups of 64, 128 in float.\n")
     print("| tokens before |" + "".join(f" {name} |" for name in makers))
     print("|---|" + "---|" * len(makers))
     draw = random.Random(0)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -14,13 +15,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmcompress as lc
 from llmcompress.checkpoint import load, save
+from llmcompress.quantization.bitsandbytes_paths import product_path
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'llmcompress[bnb]'")
 # LLM.int8() warns at each product of a float32 input.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-KINDS = {"nf4": {"kind": "nf4"}, "nf4 double": {"kind": "nf4", "double_quant": True}, "int8": {"kind": "int8"}}
+KINDS = {
+    "nf4": {"kind": "nf4"},
+    "nf4 double": {"kind": "nf4", "double_quant": True},
+    "fp4": {"kind": "fp4"},
+    "int8": {"kind": "int8"},
+}
 
 
 def quantized(family="llama", **fields):
@@ -55,6 +62,8 @@ def test_every_family_reloads_without_llmcompress(tmp_path):
     folders = []
     for family in FAMILIES:
         for kind, fields in KINDS.items():
+            if kind == "fp4" and family not in ("llama", "gpt2"):  # the same files as nf4, other levels
+                continue
             model = quantized(family, **fields)
             expected = logits(model)
             # Taken after a forward pass on purpose: see keep_exact.
@@ -110,14 +119,76 @@ def test_same_input_same_tensors():
 def test_what_is_left_is_told():
     plan = lc.BitsAndBytesQuantization().plan(tiny_model("mixtral"), lc.Context())
     reasons = {action.path: action.reason for action in plan if not action.touched}
-    assert "experts" in reasons["model.layers.0.mlp.experts.gate_up_proj"]
+    assert reasons["model.layers.0.mlp.experts.gate_up_proj"].startswith(
+        "3-D experts, which bitsandbytes leaves in float"
+    )
     assert "output head" in reasons["lm_head"]
-    assert "slower" in reasons[""]
+    warnings = [action.reason for action in plan if not action.path]
+    assert len(warnings) == 2
+    assert re.match(r"\d\d% of the weights are 3-D experts", warnings[0])
+    assert warnings[1].startswith("no fast path: bitsandbytes is made for GPUs")
 
     plan = lc.BitsAndBytesQuantization().plan(tiny_model("gemma"), lc.Context())
     narrow = next(action for action in plan if action.path == "model.layers.0.self_attn.k_proj")
     assert narrow.reason == "its 16 outputs are no multiple of 32, as the CPU kernels of bitsandbytes need"
     assert lc.BitsAndBytesQuantization(kind="int8").plan(tiny_model("gemma"), lc.Context())[1].touched
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype", "fast", "how"),
+    [
+        ("nf4", (8, 0), torch.bfloat16, True, "4-bit kernel"),
+        ("nf4", (8, 0), torch.float32, False, "take compute_dtype='bfloat16'"),
+        ("fp4", (7, 5), torch.float32, False, "take compute_dtype='float16'"),
+        ("fp4", (7, 5), torch.bfloat16, False, "7.5 has no bfloat16 tensor cores"),
+        ("int8", (7, 5), torch.float32, True, "int8 tensor cores"),
+        ("int8", (7, 0), torch.float32, False, "7.0 has no int8 tensor cores"),
+    ],
+)
+def test_the_path_of_products_on_gpus_is_named(kind, capability, dtype, fast, how, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = product_path(kind, torch.device("cuda"), dtype)
+    assert found[0] is fast
+    assert how in found[1]
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_path_of_products_on_cpus_is_named(has, monkeypatch):
+    monkeypatch.setattr(bnb.functional, "has_avx512bf16", lambda: has)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if has else "AVX2")
+    four, eight = (product_path(kind, torch.device("cpu"), torch.float32) for kind in ("nf4", "int8"))
+    assert (four[0], eight[0]) == (False, False)
+    assert ("its AVX-512 BF16 kernel" if has else "expands the whole weight") in four[1]
+    assert ("torch._int_mm" if has else "no int8 product") in eight[1]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_is_stored_is_what_transformers_stores(kind, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    for double in (False, True):
+        ours = lc.BitsAndBytesQuantization(kind=kind, double_quant=double).compress(model, lc.Context())
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=double,
+            llm_int8_skip_modules=["lm_head"],
+        )
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).state_dict()
+        found = ours.state_dict()
+        assert found.keys() == theirs.keys()
+        assert all(torch.equal(found[name], theirs[name]) for name in found if "quant_state" not in name)
+
+
+def test_double_quantization_stores_scales_in_eight_bits():
+    once, twice = (quantized(double_quant=double).state_dict() for double in (False, True))
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(once[weight], twice[weight])
+    assert (once[f"{weight}.absmax"].dtype, twice[f"{weight}.absmax"].dtype) == (torch.float32, torch.uint8)
+    assert once[f"{weight}.absmax"].numel() == once[weight].numel() * 2 // 64
+    # One float for 256 scales, and a byte for each: 0.373 bits a weight less.
+    blocks = once[f"{weight}.absmax"].numel()
+    assert 4 * blocks - (blocks + 4 * twice[f"{weight}.nested_absmax"].numel()) == 4 * 128 - (128 + 4)
 
 
 def test_a_layer_whose_inputs_no_block_divides_is_left_and_the_rest_works():
@@ -148,6 +219,10 @@ def test_targets_skip_and_dtype():
 def test_refusals(monkeypatch):
     with pytest.raises(lc.ConfigError, match="'nf4', 'fp4' or 'int8', got 'int4'"):
         lc.BitsAndBytesQuantization(kind="int4")
+    with pytest.raises(lc.ConfigError, match="double_quant must be left out with kind='int8'"):
+        lc.BitsAndBytesQuantization(kind="int8", double_quant=True)
+    with pytest.raises(lc.ConfigError, match="compute_dtype must be left out with kind='int8'"):
+        lc.BitsAndBytesQuantization(kind="int8", compute_dtype="float16")
     with pytest.raises(lc.UnsupportedModelError, match=r"already quantized \(bitsandbytes\)"):
         lc.BitsAndBytesQuantization().compress(quantized(), lc.Context())
     with pytest.raises(lc.UnsupportedModelError, match="already quantized"):

@@ -7,13 +7,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ..anatomy.layers import WeightLayer, select, weight_layers
 from ..compressor import Action, Compressor, Context
-from ..errors import NothingToCompressError, PluginError, VerificationError
+from ..errors import ConfigError, NothingToCompressError, PluginError, VerificationError
 from ..registry import register
+from .bitsandbytes_paths import product_path
 from .checks import refuse_nonfinite, refuse_quantized, refuse_sizes
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _BLOCK = 64
 # The CPU kernels of bitsandbytes work on so many outputs at a time, and stop at a layer that they do not divide.
 _OUTPUTS = 32
 
+_EXPERTS = "3-D experts, which bitsandbytes leaves in float (bitsandbytes#1849); DynamicQuantization codes them in int8"
+
 
 @register("bitsandbytes_quantization")
 class BitsAndBytesQuantization(Compressor):
@@ -31,16 +34,17 @@ class BitsAndBytesQuantization(Compressor):
 
     The result is transformers' own: `config.quantization_config` is a `BitsAndBytesConfig`, and the folder loads by
     plain `from_pretrained` wherever bitsandbytes is installed. Made for GPUs. On a CPU the model becomes smaller but
-    slower: the report of the run tells by how much. All weights of the result are frozen, since the CPU kernels fail
-    where gradients are asked for.
+    slower: the plan says which kernel there is, the report of the run by how much it is slower. All weights of the
+    result are frozen, since the CPU kernels fail where gradients are asked for.
 
-    Left in float, and told: heads, embeddings, 3-D experts (bitsandbytes skips those without a word), modules that
-    transformers keeps in float32, and for 4 bits layers whose sizes the kernels do not divide.
+    Left in float, and told: heads, embeddings, 3-D experts with their share of the weights (bitsandbytes skips those
+    without a word), modules that transformers keeps in float32, and for 4 bits layers whose sizes the kernels do not
+    divide.
 
     Args:
         kind: `"nf4"`, 4 bits with levels at the quantiles of a normal distribution; `"fp4"`, 4-bit floats; `"int8"`,
             LLM.int8(), 8 bits with outlier columns multiplied in 16 bits.
-        double_quant: whether the scales of 4-bit blocks are quantized too, which saves about 0.4 bits a weight.
+        double_quant: whether the scales of 4-bit blocks are quantized too, which saves 0.37 bits a weight.
         compute_dtype: the dtype 4-bit weights are expanded to for the product; None takes the model's.
         targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
         skip: patterns of layers to leave in float; they win over `targets`.
@@ -65,18 +69,29 @@ class BitsAndBytesQuantization(Compressor):
     targets: tuple[str, ...] | None = Field(None, description="patterns of layers to quantize; None takes the blocks'")
     skip: tuple[str, ...] = Field((), description="patterns of layers to leave in float")
 
+    @model_validator(mode="after")
+    def _only_4_bits(self) -> BitsAndBytesQuantization:
+        for name in ("double_quant", "compute_dtype"):
+            if self.kind == "int8" and getattr(self, name):
+                raise ConfigError(
+                    f"BitsAndBytesQuantization.{name} must be left out with kind='int8', which has no blocks and "
+                    f"multiplies in int8, got {getattr(self, name)!r}."
+                )
+        return self
+
     @property
     def terminal(self) -> bool:
         """Coded weights cannot be pruned or trained further."""
         return True
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
-        """Name each layer that is quantized, and why each other one is left; on a CPU, say that it will be slow."""
+        """Name each layer that is quantized, and why each other one is left; say how this device will multiply."""
         chosen, left = self._choose(model)
         does = f"bitsandbytes {self.kind}"
         actions = [Action(path=layer.name, does=does) for layer in chosen] + left
-        if model.device.type == "cpu":
-            actions.append(_SLOW)
+        dtype = getattr(torch, self._compute_dtype(model))
+        fast, how = product_path(self.kind, model.device, dtype)
+        actions.append(Action(path="", reason=f"{'fast path' if fast else 'no fast path'}: {how}"))
         return actions
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
@@ -120,8 +135,11 @@ class BitsAndBytesQuantization(Compressor):
             llm_int8_skip_modules=[path for path in linear if path not in names],
             bnb_4bit_quant_type=self.kind if self.kind != "int8" else "fp4",
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=self.compute_dtype or str(model.dtype).removeprefix("torch."),
+            bnb_4bit_compute_dtype=self._compute_dtype(model),
         )
+
+    def _compute_dtype(self, model: PreTrainedModel) -> str:
+        return self.compute_dtype or str(model.dtype).removeprefix("torch.")
 
     def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
         who = type(self).__name__
@@ -141,6 +159,17 @@ class BitsAndBytesQuantization(Compressor):
         if not kept:
             why = "; ".join(f"{action.path}: {action.reason}" for action in refused[:4])
             raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
+        experts = [layer for layer in weight_layers(model) if layer.kind == "experts"]
+        names = {layer.name for layer in experts}
+        left = [
+            Action(path=action.path, reason=_EXPERTS)
+            if action.path in names and "skip=" not in (action.reason or "")
+            else action
+            for action in left
+        ]
+        if experts:
+            share = sum(layer.weight.numel() for layer in experts) / model.num_parameters()
+            left.append(Action(path="", reason=f"{share:.0%} of the weights are {_EXPERTS}"))
         return kept, [*refused, *left]
 
     def _why_float(self, model: PreTrainedModel, layer: WeightLayer) -> str | None:
@@ -156,9 +185,6 @@ class BitsAndBytesQuantization(Compressor):
         if self.kind != "int8" and outputs % _OUTPUTS:
             return f"its {outputs} outputs are no multiple of {_OUTPUTS}, as the CPU kernels of bitsandbytes need"
         return None
-
-
-_SLOW = Action(path="", reason="bitsandbytes is made for GPUs: on this CPU expect a smaller but slower model")
 
 
 def _refuse_difference(result: PreTrainedModel, names: set[str]) -> None:
