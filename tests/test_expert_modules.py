@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from torch import nn
 
 import llmcompress as lc
 from llmcompress.anatomy.footprint import footprint
+from llmcompress.anatomy.layers import weight_layers
 from llmcompress.evaluation.flops import count_flops
 from llmcompress.quantization.expert_modules import Int8Experts, QuantizedExperts
 from llmcompress.quantization.expert_weight import ExpertWeight
+from llmcompress.quantization.fitting import quantize
+from llmcompress.quantization.grid import Grid, decode
+from llmcompress.quantization.packed_experts import PackedExperts
 from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import tiny_inputs, tiny_model
 
@@ -135,6 +140,29 @@ def test_experts_follow_a_cast_and_a_change_of_their_codes():
         plain(torch.randn(4, 32, requires_grad=True)).sum().backward()
 
 
+def test_packed_experts_compute_from_their_codes(nothing_is_dequantized):
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    for transposed in (False, True):
+        for grid in (Grid(4, 16), Grid(3, None, symmetric=True), Grid(4, 8, codebook="nf4")):
+            module = Stack()
+            upright = module.up.detach()
+            expected = quantize(upright.flatten(0, 1), grid)
+            if transposed:
+                module.up = nn.Parameter(upright.mT.contiguous())
+            packed = PackedExperts.from_coded(module, {"up": (expected, grid)}, transposed=transposed, compute="float")
+            whole = decode(expected, grid).unflatten(0, (3, 20))
+            assert torch.equal(packed.float_weights()["up"], whole.mT if transposed else whole)
+            with torch.no_grad():
+                product = x @ packed.up[2] if transposed else F.linear(x, packed.up[2])
+                torch.testing.assert_close(product, x @ whole[2].T)
+                packed.compute = "int8"
+                packed.to(torch.float32)
+                assert relative(x @ (packed.up[2] if transposed else packed.up[2].T), x @ whole[2].T) < 0.03
+            assert packed.derived_bytes() > 0
+            assert copy.deepcopy(packed).derived_bytes() == 0
+            assert packed.coded_weights()[0][1] == 3 * 20 * 32
+
+
 # -- whole models -------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +189,41 @@ def test_the_models_own_forward_runs_on_codes(architecture):
         assert isinstance(experts, type(module))
     assert footprint(int8).parameters == footprint(model).parameters
     assert footprint(int8).disk_bytes < 0.36 * footprint(model).disk_bytes
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "jetmoe"])
+def test_experts_are_packed_with_other_bits_by_pattern(architecture, tmp_path):
+    model = build_tiny("causal-lm", architecture)
+    down = "*.output_linear.weight" if architecture == "jetmoe" else "*.down_proj"
+    step = lc.WeightOnlyQuantization(bits=4, group_size=32, overrides={down: 8}, compute="float")
+    dense = {layer.name: layer for layer in weight_layers(model) if layer.kind == "experts"}
+    result = lc.compress(model, step, progress=False)
+    packed = result.model
+    done = {action.path: action.does for action in result.report.steps[0].touched}
+    for name, layer in dense.items():
+        experts = packed.get_submodule(layer.path)
+        bits = 8 if fnmatchcase(name, down) else 4
+        assert f"int{bits}" in done[name]
+        grid = experts.grids[layer.parameter]
+        assert (grid.bits, grid.group_size) == (bits, 32)
+        upright = layer.weight.detach().mT if layer.input_axis == 1 else layer.weight.detach()
+        expected = decode(quantize(upright.flatten(0, 1), grid), grid).unflatten(0, upright.shape[:2])
+        found = experts.float_weights()[layer.parameter]
+        assert torch.equal(found.mT if layer.input_axis == 1 else found, expected)
+    assert footprint(packed).parameters == footprint(model).parameters
+    packed.save_pretrained(tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert written == result.report.steps[0].footprint.disk_bytes
+    again = type(packed).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(packed))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(type(packed).from_pretrained(tmp_path / "again")), logits(packed))
+
+
+def test_layers_that_are_read_stay_in_float_in_4_bits_too():
+    plan = lc.WeightOnlyQuantization(group_size=16).plan(build_tiny("causal-lm", "mamba"), lc.Context())
+    reasons = {action.path: action.reason for action in plan}
+    assert "instead of calling it" in reasons["backbone.layers.0.mixer.dt_proj"]
 
 
 def test_operations_are_those_of_the_float_model():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Each row gets a scale of 4 bytes: below this width (relative position biases, one number a head) it does not pay.
 _NARROWEST = 16
+LAST_FLOAT = "transformers tells a model's dtype by a float weight; none else is left"
+"""Why a layer is left that `only_float` found."""
 
 
 def choose(
@@ -71,12 +73,10 @@ def choose(
             kept.append(layer)
         else:
             floats.append(Action(path=layer.name, reason=reason))
-    last = _only_float(model, kept)
+    last = only_float(model, kept)
     if last is not None:
         kept.remove(last)
-        floats.append(
-            Action(path=last.name, reason="transformers tells a model's dtype by a float weight; none else is left")
-        )
+        floats.append(Action(path=last.name, reason=LAST_FLOAT))
     if not kept:
         why = "; ".join(f"{action.path}: {action.reason}" for action in floats[:4])
         raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
@@ -119,7 +119,7 @@ def replace_experts(
         replace_modules(model, {module: replacement})
 
 
-def _only_float(model: PreTrainedModel, kept: Sequence[WeightLayer]) -> WeightLayer | None:
+def only_float(model: PreTrainedModel, kept: Sequence[WeightLayer]) -> WeightLayer | None:
     """Return the smallest layer of `kept` if all float parameters of the model are weights in it, or None."""
     coded = {id(layer.weight) for layer in kept}
     if not coded or any(id(tensor) not in coded for tensor in model.parameters() if tensor.is_floating_point()):

@@ -76,10 +76,6 @@ class QuantizedExperts(QuantizedModule):
         """Read what else is in `spec`, and register empty tensors for each of `_layouts`."""
 
     @abstractmethod
-    def store(self, name: str, weight: torch.Tensor) -> None:
-        """Store the float weight (experts, outputs, inputs) of the parameter `name`."""
-
-    @abstractmethod
     def matrix(self, name: str, expert: int) -> torch.Tensor:
         """Return the float32 weight (outputs, inputs) of one expert."""
 
@@ -113,13 +109,7 @@ class QuantizedExperts(QuantizedModule):
         # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
         device = next(self.parameters(recurse=False)).device
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=device)).dtype
-        exact = {name: self._buffers[name] for name in self._shared}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            now = self._buffers[name]
-            if tensor is not None and now is not None and now.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(now.device)
-        return self
+        return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         layout = self.__dict__.get("_layouts", {}).get(name)

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
+from ..anatomy.reads import read_directly
 from ..compressor import Action, Compressor
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from .checks import refuse_quantized
+from .choice import LAST_FLOAT, only_float
 from .grid import Coded, Grid
 from .hf import mark_quantized
 from .modules import QuantizedModule, replace_modules
+from .packed_experts import PackedExperts
 from .packed_modules import Compute, PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-_KINDS: tuple[Kind, ...] = ("linear", "conv1d")
 # Groups begin on whole bytes at any number of bits.
 _MULTIPLE = 8
+# 3-D weights that are no experts (a mix of two tokens, a kernel) have such an axis.
+_NARROWEST = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Target:
 
 class GroupedQuantization(Compressor):
     """Base of the strategies that store weights as codes on grids of groups."""
+
+    _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d")
+    """Kinds of layers that are packed unasked."""
 
     bits: int = Field(4, ge=2, le=8, description="bits a weight, scales not included")
     group_size: int | None = Field(64, description="consecutive inputs that share a scale; None: a whole row")
@@ -108,7 +115,7 @@ class GroupedQuantization(Compressor):
         """
         who = type(self).__name__
         refuse_quantized(model, who)
-        chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=_KINDS)
+        chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=self._kinds)
         known = weight_layers(model)
         for pattern in self.overrides:
             if not any(fnmatchcase(layer.name, pattern) for layer in known):
@@ -118,7 +125,7 @@ class GroupedQuantization(Compressor):
                 )
         named = tuple(pattern for pattern, bits in self.overrides.items() if bits is not None)
         if named:
-            kinds: tuple[Kind, ...] = (*_KINDS, "embedding")
+            kinds: tuple[Kind, ...] = (*self._kinds, "embedding")
             more, _ = select(model, who=who, targets=named, skip=self.skip, kinds=kinds)
             names = {layer.name for layer in chosen}
             chosen += [layer for layer in more if layer.name not in names]
@@ -138,6 +145,9 @@ class GroupedQuantization(Compressor):
         partners = defaultdict(list)
         for layer in known:
             partners[id(layer.weight)].append(layer)
+        # The codes have the dtype int8, which is what is looked for by default.
+        direct = read_directly(model)
+        floats = {layer.name: direct.get(layer.name) or _why_float(layer) for layer in known}
         targets, left = [], []
         for layer in known:
             together = partners[id(layer.weight)]
@@ -145,11 +155,11 @@ class GroupedQuantization(Compressor):
             refused = next(
                 (own for own in together if own.name in reasons and self._is_refusal(reasons[own.name])), None
             )
-            other = next((own for own in together if _why_float(own) is not None), None)
+            other = next((own for own in together if floats[own.name] is not None), None)
             if asked is None:
                 left.append(Action(path=layer.name, reason=reasons.get(layer.name) or "not asked for"))
             elif other is not None:
-                why = _why_float(other)
+                why = floats[other.name]
                 left.append(
                     Action(
                         path=layer.name, reason=why if other is layer else f"shares its weight with {other.name}: {why}"
@@ -161,6 +171,10 @@ class GroupedQuantization(Compressor):
             else:
                 remark = f"shared with {layer.tied_to}" if layer.tied_to else None
                 targets.append(self._fitted(layer, wanted[asked.name], remark))
+        last = only_float(model, [target.layer for target in targets])
+        if last is not None:
+            targets = [target for target in targets if target.layer.name != last.name]
+            left.append(Action(path=last.name, reason=LAST_FLOAT))
         if not targets:
             why = "; ".join(f"{action.path}: {action.reason}" for action in left[:4])
             raise NothingToCompressError(
@@ -220,8 +234,12 @@ class GroupedQuantization(Compressor):
                     f"out with skip=({target.layer.name!r},)."
                 )
         shared: dict[int, QuantizedModule] = {}
+        experts: dict[nn.Module, list[tuple[Target, Coded]]] = defaultdict(list)
         for target, codes in coded:
             module, key = target.layer.module, id(target.layer.weight)
+            if target.layer.kind == "experts":
+                experts[module].append((target, codes))
+                continue
             replacement: QuantizedModule
             if isinstance(module, nn.Embedding):
                 replacement = PackedEmbedding.from_coded(module, codes, target.grid)
@@ -231,18 +249,28 @@ class GroupedQuantization(Compressor):
                 replacement.tie(shared[key])
             shared.setdefault(key, replacement)
             replace_modules(model, {module: replacement})
+        for module, own in experts.items():
+            weights = {target.layer.parameter: (codes, target.grid) for target, codes in own}
+            transposed = own[0][0].layer.input_axis == 1
+            packed = PackedExperts.from_coded(module, weights, transposed=transposed, compute=self.compute)
+            replace_modules(model, {module: packed})
         mark_quantized(model)
 
 
 def upright(layer: WeightLayer) -> torch.Tensor:
-    """Return the weight as (outputs, inputs), or (entries, width) of a table, float32."""
+    """Return the weight as (outputs, inputs), or (entries, width) of a table, float32; experts one below the other."""
     weight = layer.weight.detach()
+    if layer.kind == "experts":
+        return (weight.mT if layer.input_axis == 1 else weight).flatten(0, 1).float()
     return (weight.T.contiguous() if layer.kind == "conv1d" else weight).float()
 
 
 def _why_float(layer: WeightLayer) -> str | None:
     """Say why a layer cannot be packed, or None."""
     module = layer.module
+    if layer.kind == "experts" and min(layer.weight.shape[1:]) < _NARROWEST:
+        rows, columns = layer.weight.shape[1:]
+        return f"matrices of {rows} x {columns} are too small for groups of their own"
     if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
         return f"{type(module).__name__} is an embedding with a forward of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:

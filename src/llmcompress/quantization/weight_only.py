@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 
+from ..anatomy.layers import Kind
 from ..compressor import Action, Context
 from ..errors import ConfigError
 from ..registry import register
@@ -34,8 +35,10 @@ class WeightOnlyQuantization(GroupedQuantization):
     and activations get 8 bits a token. That is fast, costs a byte a weight in memory, and adds a small error of its
     own; `compute="float"` is exact and keeps the memory small, but unpacks the weights at every call.
 
-    Left in float, and told: embeddings and heads unless `overrides` or `targets` name them, 3-D experts, embedding
-    classes with a forward of their own.
+    3-D experts keep the model's own routing and gates; each expert's products are computed from its codes.
+
+    Left in float, and told: embeddings and heads unless `overrides` or `targets` name them, layers whose weight the
+    model's code reads itself, classes with a forward of their own.
 
     Args:
         bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
@@ -67,6 +70,8 @@ class WeightOnlyQuantization(GroupedQuantization):
         >>> result.model.model.layers[0].mlp.up_proj
         PackedLinear(64, 128, bias=False, bits=4, group_size=32, affine, compute='auto')
     """
+
+    _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d", "experts")
 
     fit: Fit = Field("min_max", description="how the grid of a group is laid")
     codebook: Literal["nf4", "fp4"] | None = Field(None, description="unequal levels instead of equal steps")

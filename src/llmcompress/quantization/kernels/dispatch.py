@@ -108,12 +108,19 @@ def _int8(scheme: str, fbgemm: str) -> list[Kernel]:
     ]
 
 
+def _packed(scheme: str) -> list[Kernel]:
+    return [
+        Kernel(scheme, "cpu", "any", "fbgemm int8, codes made anew in 8 bits", has_fbgemm, _FBGEMM),
+        Kernel(scheme, "cpu", "any", "codes unpacked to float at each call", _always, "nothing"),
+        Kernel(scheme, "cuda", "any", "codes unpacked to float at each call", _always, "nothing"),
+    ]
+
+
 TABLE: list[Kernel] = [
     *_int8("int8_linear", "linear_dynamic"),
     *_int8("int8_experts", "linear_dynamic, one call an expert"),
-    Kernel("packed_linear", "cpu", "any", "fbgemm int8, codes made anew in 8 bits", has_fbgemm, _FBGEMM),
-    Kernel("packed_linear", "cpu", "any", "codes unpacked to float at each call", _always, "nothing"),
-    Kernel("packed_linear", "cuda", "any", "codes unpacked to float at each call", _always, "nothing"),
+    *_packed("packed_linear"),
+    *_packed("packed_experts"),
     *_int8("int8_static_linear", "linear_with_input_q_dq"),
 ]
 """Every kernel there is. A new one is an entry here and a file beside this one."""

@@ -22,7 +22,26 @@ from .int8 import fbgemm_linear, torch_linear
 from .packing import has_fbgemm, pack
 
 if TYPE_CHECKING:
-    from ..packed_modules import Compute, PackedModule
+    from ..grid import Grid
+    from ..packed_modules import Compute
+
+
+class Packed(Protocol):
+    """A matrix of packed codes."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The packed codes."""
+
+    @property
+    def grid(self) -> Grid:
+        """What the codes mean."""
+
+    def coded(self) -> Coded:
+        """Return the codes, unpacked."""
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the float32 matrix."""
 
 
 class Product(Protocol):
@@ -38,7 +57,7 @@ class Product(Protocol):
         """Map `x` (..., inputs), at least 2-D, to (..., outputs) in the dtype of `x`."""
 
 
-def packed_product(layer: PackedModule, compute: Compute) -> Product:
+def packed_product(layer: Packed, compute: Compute) -> Product:
     """Return the product that serves `layer` on its device; `"auto"` takes the fastest there."""
     fast = has_fbgemm(layer.weight.device)
     if compute == "int8" or (compute == "auto" and fast):
@@ -51,7 +70,7 @@ class FloatProduct:
 
     nbytes = 0
 
-    def __init__(self, layer: PackedModule) -> None:
+    def __init__(self, layer: Packed) -> None:
         self._layer = layer
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
