@@ -61,6 +61,7 @@ _HOME = {
     "quantization.weight_only": ("WeightOnlyQuantization",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
+    "streaming.compress_checkpoint": ("compress_checkpoint",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

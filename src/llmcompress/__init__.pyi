@@ -101,5 +101,6 @@ from .registry import register as register
 from .registry import tasks as tasks
 from .result import Report as Report
 from .result import Result as Result
+from .streaming.compress_checkpoint import compress_checkpoint as compress_checkpoint
 
 __version__: str

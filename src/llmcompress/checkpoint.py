@@ -50,13 +50,7 @@ def save(
             `format_version`, `files`, `weights`. Nothing is changed then.
     """
     folder = Path(folder)
-    taken = [key for key in _OWN_KEYS if key in metadata]
-    if taken:
-        raise CheckpointError(f"metadata must not use the key {taken[0]!r}, which {METADATA_FILE} keeps for itself.")
-    try:
-        extra = json.loads(json.dumps(dict(metadata), allow_nan=True))
-    except TypeError as error:
-        raise CheckpointError(f"metadata must hold JSON values only: {error}.") from error
+    extra = _checked(metadata)
     _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
@@ -64,14 +58,11 @@ def save(
         draft.mkdir()
         # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
         plain = getattr(model, "quantization_method", None) == "bitsandbytes"
-        with _bars_hidden():
+        with bars_hidden():
             model.save_pretrained(draft, save_original_format=not plain)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        weights = {path.name: _fingerprint(path) for path in sorted(draft.glob("*.safetensors"))}
-        files = sorted(path.name for path in draft.iterdir())
-        content = {"format_version": FORMAT_VERSION, "files": files, "weights": weights, **extra}
-        (draft / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        seal(draft, extra)
         _put_in_place(draft, folder)
     finally:
         if draft.exists():
@@ -79,8 +70,36 @@ def save(
     return folder
 
 
+def seal(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write `llmcompress.json` into a folder in which all other files are: their names, and the weights' hashes.
+
+    Args:
+        folder: as it is to stay.
+        metadata: JSON values to write beside.
+
+    Raises:
+        CheckpointError: `metadata` is no JSON, or uses the names `format_version`, `files`, `weights`.
+    """
+    extra = _checked(metadata)
+    weights = {path.name: fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = sorted(path.name for path in folder.iterdir())
+    content = {"format_version": FORMAT_VERSION, "files": files, "weights": weights, **extra}
+    (folder / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    taken = [key for key in _OWN_KEYS if key in metadata]
+    if taken:
+        raise CheckpointError(f"metadata must not use the key {taken[0]!r}, which {METADATA_FILE} keeps for itself.")
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=True))
+    except TypeError as error:
+        raise CheckpointError(f"metadata must hold JSON values only: {error}.") from error
+    return found
+
+
 @contextmanager
-def _bars_hidden() -> Iterator[None]:
+def bars_hidden() -> Iterator[None]:
     """Keep transformers' bar over the files off the terminal: whoever saves did not ask for it."""
     from transformers.utils import logging
 
@@ -139,7 +158,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; copy the folder again, or save the model again.")
     for name, known in weights.items():
-        found = _fingerprint(folder / name)
+        found = fingerprint(folder / name)
         if found != known:
             raise CheckpointError(
                 f"{folder / name} is damaged: it must have {_told(known)}, got {_told(found)}; copy the folder again, "
@@ -245,7 +264,8 @@ def _put_in_place(draft: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return the size and the SHA-256 of a file."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

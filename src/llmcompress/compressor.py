@@ -153,6 +153,15 @@ class Compressor(BaseModel, ABC):
         """Whether no weight-changing step may follow, as after quantization."""
         return False
 
+    @property
+    def in_turns(self) -> bool:
+        """Whether `compress` changes one block at a time, each in its own turn; then `compress_checkpoint` can run it.
+
+        The turns are those of `anatomy.turns.in_turns` or `calibration.block_by_block`. Before its turn a block is only
+        read, and afterwards it is left alone; what is in no block may be changed in the turn `""` and behind it.
+        """
+        return False
+
     @abstractmethod
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Compress `model` and return it; it may be changed in place, the runner made the copy."""

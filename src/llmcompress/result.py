@@ -29,7 +29,7 @@ class StepRecord(BaseModel):
     """What one step did, as the runner measured it."""
 
     step: dict[str, Any] = Field(description="the step's recipe")
-    seconds: float = Field(description="time of the step itself, evaluation not included")
+    seconds: float | None = Field(None, description="time of the step itself, evaluation not included, if it is known")
     footprint: Footprint = Field(description="size of the model after the step")
     touched: list[Action] = Field(description="what was changed, and how")
     left: list[Action] = Field(description="what was left alone, and why; also remarks")
@@ -165,7 +165,7 @@ def _row(name: str, size: Footprint, record: StepRecord | None, score: TaskScore
         bytes_text(size.disk_bytes),
         ratio_text(base.disk_bytes / size.disk_bytes),
         bytes_text(size.memory_bytes),
-        f"{record.seconds:.1f}" if record else "",
+        f"{record.seconds:.1f}" if record and record.seconds is not None else "",
         str(len(record.touched)) if record else "",
         str(sum(action.path != "" for action in record.left)) if record else "",
     ]

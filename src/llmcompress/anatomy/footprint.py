@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from .saved import file_bytes, saved_tensors
+from .turns import let_go
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ def footprint(model: nn.Module | PreTrainedModel) -> Footprint:
         stored = int(torch.count_nonzero(tensor)) if tensor.device.type != "meta" else tensor.numel()
         # A packed or coded weight has no zeros to be counted one by one.
         nonzero += stored if tensor.numel() == logical else logical
+        let_go(tensor)
     return Footprint(
         parameters=parameters,
         nonzero=nonzero,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from ..anatomy.turns import keeper_of
 from ..errors import MissingInputError, UnsupportedModelError
 from .listening import listen
 from .replay import Batch, Forward, Replay, replaced, stopping
 from .states import States
-from .statistics import Statistic, parts_of
+from .statistics import Ignored, Statistic, parts_of
 from .survey import prove, survey
 
 if TYPE_CHECKING:
@@ -166,24 +167,33 @@ def _turns(
     if doubt:
         _LOG.warning("%s: each block takes a pass through the whole of %s: %s", who, type(model).__name__, doubt)
     turns = list(found.turns.items())
+    keeper = keeper_of(model)
     places = {place.path: number for number, place in enumerate(found.order)}
     with States(memory_bytes) as states, tqdm(total=len(turns), desc=who, disable=not progress) as bar:
         replay = Replay(forward, found.order, batches, states)
         start = 0
         for index, (block, own) in enumerate(turns):
-            statistics = _empty(own, statistic)
+            # A block that an earlier run finished runs as it did then, so that all that comes behind gets the same.
+            done = keeper.is_finished(block)
+            if not done:
+                keeper.begin(block)
+            statistics = _empty(own, Ignored if done else statistic)
             with listen(own, statistics, who=who):
                 if doubt:
-                    for batch in batches:
+                    for batch in batches if not done else ():
                         forward(batch)
                 elif block in places:
                     replay.run(start, places[block])
                     start = places[block]
                 elif not block:
                     replay.run(start, None)
-            unseen = tuple(name for name in statistics if name in found.unseen)
-            yield Turn(block, index, len(turns), statistics, unseen, bool(doubt))
-            statistics.clear()
+            if done:
+                keeper.restore(block)
+            else:
+                unseen = tuple(name for name in statistics if name in found.unseen)
+                yield Turn(block, index, len(turns), statistics, unseen, bool(doubt))
+                statistics.clear()
+                keeper.finish(block)
             bar.update()
 
 

@@ -76,13 +76,13 @@ class _Watched:
 
     def __init__(self, layer: WeightLayer, statistics: Sequence[Statistic], who: str) -> None:
         self._layer, self._statistics, self._who = layer, statistics, who
-        self._start = layer.weight.data_ptr()
         self._part = layer.weight.nbytes // parts_of(layer)
 
     def part_at(self, address: int) -> int | None:
         """Return the number of the expert that begins at `address`, if one does."""
         # A share of an expert's rows that does not begin it gets the same inputs as the one that does.
-        part, rest = divmod(address - self._start, self._part)
+        # The weight may come into memory, at another address, only when its block runs.
+        part, rest = divmod(address - self._layer.weight.data_ptr(), self._part)
         return part if rest == 0 and 0 <= part < len(self._statistics) else None
 
     def feed(self, part: int, inputs: torch.Tensor, weight: torch.Tensor) -> None:

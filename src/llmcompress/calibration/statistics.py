@@ -23,6 +23,20 @@ class Statistic(Protocol):
         """Take in `inputs` of shape (tokens, features), in the layer's dtype and on its device; no token is padding."""
 
 
+class Ignored:
+    """Learns nothing: stands where inputs must come by and nobody asks for them.
+
+    Args:
+        layer: not looked at.
+    """
+
+    def __init__(self, layer: WeightLayer) -> None:
+        self.count = 0
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """Leave `inputs` alone."""
+
+
 class InputNorms:
     """The squared length of each input feature over all tokens: what Wanda (arXiv 2306.11695) weighs weights by.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy.stacks import find_stacks
+from ..anatomy.turns import block_of
 from .listening import is_watched, listen
 from .replay import Batch, Forward, Place, Replay, replaced, tensors_of
 from .states import States
@@ -131,9 +132,7 @@ def short_row(batch: Batch) -> dict[str, torch.Tensor]:
 def _turns(layers: Iterable[WeightLayer], blocks: Sequence[str]) -> dict[str, list[WeightLayer]]:
     turns: dict[str, list[WeightLayer]] = {path: [] for path in [*blocks, ""]}
     for layer in layers:
-        parents = layer.path.split(".")
-        paths = (".".join(parents[:length]) for length in range(1, len(parents) + 1))
-        turns[next((path for path in paths if path in turns), "")].append(layer)
+        turns[block_of(layer.path, turns)].append(layer)
     return {path: own for path, own in turns.items() if own}
 
 

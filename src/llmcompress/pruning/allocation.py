@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ..anatomy.stacks import find_stacks
+from ..anatomy.turns import let_go
 from ..calibration import InputNorms, Statistic, observe
 from .unstructured import Quota, chunks, matrices
 
@@ -80,6 +81,7 @@ def _outlier_ratio(block: Sequence[Quota], norms: Mapping[str, Sequence[Statisti
             for matrix, seen in zip(matrices(quota.layer), norms[quota.layer.name], strict=True):
                 for rows in chunks(matrix):
                     yield rows.abs().float() * cast(InputNorms, seen).norms()
+            let_go(quota.layer.weight)
 
     size = sum(quota.layer.weight.numel() for quota in block)
     mean = sum(float(part.sum(dtype=torch.float64)) for part in scores()) / size

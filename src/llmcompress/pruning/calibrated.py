@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ..anatomy.layers import WeightLayer
+from ..anatomy.turns import in_turns
 from ..calibration import Statistic, block_by_block, calibration_batches, observe
 from ..compressor import Action, Context, Need
 from ..errors import ConfigError
@@ -49,6 +50,11 @@ class CalibratedPruning(UnstructuredPruning):
         """Texts to calibrate on, and what makes tokens of them."""
         return frozenset({"data", "tokenizer"})
 
+    @property
+    def in_turns(self) -> bool:
+        """Block after block."""
+        return True
+
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Prune block after block, in place."""
         who = type(self).__name__
@@ -63,8 +69,10 @@ class CalibratedPruning(UnstructuredPruning):
         layers = [quota.layer for quota in quotas]
         if self.inputs == "dense":
             seen = observe(model, batches, layers, self._statistic, who=who, progress=context.progress)
-            for name, statistics in seen.items():
-                self._prune_layer(by_name[name], statistics, "no calibration token was seen to reach it", context)
+            for _, own in in_turns(model, layers):
+                for layer in own:
+                    why = "no calibration token was seen to reach it"
+                    self._prune_layer(by_name[layer.name], seen.pop(layer.name), why, context)
             return model
         for turn in block_by_block(model, batches, layers, self._statistic, who=who, progress=context.progress):
             for name, statistics in turn.statistics.items():

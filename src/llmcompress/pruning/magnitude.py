@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ..anatomy.turns import in_turns
 from ..compressor import Context
 from ..errors import ConfigError
 from ..registry import register
@@ -54,6 +55,11 @@ class MagnitudePruning(UnstructuredPruning):
             raise ConfigError("MagnitudePruning.scope must be 'layer' with a pattern: N:M fixes the share of each row.")
         return self
 
+    @property
+    def in_turns(self) -> bool:
+        """Layer by layer, unless the weights of all are compared."""
+        return self.scope == "layer"
+
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Write the zeros in place."""
         quotas, _ = self._quotas(model)
@@ -61,12 +67,14 @@ class MagnitudePruning(UnstructuredPruning):
         compared = [quota.layer.weight for quota in quotas if self._competes(quota)]
         if compared:
             zero_smallest(compared, self.sparsity)
-        for quota in quotas:
-            if quota.pattern:
-                for matrix in matrices(quota.layer):
-                    zero_lowest(matrix, quota)
-            elif not self._competes(quota):
-                zero_smallest([quota.layer.weight], quota.sparsity)
+        by_name = {quota.layer.name: quota for quota in quotas}
+        for _, own in in_turns(model, [quota.layer for quota in quotas]):
+            for quota in (by_name[layer.name] for layer in own):
+                if quota.pattern:
+                    for matrix in matrices(quota.layer):
+                        zero_lowest(matrix, quota)
+                elif not self._competes(quota):
+                    zero_smallest([quota.layer.weight], quota.sparsity)
         return model
 
     def _competes(self, quota: Quota) -> bool:

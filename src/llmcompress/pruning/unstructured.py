@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.layers import WeightLayer, select
+from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 
@@ -130,6 +131,7 @@ def refuse_nonfinite(quotas: Sequence[Quota]) -> None:
             raise CompressionError(
                 f"the weights of {quota.layer.name} hold NaN or infinity; repair the checkpoint first."
             )
+        let_go(quota.layer.weight)
 
 
 def matrices(layer: WeightLayer) -> list[torch.Tensor]:

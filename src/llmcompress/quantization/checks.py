@@ -9,6 +9,7 @@ import torch
 
 from ..anatomy.layers import WeightLayer
 from ..anatomy.module_sizes import quantized_by
+from ..anatomy.turns import let_go
 from ..errors import CompressionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -39,3 +40,4 @@ def refuse_nonfinite(layers: Iterable[WeightLayer]) -> None:
     for layer in layers:
         if not torch.isfinite(layer.weight).all():
             raise CompressionError(f"the weights of {layer.name} hold NaN or infinity; repair the checkpoint first.")
+        let_go(layer.weight)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
 from ..anatomy.reads import read_directly
+from ..anatomy.turns import in_turns
 from ..compressor import Action
 from ..errors import NothingToCompressError
 from .checks import refuse_quantized
@@ -83,11 +84,46 @@ def choose(
     return kept, [*floats, *left]
 
 
-def replace_layers(
-    model: PreTrainedModel, layers: Iterable[WeightLayer], quantize: Callable[[WeightLayer], QuantizedModule]
+def replace_in_turns(
+    model: PreTrainedModel,
+    layers: Iterable[WeightLayer],
+    quantize: Callable[[WeightLayer], QuantizedModule],
+    quantize_experts: Callable[[nn.Module, Sequence[str], bool], QuantizedModule],
 ) -> None:
-    """Put what `quantize` makes of each layer in its place; layers that share a weight share its codes."""
+    """Replace layers and experts block after block, so that a model bigger than memory can be quantized so.
+
+    Args:
+        model: the model.
+        layers: of any kind.
+        quantize: as for `replace_layers`.
+        quantize_experts: as for `replace_experts`.
+    """
+    layers = list(layers)
     shared: dict[int, QuantizedModule] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    # Those that only share another one's weight come behind all others.
+    last = [layer for layer in layers if f"{layer.path}.{layer.parameter}" in tied]
+    for _, own in in_turns(model, [layer for layer in layers if layer not in last]):
+        replace_layers(model, [layer for layer in own if layer.kind != "experts"], quantize, shared)
+        replace_experts(model, [layer for layer in own if layer.kind == "experts"], quantize_experts)
+    replace_layers(model, last, quantize, shared)
+
+
+def replace_layers(
+    model: PreTrainedModel,
+    layers: Iterable[WeightLayer],
+    quantize: Callable[[WeightLayer], QuantizedModule],
+    shared: dict[int, QuantizedModule] | None = None,
+) -> None:
+    """Put what `quantize` makes of each layer in its place; layers that share a weight share its codes.
+
+    Args:
+        model: the model.
+        layers: of any kind but experts.
+        quantize: makes the module that replaces a layer.
+        shared: what has been put in place of a weight by an earlier call, by the weight's id; added to.
+    """
+    shared = {} if shared is None else shared
     # Loading ties in transformers' direction, whichever layer comes first in the model: the source holds the scale.
     tied = getattr(model, "all_tied_weights_keys", {})
     for layer in sorted(layers, key=lambda layer: f"{layer.path}.{layer.parameter}" in tied):

@@ -12,7 +12,7 @@ from ..anatomy.layers import Kind, WeightLayer
 from ..compressor import Action, Compressor, Context
 from ..registry import register
 from .checks import refuse_nonfinite
-from .choice import choose, replace_experts, replace_layers
+from .choice import choose, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .modules import Int8Embedding, Int8Linear, QuantizedModule
@@ -65,6 +65,11 @@ class DynamicQuantization(Compressor):
         """int8 weights cannot be pruned or trained further."""
         return True
 
+    @property
+    def in_turns(self) -> bool:
+        """Layer by layer."""
+        return True
+
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that becomes int8, and why each other one is left."""
         chosen, left = self._choose(model)
@@ -80,8 +85,7 @@ class DynamicQuantization(Compressor):
         """
         chosen, _ = self._choose(model)
         refuse_nonfinite(chosen)
-        replace_layers(model, [layer for layer in chosen if layer.kind != "experts"], self._quantize)
-        replace_experts(model, [layer for layer in chosen if layer.kind == "experts"], self._quantize_experts)
+        replace_in_turns(model, chosen, self._quantize, self._quantize_experts)
         mark_quantized(model)
         return model
 

@@ -1,0 +1,171 @@
+"""Which blocks of a model are in memory: those whose turn it is, and the two that ran last."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..anatomy.stacks import find_stacks
+from ..anatomy.turns import block_of, let_go, set_mapping
+from ..errors import UnsupportedModelError
+from .tensors import Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+# A block and the one before it, whose outputs it is calibrated on.
+_AT_ONCE = 2
+# Smaller tensors (norms, biases) stay in memory for good.
+_SMALL_BYTES = 1 << 14
+
+
+class Residence:
+    """Keeps the weights of blocks on disk while they are not used.
+
+    A block that rests is made of views of files: its weights can be read at any time, which takes memory only as long
+    as the system has some to spare. To run, and in its turn, a block has its weights in memory.
+
+    Args:
+        model: every tensor of its state lies in a file.
+        stored: where, by the names of `state_dict`; tensors of blocks that are not named stay in memory.
+
+    Raises:
+        UnsupportedModelError: blocks share weights with each other or with the rest of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+        self.model = model
+        stacks = find_stacks(model)
+        self.blocks = {stack.block_path(index): child for stack in stacks for index, child in enumerate(stack.blocks)}
+        self._refuse_shared()
+        self._stored: dict[str, dict[str, Stored]] = {path: {} for path in self.blocks}
+        self._present: list[str] = []  # least recently used first
+        self._brought: dict[str, dict[str, torch.Tensor]] = {}  # what was brought into memory, of the present ones
+        self._held: set[str] = set()
+        for path, block in self.blocks.items():
+            vars(block)["forward"] = functools.wraps(block.forward)(self._running(path, block.forward))
+        done: set[int] = set()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in stored and id(tensor) not in done and not block_of(name, self.blocks):
+                done.add(id(tensor))
+                tensor.data = stored[name].read()
+        for path in self.blocks:
+            self.move(path, stored)
+            self._leave(path)
+
+    def __enter__(self) -> Residence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block in self.blocks.values():
+            vars(block).pop("forward", None)
+
+    def tensors(self, path: str) -> dict[str, torch.Tensor]:
+        """Return the state of a block, or for `""` of all that is in none, by its names in the model: the very objects.
+
+        A tensor that has several names comes under each.
+        """
+        if path:
+            return self.blocks[path].state_dict(keep_vars=True, prefix=f"{path}.")
+        state = self.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if not block_of(name, self.blocks)}
+
+    def modules(self, path: str) -> dict[str, nn.Module]:
+        """Return the modules of a block, or for `""` all that are in none, by their paths in the model."""
+        if path:
+            found = self.blocks[path].named_modules(prefix=path)
+        else:
+            found = ((name, one) for name, one in self.model.named_modules() if not block_of(name, self.blocks))
+        return dict(found)
+
+    def hold(self, path: str) -> None:
+        """Bring a block into memory, and keep it there until it is released."""
+        if path:
+            self._use(path)
+            self._held.add(path)
+
+    def release(self, path: str) -> None:
+        """Let a block go when others need the room."""
+        self._held.discard(path)
+
+    def move(self, path: str, stored: Mapping[str, Stored]) -> None:
+        """Have the weights of a block come from elsewhere from now on; what it holds in memory stays."""
+        kept = {id(tensor) for tensor in self.tensors(path).values()}
+        for name, tensor in self._brought.pop(path, {}).items():
+            # Replaced, but whoever chose the layers may still hold the old one: it must not take memory any more.
+            if id(tensor) not in kept:
+                tensor.data, _ = self._stored[path][name].view()
+        self._stored[path] = {name: stored[name] for name in self.tensors(path) if name in stored}
+
+    def put(self, path: str, stored: Mapping[str, Stored]) -> None:
+        """Have the weights of a block, or of the rest, be those of `stored`, and forget what it had."""
+        if path:
+            self.move(path, stored)
+            self._present = [one for one in self._present if one != path]
+            self._leave(path)
+        else:
+            for name, tensor in self.tensors("").items():
+                if name in stored:
+                    tensor.data = stored[name].read()
+
+    def rest(self) -> None:
+        """Let all blocks go that nobody holds."""
+        for path in [path for path in self._present if path not in self._held]:
+            self._present.remove(path)
+            self._leave(path)
+
+    def _running(self, path: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._use(path)
+            return own(*args, **kwargs)
+
+        return forward
+
+    def _use(self, path: str) -> None:
+        if path in self._present:
+            self._present.remove(path)
+        else:
+            spare = [one for one in self._present if one not in self._held]
+            while len(self._present) >= _AT_ONCE and spare:
+                self._present.remove(spare[0])
+                self._leave(spare.pop(0))
+            tensors = self.tensors(path)
+            # Whoever runs the model in inference mode must not leave weights that can never be written to again.
+            with torch.inference_mode(False):
+                for name, stored in self._stored[path].items():
+                    let_go(tensors[name])
+                    tensors[name].data = stored.read()
+                    set_mapping(tensors[name], None)
+            self._brought[path] = {name: tensors[name] for name in self._stored[path]}
+        self._present.append(path)
+
+    def _leave(self, path: str) -> None:
+        # Layers throw away what they have made of their weights for a kernel when they are moved.
+        for module in self.blocks[path].modules():
+            if hasattr(module, "derived_bytes"):
+                module._apply(lambda tensor: tensor)
+        self._brought.pop(path, None)
+        tensors = self.tensors(path)
+        with torch.inference_mode(False):
+            for name, stored in self._stored[path].items():
+                if stored.nbytes > _SMALL_BYTES:
+                    tensors[name].data, mapping = stored.view()
+                    set_mapping(tensors[name], mapping)
+                else:
+                    tensors[name].data = stored.read()
+
+    def _refuse_shared(self) -> None:
+        owners: dict[int, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            owner = owners.setdefault(id(tensor), name)
+            if block_of(owner, self.blocks) != block_of(name, self.blocks):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} cannot be streamed: {owner} and {name} are one tensor, in different "
+                    f"blocks; load the model and pass it to lc.compress."
+                )

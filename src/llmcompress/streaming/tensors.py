@@ -1,0 +1,138 @@
+"""Tensors in safetensors files: seen through a map of the file, read into memory, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..anatomy.saved import DTYPE_NAMES
+from ..errors import CheckpointError
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES}
+_LONGEST_HEADER = 100 << 20  # what the format allows
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file.
+
+    Attributes:
+        file: the safetensors file.
+        start: where its bytes begin in the file.
+        shape: its shape.
+        dtype: its dtype.
+    """
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def view(self) -> tuple[torch.Tensor, mmap.mmap]:
+        """Return the tensor as a view of the file, and the map that it lies in; it takes memory when it is read.
+
+        What is written to the view stays in this process, and never reaches the file.
+        """
+        inside = self.start % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as file:
+            mapping = mmap.mmap(
+                file.fileno(), inside + self.nbytes, access=mmap.ACCESS_COPY, offset=self.start - inside
+            )
+        count = torch.Size(self.shape).numel()
+        return torch.frombuffer(mapping, dtype=self.dtype, count=count, offset=inside).view(self.shape), mapping
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor in memory of its own, laid out as any other tensor: products come out the same to the bit.
+
+        Raises:
+            CheckpointError: the file has become shorter than its header says.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            into = memoryview(tensor.flatten().view(torch.uint8).numpy()) if self.nbytes else memoryview(bytearray())
+            read = 0
+            while read < self.nbytes:
+                got = file.readinto(into[read:])
+                if not got:
+                    raise CheckpointError(f"{self.file} ends early: it was cut or changed while it was in use.")
+                read += got
+        return tensor
+
+
+def stored_in(file: Path) -> dict[str, Stored]:
+    """Return what a safetensors file holds, by name, from its header alone.
+
+    Raises:
+        CheckpointError: it is no whole safetensors file, or holds a dtype that torch does not know.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(_LONGEST_HEADER, size - 8):
+            raise CheckpointError(f"{file} is no safetensors file, or was cut; download or save it again.")
+        try:
+            header = json.loads(opened.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} has no valid safetensors header ({error}); save it again.") from error
+    found: dict[str, Stored] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{file}: {name} has the dtype {entry['dtype']}, which torch does not know.")
+        begin, end = entry["data_offsets"]
+        found[name] = stored = Stored(file, 8 + length + begin, tuple(entry["shape"]), dtype)
+        if stored.nbytes != end - begin or stored.start + stored.nbytes > size:
+            raise CheckpointError(f"{file}: {name} does not have the bytes that its header tells; save it again.")
+    return found
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file; it is there whole or not at all, whenever the process or the machine stops.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk); nothing is left of it then.
+    """
+    draft = file.with_name(f"{file.name}.draft")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata={"format": "pt"})
+        _settle(draft, file)
+    except Exception as error:
+        draft.unlink(missing_ok=True)
+        # safetensors has an error of its own for a write that fails.
+        raise CheckpointError(f"{file} cannot be written: {error}; make room, and call again to continue.") from error
+
+
+def write_json(content: object, file: Path) -> None:
+    """Write a JSON file; it is there whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    draft = file.with_name(f"{file.name}.draft")
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _settle(draft, file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise CheckpointError(f"{file} cannot be written: {error}; make room, and call again to continue.") from error
+
+
+def _settle(draft: Path, file: Path) -> None:
+    with draft.open("rb+") as written:
+        os.fsync(written.fileno())
+    os.replace(draft, file)
