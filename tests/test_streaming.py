@@ -21,8 +21,9 @@ CHAIN = [{"name": "sparsegpt_pruning", "block_size": 8}, "dynamic_quantization"]
 
 @pytest.fixture(autouse=True)
 def everything_is_big(monkeypatch):
-    """Have even the smallest matrices of the tiny models rest on disk."""
+    """Have even the smallest matrices of the tiny models rest on disk, and one of their two blocks at least."""
     monkeypatch.setattr(residence, "_SMALL_BYTES", 64)
+    monkeypatch.setattr(residence, "_AT_ONCE", 1)
 
 
 def folder_of(family: str, path: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,9 +45,8 @@ class Residence:
         stacks = find_stacks(model)
         self.blocks = {stack.block_path(index): child for stack in stacks for index, child in enumerate(stack.blocks)}
         self._refuse_shared()
-        self._stored: dict[str, dict[str, Stored]] = {path: {} for path in self.blocks}
+        self._places: dict[str, list[tuple[torch.Tensor, Stored]]] = {path: [] for path in self.blocks}
         self._present: list[str] = []  # least recently used first
-        self._brought: dict[str, dict[str, torch.Tensor]] = {}  # what was brought into memory, of the present ones
         self._held: set[str] = set()
         for path, block in self.blocks.items():
             vars(block)["forward"] = functools.wraps(block.forward)(self._running(path, block.forward))
@@ -96,12 +96,13 @@ class Residence:
 
     def move(self, path: str, stored: Mapping[str, Stored]) -> None:
         """Have the weights of a block come from elsewhere from now on; what it holds in memory stays."""
-        kept = {id(tensor) for tensor in self.tensors(path).values()}
-        for name, tensor in self._brought.pop(path, {}).items():
+        tensors = self.tensors(path)
+        kept = {id(tensor) for tensor in tensors.values()}
+        for tensor, place in self._places[path] if path in self._present else ():
             # Replaced, but whoever chose the layers may still hold the old one: it must not take memory any more.
             if id(tensor) not in kept:
-                tensor.data, _ = self._stored[path][name].view()
-        self._stored[path] = {name: stored[name] for name in self.tensors(path) if name in stored}
+                tensor.data, _ = place.view()
+        self._places[path] = [(tensor, stored[name]) for name, tensor in tensors.items() if name in stored]
 
     def put(self, path: str, stored: Mapping[str, Stored]) -> None:
         """Have the weights of a block, or of the rest, be those of `stored`, and forget what it had."""
@@ -135,14 +136,11 @@ class Residence:
             while len(self._present) >= _AT_ONCE and spare:
                 self._present.remove(spare[0])
                 self._leave(spare.pop(0))
-            tensors = self.tensors(path)
-            # Whoever runs the model in inference mode must not leave weights that can never be written to again.
-            with torch.inference_mode(False):
-                for name, stored in self._stored[path].items():
-                    let_go(tensors[name])
-                    tensors[name].data = stored.read()
-                    set_mapping(tensors[name], None)
-            self._brought[path] = {name: tensors[name] for name in self._stored[path]}
+            with _unwatched():
+                for tensor, place in self._places[path]:
+                    let_go(tensor)
+                    tensor.data = place.read()
+                    set_mapping(tensor, None)
         self._present.append(path)
 
     def _leave(self, path: str) -> None:
@@ -150,15 +148,13 @@ class Residence:
         for module in self.blocks[path].modules():
             if hasattr(module, "derived_bytes"):
                 module._apply(lambda tensor: tensor)
-        self._brought.pop(path, None)
-        tensors = self.tensors(path)
-        with torch.inference_mode(False):
-            for name, stored in self._stored[path].items():
-                if stored.nbytes > _SMALL_BYTES:
-                    tensors[name].data, mapping = stored.view()
-                    set_mapping(tensors[name], mapping)
+        with _unwatched():
+            for tensor, place in self._places[path]:
+                if place.nbytes > _SMALL_BYTES:
+                    tensor.data, mapping = place.view()
+                    set_mapping(tensor, mapping)
                 else:
-                    tensors[name].data = stored.read()
+                    tensor.data = place.read()
 
     def _refuse_shared(self) -> None:
         owners: dict[int, str] = {}
@@ -169,3 +165,10 @@ class Residence:
                     f"{type(self.model).__name__} cannot be streamed: {owner} and {name} are one tensor, in different "
                     f"blocks; load the model and pass it to lc.compress."
                 )
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Move weights unseen: in inference mode they could never be written to again, and some watch for reads."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        yield

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..compressor import Action
 from ..errors import CheckpointError, CompressionError
-from ..quantization.modules import SCHEMES, QuantizedModule, replace_modules
+from ..quantization.modules import QuantizedModule, replace_modules
+from ..quantization.schemes import SCHEMES
 from .residence import Residence
 from .tensors import Stored, stored_in, write_json, write_tensors
 
