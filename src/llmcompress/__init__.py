@@ -54,6 +54,7 @@ _HOME = {
     "pruning.vocabulary": ("VocabularyPruning",),
     "pruning.wanda": ("WandaPruning",),
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
+    "quantization.dequantize": ("dequantize",),
     "quantization.dynamic": ("DynamicQuantization",),
     "quantization.kernels.dispatch": ("kernels",),
     "quantization.static": ("StaticQuantization",),

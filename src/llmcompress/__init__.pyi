@@ -89,6 +89,7 @@ from .pruning.torch_pruning import TorchPruning as TorchPruning
 from .pruning.vocabulary import VocabularyPruning as VocabularyPruning
 from .pruning.wanda import WandaPruning as WandaPruning
 from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
+from .quantization.dequantize import dequantize as dequantize
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .quantization.kernels.dispatch import kernels as kernels
 from .quantization.kv_cache import QuantizedCache as QuantizedCache
