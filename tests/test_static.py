@@ -1,11 +1,12 @@
 """Static int8: the layer with a stored scale, the strategy on every family, smoothing, outliers, and the format."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import llmcompress as lc
@@ -18,6 +19,8 @@ from llmcompress.quantization.modules import Int8Embedding
 from llmcompress.quantization.smoothing import InputMaxima, smooth, smoothing_scales
 from llmcompress.quantization.static_modules import Int8StaticLinear
 from llmcompress.testing import FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
 
 def context_of(model):
@@ -234,6 +237,20 @@ def test_smoothing_makes_up_for_channels_with_outliers():
     assert "model.layers.0.input_layernorm" in divided
 
 
+def test_dynamic_quantization_is_smoothed_too():
+    model = with_outlier_channels()
+    batch, context = batch_of(model), context_of(model)
+    expected = logits(model, batch)
+    rough, even = (
+        relative(logits(lc.DynamicQuantization(smooth=alpha).compress(copy.deepcopy(model), context), batch), expected)
+        for alpha in (None, 0.5)
+    )
+    assert even < 0.3 * rough
+    assert lc.DynamicQuantization().needs == frozenset()
+    with pytest.raises(lc.MissingInputError, match="DynamicQuantization needs data"):
+        lc.compress(model, lc.DynamicQuantization(smooth=0.5), progress=False)
+
+
 def test_what_cannot_be_smoothed_is_told():
     model = tiny_model("bert")
     context = context_of(model)
@@ -290,3 +307,21 @@ def test_half_precision_comes_back_bit_equal(tmp_path):
     assert again.lm_head.input_scale.dtype == torch.float32
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not (ASSETS / "stories260K-hf").is_dir(), reason="stories260K-hf is not there")
+def test_a_trained_model_keeps_its_loss():
+    folder = ASSETS / "stories260K-hf"
+    text = next((ASSETS / "tinystories").glob("*.txt")).read_text(encoding="utf-8")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(text[:12000], return_tensors="pt").input_ids[0][:2048].view(8, 256)[:4]
+    data = [lc.Example(text[start : start + 1200]) for start in range(400_000, 409_600, 1200)]
+    context = lc.Context(data=data, tokenizer=tokenizer, progress=False)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.item()
+        losses = {
+            alpha: quantized(model, context, smooth=alpha, max_length=128)(input_ids=ids, labels=ids).loss.item()
+            for alpha in (None, 0.5)
+        }
+    assert all(loss < 1.03 * expected for loss in losses.values()), (expected, losses)

@@ -1,4 +1,4 @@
-"""Dynamic int8 quantization: weights stored in 8 bits, activations coded in 8 bits as they come. Needs no data."""
+"""Dynamic int8 quantization: weights stored in 8 bits, activations coded in 8 bits as they come."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pydantic import Field
 from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer
-from ..compressor import Action, Compressor, Context
+from ..calibration import calibration_batches
+from ..compressor import Action, Compressor, Context, Need
 from ..registry import register
 from .checks import refuse_nonfinite
 from .choice import choose, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .modules import Int8Embedding, Int8Linear, QuantizedModule
+from .smoothing import smooth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,9 +28,10 @@ class DynamicQuantization(Compressor):
     """Store linear layers and embeddings in int8 and multiply in int8, wherever they stand in the model.
 
     Weights get one symmetric scale an output channel (a row, in an embedding). Activations are coded in 8 bits at each
-    call, from the values that call brings, so no data is needed. Output heads, classifiers and poolers are included; a
-    head that is tied to its embedding stays tied, and both share one int8 weight. A quarter of the float32 bytes
-    remain, and products run on the int8 units of the CPU. The folder loads by plain `from_pretrained`.
+    call, from the values that call brings, so no data is needed unless they are smoothed. Output heads, classifiers and
+    poolers are included; a head that is tied to its embedding stays tied, and both share one int8 weight. A quarter of
+    the float32 bytes remain, and products run on the int8 units of the CPU. The folder loads by plain
+    `from_pretrained`.
 
     3-D experts keep the model's own routing and gates; each expert's products are computed in int8.
 
@@ -40,11 +43,16 @@ class DynamicQuantization(Compressor):
         embeddings: whether embeddings become int8 too. If not, a head tied to one stays in float with it.
         activations: what shares one scale: `"tensor"`, the whole input of a layer, is the fastest; `"token"`, each row,
             costs some time, is more accurate, and keeps a row's result independent of the batch and its padding.
+        smooth: SmoothQuant's alpha in [0, 1]: how much of what makes activations hard to code is first folded into the
+            weights, wherever what comes before a layer can be divided; needs data and a tokenizer. None does not.
+        samples: how many texts of the data to smooth by at most.
+        max_length: how many tokens of a text to take at most.
         targets: shell patterns of layers to quantize (`"*.q_proj"`); None takes all.
         skip: patterns of layers to leave in float; they win over `targets`.
 
     Source:
-        Jacob et al. 2018, https://arxiv.org/abs/1712.05877; Wu et al. 2020, https://arxiv.org/abs/2004.09602.
+        Jacob et al. 2018, https://arxiv.org/abs/1712.05877; Wu et al. 2020, https://arxiv.org/abs/2004.09602; Xiao et
+        al. 2023 (SmoothQuant), https://arxiv.org/abs/2211.10438.
 
     Example:
         >>> from llmcompress.compressor import Context
@@ -57,8 +65,16 @@ class DynamicQuantization(Compressor):
     bits: Literal[8] = Field(8, description="bits a weight")
     embeddings: bool = Field(True, description="whether embeddings become int8 too")
     activations: Literal["tensor", "token"] = Field("tensor", description="what shares one scale of activations")
+    smooth: float | None = Field(None, ge=0, le=1, description="SmoothQuant's alpha, or None")
+    samples: int = Field(128, ge=1, description="texts of the data to smooth by at most")
+    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
     targets: tuple[str, ...] | None = Field(None, description="patterns of layers to quantize; None takes all")
     skip: tuple[str, ...] = Field((), description="patterns of layers to leave in float")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Texts and a tokenizer where activations are smoothed, otherwise nothing."""
+        return frozenset() if self.smooth is None else frozenset({"data", "tokenizer"})
 
     @property
     def terminal(self) -> bool:
@@ -82,9 +98,15 @@ class DynamicQuantization(Compressor):
             UnsupportedModelError: the model is already quantized.
             NothingToCompressError: no layer is chosen.
             CompressionError: a weight is NaN or infinite; nothing is changed then.
+            MissingInputError: activations are to be smoothed, and there are no data or tokenizer, or texts too short.
         """
+        who = type(self).__name__
         chosen, _ = self._choose(model)
         refuse_nonfinite(chosen)
+        if self.smooth is not None:
+            batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
+            for action in smooth(model, batches, chosen, self.smooth, who=who, progress=context.progress):
+                context.tell(action)
         replace_in_turns(model, chosen, self._quantize, self._quantize_experts)
         mark_quantized(model)
         return model
