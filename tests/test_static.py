@@ -247,6 +247,7 @@ def test_dynamic_quantization_is_smoothed_too():
     )
     assert even < 0.3 * rough
     assert lc.DynamicQuantization().needs == frozenset()
+    assert not lc.DynamicQuantization(smooth=0.5).in_turns
     with pytest.raises(lc.MissingInputError, match="DynamicQuantization needs data"):
         lc.compress(model, lc.DynamicQuantization(smooth=0.5), progress=False)
 

@@ -83,8 +83,8 @@ class DynamicQuantization(Compressor):
 
     @property
     def in_turns(self) -> bool:
-        """Layer by layer."""
-        return True
+        """Layer by layer; smoothing asks the whole model first."""
+        return self.smooth is None
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that becomes int8, and why each other one is left."""

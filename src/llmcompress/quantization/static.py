@@ -14,7 +14,7 @@ from ..calibration import calibration_batches, observe
 from ..compressor import Action, Compressor, Context, Need
 from ..registry import register
 from .checks import refuse_nonfinite
-from .choice import choose, replace_experts, replace_layers
+from .choice import choose, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .modules import Int8Embedding, QuantizedModule
@@ -137,10 +137,7 @@ class StaticQuantization(Compressor):
             for action in left:
                 if action.path in coded.keys() - kept or action.path in refused:
                     context.tell(action)
-        replace_layers(
-            model, [layer for layer in chosen if layer.kind != "experts"], lambda layer: _replacement(layer, coded)
-        )
-        replace_experts(model, [layer for layer in chosen if layer.kind == "experts"], _quantize_experts)
+        replace_in_turns(model, chosen, lambda layer: _replacement(layer, coded), _quantize_experts)
         mark_quantized(model)
         return model
 
