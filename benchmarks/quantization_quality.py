@@ -119,7 +119,9 @@ def classifier(assets: Path, cache: Path) -> None:
         steps[f"HQQ, int{bits}"] = lc.WeightOnlyQuantization(fit="hqq", **fields)
         steps[f"AWQ, int{bits}"] = lc.AWQ(**fields)
         steps[f"GPTQ, int{bits}"] = lc.GPTQ(**fields)
-    print(f"\nMiniLM on SST-2, {len(data['test'])} test sentences:\n\n| | accuracy | points | on disk |\n|---|---|---|---|")
+    print(
+        f"\nMiniLM on SST-2, {len(data['test'])} test sentences:\n\n| | accuracy | points | on disk |\n|---|---|---|---|"
+    )
     base = None
     for name, step in steps.items():
         model, size = teacher, lc.evaluate(teacher, task, tokenizer=tokenizer, latency=False, progress=False)
@@ -128,7 +130,9 @@ def classifier(assets: Path, cache: Path) -> None:
             size = lc.evaluate(model, task, tokenizer=tokenizer, latency=False, progress=False)
         found = size.score.value
         base = found if base is None else base
-        print(f"| {name} | {found:.2%} | {100 * (found - base):+.2f} | {size.size.disk_bytes / 1e6:.1f} MB |", flush=True)
+        print(
+            f"| {name} | {found:.2%} | {100 * (found - base):+.2f} | {size.size.disk_bytes / 1e6:.1f} MB |", flush=True
+        )
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""One pass through 32 linear layers of 2048x2048, by everything that multiplies weights of few bits on this machine.
+
+    python benchmarks/linear_stack.py --threads 1
+
+All engines take turns in each round, so that a busy machine slows all of them alike; what counts is the ratio of the
+medians. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from _machine import describe_machine
+from llmcompress.quantization.fitting import quantize
+from llmcompress.quantization.grid import Grid
+from llmcompress.quantization.modules import Int8Linear
+from llmcompress.quantization.packed_modules import PackedLinear
+
+LAYERS, WIDTH = 32, 2048
+Engine = Callable[[torch.Tensor], object]
+
+
+def fp32(layers: list[nn.Linear]) -> Engine:
+    return nn.Sequential(*layers)
+
+
+def bf16(layers: list[nn.Linear]) -> Engine:
+    cast = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in layers))
+    return lambda x: cast(x.bfloat16())
+
+
+def int8(layers: list[nn.Linear]) -> Engine:
+    return nn.Sequential(*(Int8Linear.from_float(layer) for layer in layers))
+
+
+def packed(bits: int, compute: str) -> Callable[[list[nn.Linear]], Engine]:
+    def make(layers: list[nn.Linear]) -> Engine:
+        grid = Grid(bits, 64)
+        coded = (PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid, compute) for layer in layers)
+        return nn.Sequential(*coded)
+
+    return make
+
+
+def bitsandbytes_nf4(layers: list[nn.Linear]) -> Engine:
+    import bitsandbytes as bnb
+
+    made = []
+    for layer in layers:
+        one = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        one.load_state_dict(layer.state_dict())
+        made.append(one.to("cpu"))
+    return nn.Sequential(*made)
+
+
+def onnx_int4(layers: list[nn.Linear]) -> Engine:
+    import numpy as np
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    nodes, tensors, block = [], [], 32
+    for number, layer in enumerate(layers):
+        groups = layer.weight.detach().view(WIDTH, -1, block)
+        scale = groups.abs().amax(-1, keepdim=True) / 7
+        codes = ((groups / scale).round() + 8).clamp(0, 15).to(torch.uint8)
+        data = (codes[..., ::2] | (codes[..., 1::2] << 4)).numpy()
+        tensors += [
+            helper.make_tensor(f"w{number}", TensorProto.UINT8, data.shape, data.tobytes(), raw=True),
+            helper.make_tensor(
+                f"s{number}", TensorProto.FLOAT, [scale.numel()], scale.numpy().astype(np.float32).tobytes(), raw=True
+            ),
+        ]
+        fields = {"K": WIDTH, "N": WIDTH, "bits": 4, "block_size": block, "accuracy_level": 4}
+        names = [f"x{number}", f"w{number}", f"s{number}"]
+        nodes.append(helper.make_node("MatMulNBits", names, [f"x{number + 1}"], domain="com.microsoft", **fields))
+    shape = ["batch", WIDTH]
+    graph = helper.make_graph(
+        nodes,
+        "stack",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(f"x{len(layers)}", TensorProto.FLOAT, shape)],
+        tensors,
+    )
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=versions, ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(onnx.ModelProto.SerializeToString(model), options)
+    return lambda x: session.run(None, {"x0": x.numpy()})
+
+
+ENGINES: dict[str, Callable[[list[nn.Linear]], Engine]] = {
+    "torch fp32": fp32,
+    "torch bf16": bf16,
+    "llmcompress int8": int8,
+    "llmcompress int4, compute='int8'": packed(4, "int8"),
+    "llmcompress int4, compute='float'": packed(4, "float"),
+    "bitsandbytes nf4": bitsandbytes_nf4,
+    "ONNX Runtime int4": onnx_int4,
+}
+
+
+def measure(engines: dict[str, Engine], x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    order = random.Random(0)
+    for round_ in range(rounds + 1):
+        for name in order.sample(list(engines), len(engines)):
+            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
+            engines[name](x)
+            start = time.perf_counter()
+            engines[name](x)
+            if round_:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 32, 128])
+    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
+    chosen = [name for name in arguments.engines.split(",") if name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engines = {name: make(layers) for name, make in ENGINES.items() if not chosen or name in chosen}
+    print(f"# {LAYERS} linear layers of {WIDTH}x{WIDTH}\n\n{describe_machine()}")
+    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
+    print(
+        "Median milliseconds a pass [10th, 90th percentile]; speed relative to torch fp32; rows of the input on top.\n"
+    )
+    print(f"| engine | {' | '.join(map(str, arguments.batches))} |\n{'|---' * (len(arguments.batches) + 1)}|")
+    with torch.inference_mode():
+        columns = [measure(engines, torch.randn(batch, WIDTH), arguments.rounds) for batch in arguments.batches]
+    base = next(iter(engines))
+    for name in engines:
+        cells = []
+        for times in columns:
+            ratio = statistics.median(times[base]) / statistics.median(times[name])
+            low, *_, high = statistics.quantiles(times[name], n=10)
+            cells.append(f"{statistics.median(times[name]):.1f} [{low:.1f}, {high:.1f}] {ratio:.2f}x")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
