@@ -12,7 +12,8 @@ from llmcompress.calibration import InputNorms, InputProducts, block_by_block, c
 from llmcompress.compressor import Context
 from llmcompress.data import Example
 from llmcompress.pruning.allocation import owl_quotas, shares
-from llmcompress.pruning.sparsegpt import inverse_root, reconstruct
+from llmcompress.calibration import inverse_root
+from llmcompress.pruning.sparsegpt import reconstruct
 from llmcompress.pruning.unstructured import Quota, lowest, matrices, zero_lowest
 from llmcompress.testing import FAMILIES, tiny_data, tiny_model, tiny_tokenizer
 
@@ -159,7 +160,7 @@ def test_sparsegpt_is_exact_where_one_column_goes_last_to_first(pattern):
     products = inputs.T @ inputs
     matrix = torch.tensor([[1e-3, -2e-3, 2.0, 3.0], [2e-3, 1e-3, -1.0, 2.0]])
     pruned = matrix.clone()
-    root, dampening = inverse_root(products.float(), 1e-9)
+    root, dampening = inverse_root(products.float(), 1e-9, who="example")
     assert dampening == 1e-9
     reconstruct(pruned, root, Quota(None, 0.5, pattern), mask_block_size=4)
     keep = pruned != 0
@@ -173,7 +174,7 @@ def test_sparsegpt_equals_obs_column_by_column():
     inputs = torch.randn(40, 6, dtype=torch.float64)
     products, matrix = inputs.T @ inputs, torch.randn(3, 6)
     pruned, expected = matrix.clone(), matrix.double()
-    root, _ = inverse_root(products.float(), 1e-9)
+    root, _ = inverse_root(products.float(), 1e-9, who="example")
     reconstruct(pruned, root, Quota(None, 0.5), mask_block_size=2, block_size=4)
     for start in range(0, 6, 2):
         diagonal = [torch.linalg.inv(products[j:, j:])[0, 0] for j in (start, start + 1)]
@@ -199,7 +200,7 @@ def test_sparsegpt_is_not_far_from_the_best_and_better_than_no_update():
     masks = [torch.tensor(mask, dtype=torch.bool) for mask in itertools.product([0, 1], repeat=4) if sum(mask) == 2]
     best = min(error(_exact(matrix, products, torch.stack([a, b]))) for a in masks for b in masks)
     pruned, bare = matrix.float(), matrix.float()
-    reconstruct(pruned, inverse_root(products.float(), 1e-6)[0], Quota(None, 0.5, (2, 4)))
+    reconstruct(pruned, inverse_root(products.float(), 1e-6, who="example")[0], Quota(None, 0.5, (2, 4)))
     zero_lowest(bare, Quota(None, 0.5, (2, 4)), torch.tensor(products.diagonal().sqrt().tolist()))
     assert best <= error(pruned) < error(bare)
 
@@ -208,7 +209,7 @@ def test_sparsegpt_is_not_far_from_the_best_and_better_than_no_update():
 def test_the_lazy_update_changes_no_result(block_size):
     torch.manual_seed(0)
     matrix, inputs = torch.randn(5, 20), torch.randn(60, 20)
-    root, _ = inverse_root(inputs.T @ inputs, 0.01)
+    root, _ = inverse_root(inputs.T @ inputs, 0.01, who="example")
     one, other = matrix.clone(), matrix.clone()
     reconstruct(one, root, Quota(None, 0.37), mask_block_size=3, block_size=20)
     reconstruct(other, root, Quota(None, 0.37), mask_block_size=3, block_size=block_size)
@@ -219,12 +220,12 @@ def test_the_lazy_update_changes_no_result(block_size):
 def test_dampening_grows_until_there_is_a_factor():
     inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     products = inputs.T @ inputs  # of rank 3
-    root, dampening = inverse_root(products, 1e-12)
+    root, dampening = inverse_root(products, 1e-12, who="example")
     assert dampening > 1e-12
     damped = products.double() + dampening * products.double().diagonal().mean() * torch.eye(8)
     torch.testing.assert_close(root.double().T @ root.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
     with pytest.raises(lc.CompressionError, match="no Hessian that can be inverted"):
-        inverse_root(-torch.eye(3) * torch.tensor([1.0, 1.0, 100.0]), 0.1)
+        inverse_root(-torch.eye(3) * torch.tensor([1.0, 1.0, 100.0]), 0.1, who="example")
 
 
 def test_grown_dampening_is_told():
@@ -243,7 +244,7 @@ def test_dead_inputs_go_first_and_disturb_nothing():
     inputs[:, [1, 6]] = 0
     matrix = torch.randn(4, 8).sign() + torch.randn(4, 8) / 10
     pruned = matrix.clone()
-    root, dampening = inverse_root(inputs.T @ inputs, 0.01)
+    root, dampening = inverse_root(inputs.T @ inputs, 0.01, who="example")
     assert dampening == 0.01
     reconstruct(pruned, root, Quota(None, 0.25), mask_block_size=8)
     assert torch.equal(pruned == 0, torch.tensor([False, True, False, False, False, False, True, False]).expand(4, 8))

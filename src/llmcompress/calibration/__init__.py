@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .batches import calibration_batches
 from .blocks import Turn, block_by_block, observe
+from .hessian import inverse_root
 from .statistics import InputNorms, InputProducts, Statistic
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Turn",
     "block_by_block",
     "calibration_batches",
+    "inverse_root",
     "observe",
 ]

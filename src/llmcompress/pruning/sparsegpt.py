@@ -8,14 +8,10 @@ import torch
 from pydantic import Field
 
 from ..anatomy.layers import WeightLayer
-from ..calibration import InputProducts, Statistic
-from ..errors import CompressionError
+from ..calibration import InputProducts, Statistic, inverse_root
 from ..registry import register
 from .calibrated import ALL_ZERO, CalibratedPruning
 from .unstructured import Quota, lowest, zero_lowest
-
-# With this much of its mean diagonal added to it, any sum of squares has a Cholesky factor.
-_MOST_DAMPENING = 10.0
 
 
 @register("sparsegpt_pruning")
@@ -76,48 +72,11 @@ class SparseGPTPruning(CalibratedPruning):
         if not products.any():
             zero_lowest(matrix, quota)
             return ALL_ZERO
-        root, dampening = inverse_root(products, self.dampening)
+        root, dampening = inverse_root(products, self.dampening, who=type(self).__name__)
         reconstruct(matrix, root, quota, mask_block_size=self.mask_block_size, block_size=self.block_size)
         if dampening == self.dampening:
             return None
         return f"dampening grew from {self.dampening:g} to {dampening:g}: x x^T had no Cholesky factor with less"
-
-
-@torch.no_grad()
-def inverse_root(products: torch.Tensor, dampening: float) -> tuple[torch.Tensor, float]:
-    """Return the upper Cholesky factor of the inverse of `products`, dampened as much as it takes.
-
-    Row j of the factor tells how all columns behind j are updated when j changes, with the columns before j fixed.
-
-    Args:
-        products: sums of x x^T, shape (inputs, inputs); an input that was always zero is one with a diagonal of zero.
-        dampening: share of the mean diagonal to begin with.
-
-    Returns:
-        The factor, float32, and the dampening that it took.
-
-    Example:
-        >>> root, dampening = inverse_root(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.25)
-        >>> [round(1 / float(entry) ** 2, 4) for entry in root.diagonal()], dampening
-        ([2.25, 0.25], 0.25)
-    """
-    # Apple's GPUs know no float64.
-    exact = products.to(torch.float32 if products.device.type == "mps" else torch.float64)
-    mean = exact.diagonal().mean()
-    share = dampening
-    while share <= _MOST_DAMPENING:
-        damped = exact.clone()
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(root).all()):
-                return root.float(), share
-        share *= 10
-    raise CompressionError(
-        f"SparseGPTPruning: the inputs of a layer have no Hessian that can be inverted, not even with "
-        f"{_MOST_DAMPENING:g} of its mean diagonal ({float(mean):g}) added; check the activations before it."
-    )
 
 
 @torch.no_grad()

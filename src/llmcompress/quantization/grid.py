@@ -147,7 +147,9 @@ def encode(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
     if grid.codebook:
         levels = _levels(grid, weight.device)
         return torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    return steps.add_(_middle(zero, grid, weight.shape[1])).round_().clamp_(0, grid.limit).to(torch.uint8)
+    return (
+        steps.add_(middles(zero, grid, weight.shape[1]).to(steps.device)).round_().clamp_(0, grid.limit).to(torch.uint8)
+    )
 
 
 def decode(coded: Coded, grid: Grid) -> torch.Tensor:
@@ -162,7 +164,7 @@ def decode(coded: Coded, grid: Grid) -> torch.Tensor:
     scale = spread(coded.scale.float(), grid, columns)
     if grid.codebook:
         return _levels(grid, coded.codes.device)[coded.codes.int()] * scale
-    return (coded.codes.float() - _middle(coded.zero, grid, columns)) * scale
+    return (coded.codes.float() - middles(coded.zero, grid, columns).to(scale.device)) * scale
 
 
 def spread(values: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor:
@@ -217,10 +219,16 @@ def stored(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     return torch.where(stored == 0, torch.full_like(stored, tiny), stored)
 
 
-def _middle(zero: torch.Tensor | None, grid: Grid, columns: int) -> torch.Tensor | int:
-    """Return which code stands for 0.0, at each weight."""
+def middles(zero: torch.Tensor | None, grid: Grid, columns: int) -> torch.Tensor:
+    """Return which code stands for 0.0, at each weight: float32 (rows, columns), or (1, 1) where it is the same at all.
+
+    Args:
+        zero: (rows, groups), as stored, or None.
+        grid: which levels; no codebook.
+        columns: of the matrix.
+    """
     if zero is None:
-        return 2 ** (grid.bits - 1)
+        return torch.full((1, 1), 2.0 ** (grid.bits - 1))
     return spread(zero.float() / grid.zero_parts, grid, columns)
 
 
