@@ -208,8 +208,11 @@ def test_a_head_of_a_masked_model_keeps_its_tied_bias():
 
 
 @pytest.mark.parametrize("architecture", ["xlm-roberta", "olmo"])
-def test_folders_whose_head_comes_first_or_without_a_float_weight(architecture, tmp_path):
-    model = lc.DynamicQuantization().compress(build_tiny("causal-lm", architecture), lc.Context())
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folders_whose_head_comes_first_or_without_a_float_weight(architecture, bits, tmp_path):
+    more = {"*": 4}  # heads and embeddings, too
+    step = lc.DynamicQuantization() if bits == 8 else lc.WeightOnlyQuantization(group_size=32, overrides=more)
+    model = step.compress(build_tiny("causal-lm", architecture), lc.Context())
     assert model.dtype == torch.float32
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

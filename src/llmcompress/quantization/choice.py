@@ -109,6 +109,15 @@ def replace_in_turns(
     replace_layers(model, last, quantize, shared)
 
 
+def sources_first(model: PreTrainedModel, layers: Iterable[WeightLayer]) -> list[WeightLayer]:
+    """Put layers whose weight is tied behind those that they are tied to, as transformers names them.
+
+    Loading ties in that direction, whichever layer comes first in the model: the source holds the scale.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return sorted(layers, key=lambda layer: f"{layer.path}.{layer.parameter}" in tied)
+
+
 def replace_layers(
     model: PreTrainedModel,
     layers: Iterable[WeightLayer],
@@ -124,9 +133,7 @@ def replace_layers(
         shared: what has been put in place of a weight by an earlier call, by the weight's id; added to.
     """
     shared = {} if shared is None else shared
-    # Loading ties in transformers' direction, whichever layer comes first in the model: the source holds the scale.
-    tied = getattr(model, "all_tied_weights_keys", {})
-    for layer in sorted(layers, key=lambda layer: f"{layer.path}.{layer.parameter}" in tied):
+    for layer in sources_first(model, layers):
         key = id(layer.weight)
         replacement = quantize(layer)
         if key in shared:

@@ -18,7 +18,7 @@ from ..anatomy.reads import read_directly
 from ..compressor import Action, Compressor
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from .checks import refuse_quantized
-from .choice import LAST_FLOAT, only_float
+from .choice import LAST_FLOAT, only_float, sources_first
 from .grid import Coded, Grid
 from .hf import mark_quantized
 from .modules import QuantizedModule, replace_modules
@@ -235,8 +235,10 @@ class GroupedQuantization(Compressor):
                 )
         shared: dict[int, QuantizedModule] = {}
         experts: dict[nn.Module, list[tuple[Target, Coded]]] = defaultdict(list)
-        for target, codes in coded:
-            module, key = target.layer.module, id(target.layer.weight)
+        found = {target.layer.name: (target, codes) for target, codes in coded}
+        for layer in sources_first(model, [target.layer for target, _ in coded]):
+            target, codes = found[layer.name]
+            module, key = layer.module, id(layer.weight)
             if target.layer.kind == "experts":
                 experts[module].append((target, codes))
                 continue
