@@ -13,7 +13,7 @@ import llmcompress as lc
 from llmcompress.anatomy.layers import weight_layers
 from llmcompress.anatomy.scaling import scale_sites
 from llmcompress.calibration import calibration_batches
-from llmcompress.quantization import kernels
+from llmcompress.quantization import kernels, static
 from llmcompress.quantization.choice import choose
 from llmcompress.quantization.modules import Int8Embedding
 from llmcompress.quantization.smoothing import InputMaxima, smooth, smoothing_scales
@@ -173,13 +173,23 @@ def test_layers_that_int8_harms_stay_in_float_and_are_told():
         quantized(model, outliers=1e-6, embeddings=False, targets=("*.mlp.*",))
 
 
-def test_a_tied_head_that_stays_takes_its_embedding_along():
+def test_a_tied_head_that_stays_takes_its_embedding_along(monkeypatch):
     model = tiny_model("llama")
-    chosen, left = choose(
-        model, who="test", targets=None, skip=(), kinds=("linear", "embedding"), refused={"lm_head": "a reason"}
+    own = static._relative_error
+    monkeypatch.setattr(
+        static, "_relative_error", lambda layer, *given: 0.5 if layer.name == "lm_head" else own(layer, *given)
     )
-    assert {"lm_head", "model.embed_tokens"}.isdisjoint(layer.name for layer in chosen)
-    assert {action.path: action.reason for action in left}["model.embed_tokens"].endswith("stays in float: a reason")
+    result = lc.compress(
+        model, lc.StaticQuantization(), data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False
+    )
+    assert type(result.model.lm_head) is nn.Linear
+    assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
+    left = {action.path: action.reason for action in result.report.steps[-1].left}
+    assert left["lm_head"] == "its int8 outputs are off by 50.0%, above outliers=0.2"
+    assert left["model.embed_tokens"] == f"shares its weight with lm_head, which stays in float: {left['lm_head']}"
+    touched = {action.path for action in result.report.steps[-1].touched}
+    assert touched.isdisjoint(left)
+    assert "model.layers.0.mlp.up_proj" in touched
 
 
 def test_a_layer_that_no_token_reaches_stays_in_float():

@@ -99,6 +99,7 @@ class Context:
         device: where the model is and stays.
         progress: whether progress bars are wanted.
         told: findings of this step that no plan could foresee; see `tell`.
+        corrected: paths of which `told` says something else than the plan.
     """
 
     data: Sequence[Example] | None = None
@@ -109,14 +110,22 @@ class Context:
     device: torch.device | str = "cpu"
     progress: bool = True
     told: list[Action] = field(default_factory=list)
+    corrected: set[str] = field(default_factory=set)
 
     def replace_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Have all later steps, the scores and the result use this tokenizer: the one of a vocabulary that was cut."""
         object.__setattr__(self, "tokenizer", tokenizer)
 
-    def tell(self, action: Action) -> None:
-        """Put something found during the work into the report: a layer left after all, a remark, a warning."""
+    def tell(self, action: Action, *, instead: bool = False) -> None:
+        """Put something found during the work into the report: a layer left after all, a remark, a warning.
+
+        Args:
+            action: what was found.
+            instead: whether it takes the place of what the plan said of the same path.
+        """
         self.told.append(action)
+        if instead:
+            self.corrected.add(action.path)
 
 
 class Compressor(BaseModel, ABC):

@@ -256,6 +256,7 @@ def _run(
     step: Compressor, model: PreTrainedModel, actions: list[Action], context: Context, task: Task | None
 ) -> tuple[PreTrainedModel, StepRecord]:
     context.told.clear()
+    context.corrected.clear()
     model.eval()
     shapes = _shapes(model)
     start = time.perf_counter()
@@ -265,7 +266,7 @@ def _run(
     model.eval()
     if _shapes(model) != shapes:
         _mark(model, context)
-    found = [*actions, *context.told]
+    found = [*(action for action in actions if action.path not in context.corrected), *context.told]
     record = StepRecord(
         step=step.to_dict(),
         seconds=seconds,

@@ -132,11 +132,12 @@ class StaticQuantization(Compressor):
             if self.outliers is not None and error > self.outliers:
                 refused[layer.name] = f"its int8 outputs are off by {error:.1%}, above outliers={self.outliers:g}"
         if refused:
+            planned = {layer.name for layer in chosen}
             chosen, left = self._choose(model, refused)
-            kept = {layer.name for layer in chosen}
+            # With a head that stays, the embedding that it is tied to stays.
             for action in left:
-                if action.path in coded.keys() - kept or action.path in refused:
-                    context.tell(action)
+                if action.path in planned:
+                    context.tell(action, instead=True)
         replace_in_turns(model, chosen, lambda layer: _replacement(layer, coded), _quantize_experts)
         mark_quantized(model)
         return model
