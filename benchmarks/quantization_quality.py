@@ -120,7 +120,8 @@ def classifier(assets: Path, cache: Path) -> None:
         steps[f"AWQ, int{bits}"] = lc.AWQ(**fields)
         steps[f"GPTQ, int{bits}"] = lc.GPTQ(**fields)
     print(
-        f"\nMiniLM on SST-2, {len(data['test'])} test sentences:\n\n| | accuracy | points | on disk |\n|---|---|---|---|"
+        f"\nMiniLM on SST-2, {len(data['test'])} test sentences:\n\n"
+        "| | accuracy | points | on disk |\n|---|---|---|---|"
     )
     base = None
     for name, step in steps.items():

@@ -126,3 +126,38 @@ def test_the_table_tells_what_runs_here(monkeypatch):
     monkeypatch.setattr(dispatch, "TABLE", without)
     assert lc.kernels().used("int8_linear") == ["second"]
     assert [line.split()[-1] for line in str(lc.kernels()).splitlines()[-3:]] == ["luck", "used", "present"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"codebook": "nf4"}, {"symmetric": True, "compute": "float"}])
+def test_a_packed_model_compiles_to_one_graph_and_gives_the_same(fields):
+    model = lc.WeightOnlyQuantization(**fields).compress(tiny_model("llama"), lc.Context())
+    inputs = {**tiny_inputs(model), "use_cache": False}
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(**inputs).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**inputs).logits, expected)
+    layer = model.model.layers[0].mlp.up_proj
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 64, requires_grad=True))
+    with pytest.raises(lc.CompressionError, match="PackedLinear has no backward pass"):
+        y.sum().backward()
+
+
+def test_the_fake_kernel_of_packed_weights_agrees_with_the_real_one():
+    layer = lc.WeightOnlyQuantization().compress(tiny_model("bert"), lc.Context()).bert.encoder.layer[0].output.dense
+    grid = layer.grid
+    given = (layer.columns, grid.bits, grid.group_size, grid.symmetric, grid.codebook, grid.zero_bits, "auto")
+    for x in (torch.randn(3, layer.columns), torch.randn(layer.columns), torch.randn(2, layer.columns).bfloat16()):
+        tensors = (x, layer.weight, layer.scale, layer.zero, layer.bias)
+        torch.library.opcheck(kernels.packed_linear, (*tensors, *given), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_product_of_packed_weights_dies_with_its_weight():
+    from llmcompress.quantization.kernels import packed
+
+    model = lc.WeightOnlyQuantization().compress(tiny_model("llama"), lc.Context())
+    model(**tiny_inputs(model))
+    held = len(packed._PRODUCTS)
+    assert held >= 14
+    del model
+    assert len(packed._PRODUCTS) <= held - 14

@@ -8,11 +8,17 @@ import torch
 
 import llmcompress as lc
 from llmcompress.anatomy.layers import select, weight_layers
-from llmcompress.calibration import InputNorms, InputProducts, block_by_block, calibration_batches, observe
+from llmcompress.calibration import (
+    InputNorms,
+    InputProducts,
+    block_by_block,
+    calibration_batches,
+    inverse_root,
+    observe,
+)
 from llmcompress.compressor import Context
 from llmcompress.data import Example
 from llmcompress.pruning.allocation import owl_quotas, shares
-from llmcompress.calibration import inverse_root
 from llmcompress.pruning.sparsegpt import reconstruct
 from llmcompress.pruning.unstructured import Quota, lowest, matrices, zero_lowest
 from llmcompress.testing import FAMILIES, tiny_data, tiny_model, tiny_tokenizer

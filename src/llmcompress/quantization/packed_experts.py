@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,39 +10,11 @@ from torch import nn
 
 from . import kernels
 from .expert_modules import QuantizedExperts
-from .grid import Coded, Grid, decode
+from .grid import Coded, Grid
 from .modules import QuantizedModule, Spec
+from .packed_matrix import PackedMatrix
 from .packed_modules import Compute, grid_from_spec, grid_to_spec
-from .packing import pack, packed_width, unpack
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """The packed codes of one expert, of which a kernel makes what it needs.
-
-    Attributes:
-        weight: int8 (outputs, bytes).
-        scale: (outputs, groups).
-        zero: uint8 (outputs, bytes), or None.
-        grid: what the codes mean.
-        columns: inputs.
-    """
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    grid: Grid
-    columns: int
-
-    def coded(self) -> Coded:
-        """Return the codes, unpacked."""
-        groups = self.scale.shape[1]
-        zero = None if self.zero is None else unpack(self.zero, self.grid.zero_width, groups)
-        return Coded(unpack(self.weight.view(torch.uint8), self.grid.bits, self.columns), self.scale, zero)
-
-    def dequantized(self) -> torch.Tensor:
-        """Return the float32 weight (outputs, inputs)."""
-        return decode(self.coded(), self.grid)
+from .packing import pack, packed_width
 
 
 class PackedExperts(QuantizedExperts):
@@ -144,7 +115,7 @@ class PackedExperts(QuantizedExperts):
         if known is None or known[0] != state:
             made = kernels.packed_product(self._part(name, expert), self.compute)
             known = self._products[name, expert] = (state, made)
-        return cast(torch.Tensor, known[1](x, None))
+        return cast(torch.Tensor, known[1](x, None, self._part(name, expert)))
 
     def _part(self, name: str, expert: int) -> PackedMatrix:
         codes, scale = cast(torch.Tensor, self._parameters[f"{name}_codes"]), self._buffers[f"{name}_scale"]

@@ -13,6 +13,7 @@ from ..errors import CompressionError
 from . import kernels
 from .grid import Coded, Grid, decode
 from .modules import NoBackward, QuantizedModule, Spec
+from .packed_matrix import PackedMatrix
 from .packing import pack, packed_width, unpack
 
 Compute = Literal["auto", "int8", "float"]
@@ -71,10 +72,14 @@ class PackedModule(QuantizedModule):
         if coded.zero is not None:
             self.zero = pack(coded.zero, self.grid.zero_width)
 
+    def matrix(self) -> PackedMatrix:
+        """Return the tensors as kernels take them."""
+        zero = self.zero if self.grid.has_zero else None
+        return PackedMatrix(self.weight, self.scale, zero, self.grid, self.columns)
+
     def coded(self) -> Coded:
         """Return the codes, unpacked."""
-        zero = unpack(self.zero, self.grid.zero_width, self.scale.shape[1]) if self.grid.has_zero else None
-        return Coded(unpack(self.weight.view(torch.uint8), self.grid.bits, self.columns), self.scale, zero)
+        return self.matrix().coded()
 
     def dequantized(self) -> torch.Tensor:
         """Return the float32 weight (rows, columns)."""
@@ -174,6 +179,8 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` (..., in_features) to (..., out_features), in the dtype of `x`."""
+        if torch.compiler.is_compiling():
+            return self._operator(x)
         if x.requires_grad and torch.is_grad_enabled():
             return cast(torch.Tensor, NoBackward.apply(x, self._product, type(self).__name__))
         return self._product(x)
@@ -195,19 +202,36 @@ class PackedLinear(PackedModule):
             )
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
-        return self._kernel()(x, self._parameters["bias"])
+        return cast(torch.Tensor, self._kernel()(x, self._parameters["bias"], self.matrix()))
 
     def _kernel(self) -> Any:
         """Return the product made for this weight on its device; made anew when a tensor was replaced or written to."""
-        state = (kernels.identity(self.weight), kernels.identity(self.scale))
         known = self._derived
-        if known is None or known[0] != state:
+        if known is None or known[0] != kernels.product_state(self.weight, self.scale, self.compute):
             # One assignment: another thread sees the old product or the new one, whole.
-            known = self._derived = (state, kernels.packed_product(self, self.compute))
+            known = self._derived = kernels.product_of(self.matrix(), self.compute)
         return known[1]
+
+    def _operator(self, x: torch.Tensor) -> torch.Tensor:
+        grid, zero = self.grid, self.zero if self.grid.has_zero else None
+        return kernels.packed_linear(
+            x,
+            self.weight,
+            self.scale,
+            zero,
+            self.bias,
+            self.columns,
+            grid.bits,
+            grid.group_size,
+            grid.symmetric,
+            grid.codebook,
+            grid.zero_bits,
+            self.compute,
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
         self._derived = None
+        kernels.forget_product(self.weight)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from .int8 import Activations, Stored, activation_bits, fbgemm_linear, has_int_mm, int_mm_linear, torch_linear
 from .int8_ops import int8_linear, int8_static_linear, unpacked_linear
-from .packed import Product, packed_product
+from .packed import Product, forget_product, packed_product, product_of, product_state
+from .packed_ops import packed_linear
 from .packing import copy_state, forget_copy, has_fbgemm, identity, pack, packed_bytes, packed_copy
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "copy_state",
     "fbgemm_linear",
     "forget_copy",
+    "forget_product",
     "has_fbgemm",
     "has_int_mm",
     "identity",
@@ -22,7 +24,10 @@ __all__ = [
     "pack",
     "packed_bytes",
     "packed_copy",
+    "packed_linear",
     "packed_product",
+    "product_of",
+    "product_state",
     "torch_linear",
     "unpacked_linear",
 ]

@@ -5,6 +5,7 @@ Modules call these only while `torch.compile` traces them: the dispatcher costs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -87,15 +88,15 @@ def _linear(
 
 
 @torch.library.custom_op("llmcompress::no_backward", mutates_args=())
-def _no_backward(gradient: torch.Tensor, inputs: int) -> torch.Tensor:
+def _no_backward(gradient: torch.Tensor, inputs: int, who: str) -> torch.Tensor:
     """Fail when a backward pass runs, not when a graph with one is traced."""
     raise CompressionError(
-        "Int8Linear has no backward pass: a quantized model cannot be trained; train first and quantize last."
+        f"{who} has no backward pass: a quantized model cannot be trained; train first and quantize last."
     )
 
 
 @_no_backward.register_fake
-def _(gradient: torch.Tensor, inputs: int) -> torch.Tensor:
+def _(gradient: torch.Tensor, inputs: int, who: str) -> torch.Tensor:
     return gradient.new_empty((*gradient.shape[:-1], inputs))
 
 
@@ -118,13 +119,23 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _note_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.inputs, ctx.others = inputs[1].shape[1], len(inputs) - 1
+def refuse_backward(operator: Any, who: str, inputs_of: Callable[[tuple[Any, ...]], int]) -> None:
+    """Have a backward pass through `operator` fail, and say that a layer of class `who` has none.
+
+    Args:
+        operator: a custom operator whose first argument is the input of a product.
+        who: for the message.
+        inputs_of: from the operator's arguments, the last size of that input.
+    """
+
+    def note(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.inputs, ctx.others = inputs_of(inputs), len(inputs) - 1
+
+    def refuse(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (torch.ops.llmcompress.no_backward(gradient, ctx.inputs, who), *[None] * ctx.others)
+
+    operator.register_autograd(refuse, setup_context=note)
 
 
-def _refuse(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (torch.ops.llmcompress.no_backward(gradient, ctx.inputs), *[None] * ctx.others)
-
-
-for _operator in (int8_linear, int8_static_linear):
-    _operator.register_autograd(_refuse, setup_context=_note_inputs)
+refuse_backward(int8_linear, "Int8Linear", lambda inputs: int(inputs[1].shape[1]))
+refuse_backward(int8_static_linear, "Int8StaticLinear", lambda inputs: int(inputs[1].shape[1]))

@@ -15,54 +15,61 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..affine import quantize_rows
 from ..grid import Coded, decode, row_chunks
 from .int8 import fbgemm_linear, torch_linear
-from .packing import has_fbgemm, pack
+from .packing import has_fbgemm, identity, pack
 
 if TYPE_CHECKING:
-    from ..grid import Grid
+    from ..packed_matrix import PackedMatrix
     from ..packed_modules import Compute
 
 
-class Packed(Protocol):
-    """A matrix of packed codes."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The packed codes."""
-
-    @property
-    def grid(self) -> Grid:
-        """What the codes mean."""
-
-    def coded(self) -> Coded:
-        """Return the codes, unpacked."""
-
-    def dequantized(self) -> torch.Tensor:
-        """Return the float32 matrix."""
-
-
 class Product(Protocol):
-    """A product with one weight.
+    """A way to multiply by one matrix.
 
     Attributes:
-        nbytes: of the copy of the weight that it holds.
+        nbytes: of the copy of the matrix that it holds.
     """
 
     nbytes: int
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Map `x` (..., inputs), at least 2-D, to (..., outputs) in the dtype of `x`."""
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
+        """Map `x` (..., inputs), at least 2-D, to (..., outputs) in the dtype of `x`; `matrix` is the one it is for."""
 
 
-def packed_product(layer: Packed, compute: Compute) -> Product:
-    """Return the product that serves `layer` on its device; `"auto"` takes the fastest there."""
-    fast = has_fbgemm(layer.weight.device)
+# By the weight itself, so that a compiled graph, which knows tensors and no modules, finds the product of the module.
+_PRODUCTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def product_of(matrix: PackedMatrix, compute: Compute) -> tuple[Any, Product]:
+    """Return what tells whether a product still holds, and the product that is kept for `matrix`, made where needed."""
+    state = product_state(matrix.weight, matrix.scale, compute)
+    known: tuple[Any, Product] | None = _PRODUCTS.get(matrix.weight)
+    if known is None or known[0] != state:
+        known = (state, packed_product(matrix, compute))
+        _PRODUCTS[matrix.weight] = known
+    return known
+
+
+def product_state(weight: torch.Tensor, scale: torch.Tensor, compute: Compute) -> tuple[Any, ...]:
+    """Return what tells whether a product is still of these tensors."""
+    return identity(weight), identity(scale), compute
+
+
+def forget_product(weight: torch.Tensor) -> None:
+    """Drop the product that is kept for `weight`, if any."""
+    _PRODUCTS.pop(weight, None)
+
+
+def packed_product(matrix: PackedMatrix, compute: Compute) -> Product:
+    """Return a new product with `matrix` on its device; `"auto"` takes the fastest there."""
+    fast = has_fbgemm(matrix.weight.device)
     if compute == "int8" or (compute == "auto" and fast):
-        return Int8Product(layer.dequantized())
-    return FloatProduct(layer)
+        return Int8Product(matrix.dequantized())
+    return FloatProduct()
 
 
 class FloatProduct:
@@ -70,12 +77,9 @@ class FloatProduct:
 
     nbytes = 0
 
-    def __init__(self, layer: Packed) -> None:
-        self._layer = layer
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
         """Multiply in the dtype of `x`."""
-        coded, grid = self._layer.coded(), self._layer.grid
+        coded, grid = matrix.coded(), matrix.grid
         parts = []
         for rows in row_chunks(coded.codes):
             zero = coded.zero[rows] if coded.zero is not None else None
@@ -97,7 +101,7 @@ class Int8Product:
             self._packed = pack(self._codes, self._scale, None, "token")
             self._codes = self._codes.new_empty(0)
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
         """Multiply in int8, one scale a row of `x`."""
         exact = x if x.dtype == torch.float32 else x.float()
         if self._packed is not None:

@@ -1,0 +1,39 @@
+"""A matrix as it is stored in few bits: what modules, experts and kernels pass to one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .grid import Coded, Grid, decode
+from .packing import unpack
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """The packed codes of a matrix, of which a kernel makes what it needs.
+
+    Attributes:
+        weight: int8 (outputs, bytes): the codes of a row as a bit stream, see `packing`.
+        scale: (outputs, groups).
+        zero: uint8 (outputs, bytes): the zero points, packed like the codes; None on grids that have none.
+        grid: what the codes mean.
+        columns: inputs.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    grid: Grid
+    columns: int
+
+    def coded(self) -> Coded:
+        """Return the codes, unpacked."""
+        groups = self.scale.shape[1]
+        zero = None if self.zero is None else unpack(self.zero, self.grid.zero_width, groups)
+        return Coded(unpack(self.weight.view(torch.uint8), self.grid.bits, self.columns), self.scale, zero)
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the float32 weight (outputs, inputs)."""
+        return decode(self.coded(), self.grid)
