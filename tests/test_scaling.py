@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoModel, FalconConfig, FalconForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import llmcompress as lc
-from llmcompress.anatomy.probe import relative_error
+from llmcompress.anatomy.probe import probe_inputs, probe_outputs, relative_error
 from llmcompress.anatomy.scaling import fold, scale_sites
+from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -149,6 +150,28 @@ def test_of_a_fused_projection_the_values_and_the_up_half_are_divided():
     assert sites["gate_up_proj"].source_rows.tolist() == [*range(128, 256)]
     heads = next(site for site in scale_sites(tiny_model("gpt_neox")) if "query_key_value" in site.source)
     assert heads.source_rows.tolist() == [row for head in range(4) for row in range(48 * head + 32, 48 * head + 48)]
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "kinds"),
+    [
+        ("causal-lm", "bloom", {"norm", "linear"}),
+        ("causal-lm", "gemma2", {"norm", "linear"}),
+        ("causal-lm", "deepseek_v3", {"norm", "linear"}),
+        ("causal-lm", "olmo2", {"linear"}),  # its norms come behind
+        ("causal-lm", "mamba2", {"norm"}),
+        ("seq2seq-lm", "pegasus", {"norm", "linear"}),
+        ("classification", "modernbert", {"norm", "linear"}),
+    ],
+)
+def test_sites_of_other_architectures_hold(task, architecture, kinds):
+    model = build_tiny(task, architecture)
+    sites = scale_sites(model)
+    assert {site.kind for site in sites} == kinds
+    inputs = probe_inputs(model)
+    expected = probe_outputs(model, inputs)
+    fold_all(model, sites)
+    assert relative_error(probe_outputs(model, inputs), expected) < 1e-4
 
 
 def test_one_norm_before_attention_and_network_is_one_site():

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from .find import anatomy
 from .layers import WeightLayer, weight_layers
 from .parts import Attention, FeedForward, Projection
 from .probe import probe_outputs
 from .scale_site import ScaleSite, folded_source
+from .stacks import find_stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,12 +33,15 @@ def candidates(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> li
         model: the model.
         inputs: what its forward takes.
     """
-    body = anatomy(model)
+    try:
+        body = anatomy(model)
+    except UnsupportedModelError:  # blocks with no attention and no network that is known, as of a Mamba
+        body = None
     layers = {layer.name: layer for layer in weight_layers(model) if layer.place == "block"}
-    downs = {network.down.path for network in body.feed_forwards()}
-    blocks = tuple(f"{block.path}." for block in body.blocks())
+    downs = {network.down.path for network in body.feed_forwards()} if body is not None else set()
+    blocks = tuple(f"{stack.path}." for stack in find_stacks(model))
     found = [[site] for site in _norm_sites(model, inputs, blocks, layers, downs)]
-    for block in body.blocks():
+    for block in body.blocks() if body is not None else ():
         for attention in block.attentions:
             found.append(_value_sites(attention))
         for network in block.feed_forwards:

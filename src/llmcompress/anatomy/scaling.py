@@ -32,8 +32,9 @@ def scale_sites(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor] | Non
 
     Found are norms before projections (and before a router with its 3-D experts), values before the output projection
     of an attention, and the widening projection of a feed-forward network before the narrowing one, if it is gated or
-    has a ReLU. Not found are norms whose output is the residual too (BERT), norms outside of the blocks, whose output
-    is one of the model's, and weights that are tied.
+    has a ReLU. Folding them leaves the logits what they are; hidden states on the way become others. Not found are
+    norms whose output is the residual too (BERT), norms outside of the blocks, whose output is one of the model's, what
+    is inside 3-D experts, and weights that are tied.
 
     Args:
         model: the model, with weights; not changed. A handful of short forward passes are run.
