@@ -33,6 +33,8 @@ def chains(epochs: float, tokens: int) -> dict[str, list[lc.Compressor]]:
         "3 of 6 layers, not distilled": [three],
         "vocabulary": [vocabulary],
         "int8": [int8],
+        "int8, static": [lc.StaticQuantization(max_length=64)],
+        "int8, static, smoothed": [lc.StaticQuantization(smooth=0.5, max_length=64)],
         "3 of 6 layers, int8": [three, distil, int8],
         "vocabulary, 3 of 6 layers, int8": [vocabulary, three, distil, int8],
         "vocabulary, half FFN, 3 of 6 layers, int8": [vocabulary, half, three, distil, int8],
