@@ -582,3 +582,72 @@ def test_nan_is_found_before_anything_is_changed(family):
         next(turns)
     assert broken not in str(error.value)
     assert not _traces(model)
+
+
+# Several turns a block.
+
+
+@pytest.mark.parametrize(("family", "memory_bytes"), [*((family, None) for family in FAMILIES), ("t5", 0)])
+def test_later_layers_of_a_block_see_what_its_changed_ones_put_out(family, memory_bytes):
+    model = tiny_model(family)
+    batches, layers = _batches(model), _layers(model)
+    named = {layer.name: layer for layer in layers}
+    names, of, ends = [], set(), []
+    turns = block_by_block(model, batches, layers, Rows, who="test", sequential=True, memory_bytes=memory_bytes)
+    for number, turn in enumerate(turns):
+        assert (turn.index, turn.whole_passes, turn.unseen) == (number, False, ())
+        expected = _by_hand(model, batches)
+        if family == "mixtral":
+            expected |= _experts_by_hand(model, batches)
+        for name, statistics in turn.statistics.items():
+            rows = expected[name] if isinstance(expected[name], list) else [expected[name]]
+            for one, right in zip(statistics, rows, strict=True):
+                torch.testing.assert_close(one.rows, right, rtol=1e-4, atol=1e-5)
+            names.append(name)
+        _halve([named[name] for name in turn.statistics])
+        of.add(turn.of)
+        ends += [turn.block] if turn.last else []
+    assert of == {number + 1}
+    assert sorted(names) == sorted(named)
+    assert ends == [turn.block for turn in block_by_block(model, batches, layers, InputNorms.of, who="test")]
+    assert not _traces(model)
+
+
+def test_layers_with_equal_inputs_have_their_turn_together():
+    model = tiny_model("llama")
+    turns = block_by_block(model, _batches(model), _layers(model), InputNorms.of, who="test", sequential=True)
+    found = [[name.rpartition(".")[2] for name in turn.statistics] for turn in turns]
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert found == block * len(model.model.layers)
+
+
+@pytest.mark.parametrize("flow", ["plain", "in place", "dead", "skips", "twice", "parts"])
+def test_any_flow_gives_the_right_inputs_in_several_turns(flow):
+    model = _toy(flow)
+    batches, layers = [probe_inputs(model, rows=3, tokens=20), probe_inputs(model, seed=1)], _layers(model)
+    names = []
+    for turn in block_by_block(model, batches, layers, Rows, who="test", sequential=True):
+        expected = _by_hand(model, batches)
+        for name, [one] in turn.statistics.items():
+            assert one.count == 0 if name not in expected else torch.equal(one.rows, expected[name])
+        _halve([layer for layer in layers if layer.name in turn.statistics])
+        names += turn.statistics
+    assert sorted(names) == sorted(layer.name for layer in layers)
+
+
+def test_a_part_stops_at_its_last_layer():
+    model = tiny_model("llama")
+    calls = {"o_proj": 0, "down_proj": 0}
+    block = model.model.layers[0]
+    for name, module in (("o_proj", block.self_attn.o_proj), ("down_proj", block.mlp.down_proj)):
+        module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    batches = _batches(model)
+    layers = _layers(model, ("model.layers.0.*",))
+    turns = block_by_block(model, batches, layers, InputNorms.of, who="test", sequential=True)
+    next(turns)
+    before = dict(calls)  # the survey's
+    for _ in range(3):
+        next(turns)
+    # o_proj's own turn stops before it runs; those of gate and up, and of down, run it.
+    assert calls["o_proj"] - before["o_proj"] == 2 * len(batches)
+    assert calls["down_proj"] - before["down_proj"] == len(batches)

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 from ..anatomy.turns import keeper_of
 from ..errors import MissingInputError, UnsupportedModelError
 from .listening import listen
-from .replay import Batch, Forward, Replay, replaced, stopping
+from .replay import Batch, Forward, Replay, replaced, stopping, stopping_at_once
 from .states import States
 from .statistics import Ignored, Statistic, parts_of
-from .survey import prove, survey
+from .survey import Part, prove, survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,7 @@ class Turn:
             use (the kernel of a convolution, say): their inputs cannot be told, and no statistic was updated.
         whole_passes: whether each turn took a pass through the whole model, because the blocks do not simply follow
             one another: right, but the cost grows with the square of the depth.
+        last: whether the block is complete with this turn; with `sequential` it has several.
     """
 
     block: str
@@ -48,6 +49,7 @@ class Turn:
     statistics: dict[str, list[Statistic]]
     unseen: tuple[str, ...] = ()
     whole_passes: bool = False
+    last: bool = True
 
 
 def observe(
@@ -105,6 +107,7 @@ def block_by_block(
     statistic: Callable[[WeightLayer], Statistic],
     *,
     who: str,
+    sequential: bool = False,
     memory_bytes: int | None = None,
     progress: bool = False,
 ) -> Iterator[Turn]:
@@ -122,12 +125,15 @@ def block_by_block(
         layers: layers of any kind but embeddings; those in no block have their turn last.
         statistic: makes an empty statistic for a layer (for one expert of it, where it has several).
         who: the strategy's name, for messages.
+        sequential: whether a block has several turns, so that its later layers see what its earlier ones have
+            become: q, k and v; then the layer behind the attention; then up and gate; then down. Layers that get the
+            same inputs, one after the other, have one together. Each turn runs the block once more, up to its layers.
         memory_bytes: how much of the hidden states to keep in memory; the rest goes to a temporary folder (under
             `TMPDIR`), removed at the end. None is a quarter of the memory that is free.
         progress: whether to show a progress bar over the turns.
 
     Yields:
-        A `Turn` for each block that has any of `layers`.
+        A `Turn` for each block that has any of `layers`, or several.
 
     Raises:
         CompressionError: an input is NaN or infinite; the message names the layer. On a damaged checkpoint this comes
@@ -148,7 +154,7 @@ def block_by_block(
         3 decoder.block.1 10
     """
     _check(model, batches, layers, who)
-    return _turns(model, batches, layers, statistic, who, memory_bytes, progress)
+    return _turns(model, batches, layers, statistic, who, sequential, memory_bytes, progress)
 
 
 def _turns(
@@ -157,6 +163,7 @@ def _turns(
     layers: Sequence[WeightLayer],
     statistic: Callable[[WeightLayer], Statistic],
     who: str,
+    sequential: bool,
     memory_bytes: int | None,
     progress: bool,
 ) -> Iterator[Turn]:
@@ -166,35 +173,43 @@ def _turns(
     found.inputs.clear()
     if doubt:
         _LOG.warning("%s: each block takes a pass through the whole of %s: %s", who, type(model).__name__, doubt)
-    turns = list(found.turns.items())
+    turns = found.parts if sequential else {block: [Part(own, None)] for block, own in found.turns.items()}
+    total = sum(map(len, turns.values()))
     keeper = keeper_of(model)
     places = {place.path: number for number, place in enumerate(found.order)}
-    with States(memory_bytes) as states, tqdm(total=len(turns), desc=who, disable=not progress) as bar:
+    with States(memory_bytes) as states, tqdm(total=total, desc=who, disable=not progress) as bar:
         replay = Replay(forward, found.order, batches, states)
-        start = 0
-        for index, (block, own) in enumerate(turns):
+        start = index = 0
+        for block, parts in turns.items():
             # A block that an earlier run finished runs as it did then, so that all that comes behind gets the same.
             done = keeper.is_finished(block)
             if not done:
                 keeper.begin(block)
-            statistics = _empty(own, Ignored if done else statistic)
-            with listen(own, statistics, who=who):
-                if doubt:
-                    for batch in batches if not done else ():
-                        forward(batch)
-                elif block in places:
-                    replay.run(start, places[block])
-                    start = places[block]
-                elif not block:
-                    replay.run(start, None)
+            for number, part in enumerate([Part(found.turns[block], None)] if done else parts):
+                last = done or number == len(parts) - 1
+                statistics = _empty(part.layers, Ignored if done else statistic)
+                ending = {part.until: stopping_at_once} if part.until is not None and not last else {}
+                with listen(part.layers, statistics, who=who), replaced(model, ending):
+                    if doubt:
+                        for batch in batches if not done else ():
+                            forward(batch)
+                    elif block in places:
+                        # The passes of all parts but the first begin where the next block's will begin.
+                        replay.run(start, places[block], again=number > 0)
+                        start = places[block]
+                    elif not block:
+                        replay.run(start, None, again=not last)
+                if not done:
+                    unseen = tuple(name for name in statistics if name in found.unseen)
+                    yield Turn(block, index, total, statistics, unseen, bool(doubt), last)
+                    statistics.clear()
+                advance = len(parts) if done else 1
+                index += advance
+                bar.update(advance)
             if done:
                 keeper.restore(block)
             else:
-                unseen = tuple(name for name in statistics if name in found.unseen)
-                yield Turn(block, index, len(turns), statistics, unseen, bool(doubt))
-                statistics.clear()
                 keeper.finish(block)
-            bar.update()
 
 
 def _empty(layers: Sequence[WeightLayer], statistic: Callable[[WeightLayer], Statistic]) -> dict[str, list[Statistic]]:

@@ -122,20 +122,20 @@ class Replay:
         self._batch = 0
         self._hollow: dict[tuple[int, int], Any] = {}
 
-    def run(self, start: int, end: int | None) -> None:
+    def run(self, start: int, end: int | None, *, again: bool = False) -> None:
         """Run blocks `start` to `end` of every batch; the ones before `start` give what they put out before.
 
         Args:
             start: number of the first block to run; 0, or the `end` of the pass before.
             end: number of the last block to run, after which the pass stops; None runs the model to its end.
-
+            again: whether a later pass begins at `start` as well, and needs the same inputs.
         """
         real = self._latest(start)
         keep = self._latest(end) if end is not None else set()
         forwards: dict[str, Any] = {}
         for number, place in enumerate(self.order[: None if end is None else end + 1]):
             if number < start:
-                forwards[place.path] = functools.partial(self._stub, number, number in real)
+                forwards[place.path] = functools.partial(self._stub, number, number in real, again)
             else:
                 forwards[place.path] = functools.partial(self._real, number, number in keep, number == end)
         for number, batch in enumerate(self.batches):
@@ -147,10 +147,12 @@ class Replay:
         """Return the last block of each stack before block `end`: the ones whose outputs are still to be read."""
         return set({place.stack: number for number, place in enumerate(self.order[:end])}.values())
 
-    def _stub(self, number: int, real: bool, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _stub(self, number: int, real: bool, again: bool, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if real:
-                return self.states[self.order[number].stack, self._batch]
+                kept = self.states[self.order[number].stack, self._batch]
+                # A block may change its inputs in place.
+                return tree_map(_copy, kept) if again else kept
             return self._hollow[number, self._batch]
 
         return forward
@@ -180,9 +182,22 @@ def stopping(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def stopping_at_once(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `forward` that ends the pass before `own` has computed anything; its hooks have seen the inputs."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise Stopped
+
+    return forward
+
+
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """Return the tensors in nested tuples, lists, dicts and transformers' outputs."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _hollow(leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,19 @@ _SHORT = 16
 
 
 @dataclass(frozen=True)
+class Part:
+    """Layers of a block that get equal inputs, one after the other (q, k and v).
+
+    Attributes:
+        layers: the layers.
+        until: path of a layer; when it is called all of them have got their inputs. None where there is no such one.
+    """
+
+    layers: list[WeightLayer]
+    until: str | None
+
+
+@dataclass(frozen=True)
 class Survey:
     """What one plain forward pass of a short row has shown.
 
@@ -32,6 +45,8 @@ class Survey:
         turns: the layers that are asked for by the path of their block, in the order of the run; blocks that did not
             run come behind, and under `""` what is in no block comes last.
         doubt: why the blocks cannot be run one at a time, or None.
+        parts: the same layers in the order of the run, with those of a block divided: what the layers of a part put out
+            decides the inputs of the parts behind it.
         ends: whether no layer is used behind the last block.
         unseen: names of layers that are no linear modules, and whose weight no matrix product was seen to use.
     """
@@ -39,23 +54,42 @@ class Survey:
     order: list[Place]
     inputs: list[list[torch.Tensor]]
     turns: dict[str, list[WeightLayer]]
+    parts: dict[str, list[Part]]
     doubt: str | None
     ends: bool
     unseen: tuple[str, ...]
 
 
-class _Witness:
-    """Notes during which block a layer got inputs, and how many blocks had begun by then."""
+class _Stages:
+    """Counts the stages of a pass: one begins where a layer gets other inputs than the layer before it."""
 
-    def __init__(self, calls: list[str], running: list[str]) -> None:
-        self._calls, self._running = calls, running
+    def __init__(self) -> None:
+        self._calls, self._number = 0, -1
+        self._latest: torch.Tensor | None = None
+
+    def place(self, inputs: torch.Tensor) -> tuple[int, int]:
+        """Return the number of the stage of a layer that gets `inputs`, and which call this is."""
+        if self._latest is None or not torch.equal(self._latest, inputs):
+            self._number += 1
+            self._latest = inputs.clone()
+        self._calls += 1
+        return self._number, self._calls
+
+
+class _Witness:
+    """Notes during which block a layer got inputs, and how many blocks had begun by then; and in which stages."""
+
+    def __init__(self, calls: list[str], running: list[str], stages: _Stages) -> None:
+        self._calls, self._running, self._stages = calls, running, stages
         self.count = 0
         self.seen: set[tuple[str, int]] = set()
+        self.places: list[tuple[int, int]] = []
 
     def update(self, inputs: torch.Tensor) -> None:
         """Note where the model is."""
         self.count += len(inputs)
         self.seen.add((self._running[-1], len(self._calls)))
+        self.places.append(self._stages.place(inputs))
 
 
 def survey(forward: Forward, batches: Sequence[Batch], layers: Sequence[WeightLayer], *, who: str) -> Survey:
@@ -82,7 +116,8 @@ def survey(forward: Forward, batches: Sequence[Batch], layers: Sequence[WeightLa
 
         return block
 
-    witness = {layer.name: _Witness(calls, running) for layer in layers}
+    counter = _Stages()
+    witness = {layer.name: _Witness(calls, running, counter) for layer in layers}
     feeds = {layer.name: [witness[layer.name]] * parts_of(layer) for layer in layers}
     with replaced(forward.model, {path: partial(record, path) for path in stack_of}), listen(layers, feeds, who=who):
         forward(short_row(batches[0]))
@@ -91,7 +126,9 @@ def survey(forward: Forward, batches: Sequence[Batch], layers: Sequence[WeightLa
     seen = {block: set().union(*(witness[layer.name].seen for layer in own)) for block, own in turns.items()}
     ends = bool(calls) and ("", len(calls)) not in set().union(*seen.values())
     unseen = tuple(layer.name for layer in layers if is_watched(layer) and not witness[layer.name].seen)
-    return Survey(order, inputs, turns, _doubt(calls, seen), ends, unseen)
+    calls_of = {name: one.places for name, one in witness.items()}
+    parts = {block: _parts(own, calls_of) for block, own in turns.items()}
+    return Survey(order, inputs, turns, parts, _doubt(calls, seen), ends, unseen)
 
 
 def prove(forward: Forward, batches: Sequence[Batch], found: Survey) -> str | None:
@@ -134,6 +171,23 @@ def _turns(layers: Iterable[WeightLayer], blocks: Sequence[str]) -> dict[str, li
     for layer in layers:
         turns[block_of(layer.path, turns)].append(layer)
     return {path: own for path, own in turns.items() if own}
+
+
+def _parts(layers: Sequence[WeightLayer], places: Mapping[str, list[tuple[int, int]]]) -> list[Part]:
+    stages: dict[int, list[WeightLayer]] = {}
+    # A layer that got nothing goes with the last.
+    last = max((found[0][0] for layer in layers if (found := places[layer.name])), default=0)
+    for layer in layers:
+        found = places[layer.name]
+        stages.setdefault(found[0][0] if found else last, []).append(layer)
+    return [Part(stages[number], _latest(stages[number], places)) for number in sorted(stages)]
+
+
+def _latest(layers: Sequence[WeightLayer], places: Mapping[str, list[tuple[int, int]]]) -> str | None:
+    """Return which of `layers` is called last, if each is called once."""
+    if any(is_watched(layer) or len(places[layer.name]) != 1 for layer in layers):
+        return None
+    return max(layers, key=lambda layer: places[layer.name][0][1]).path
 
 
 def _doubt(calls: list[str], seen: dict[str, set[tuple[str, int]]]) -> str | None:

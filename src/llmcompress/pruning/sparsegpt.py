@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 
 from ..anatomy.layers import WeightLayer
-from ..calibration import InputProducts, Statistic, inverse_root
+from ..calibration import InputProducts, Statistic
+from ..calibration.hessian import inverse_root, remark_on
 from ..registry import register
 from .calibrated import ALL_ZERO, CalibratedPruning
 from .unstructured import Quota, lowest, zero_lowest
@@ -74,9 +75,7 @@ class SparseGPTPruning(CalibratedPruning):
             return ALL_ZERO
         root, dampening = inverse_root(products, self.dampening, who=type(self).__name__)
         reconstruct(matrix, root, quota, mask_block_size=self.mask_block_size, block_size=self.block_size)
-        if dampening == self.dampening:
-            return None
-        return f"dampening grew from {self.dampening:g} to {dampening:g}: x x^T had no Cholesky factor with less"
+        return remark_on(self.dampening, dampening)
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def reconstruct(
 
     Args:
         matrix: of shape (outputs, inputs), any float dtype.
-        root: from `inverse_root`.
+        root: from `calibration.hessian.inverse_root`.
         quota: how many zeros.
         mask_block_size: columns whose zeros are chosen together; with N:M it is M.
         block_size: columns after which the rest of the matrix is updated at once.
