@@ -6,6 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import llmcompress as lc
+from llmcompress.anatomy.layers import weight_layers
 from llmcompress.anatomy.reads import read_directly
 from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
@@ -74,10 +75,23 @@ def test_what_is_read_at_the_first_call_is_found_after_it():
     model = build_tiny("causal-lm", "rwkv")
     assert model.rwkv.layers_are_rescaled
     found = read_directly(model)
-    assert {name.rpartition("blocks.0.")[2] for name in found if "blocks.0." in name} == {
-        "attention.output",
-        "feed_forward.value",
-    }
+    wanted = {"rwkv.blocks.0.attention.output", "rwkv.blocks.0.feed_forward.value"}
+    linear = {layer.name for layer in weight_layers(model) if layer.kind == "linear"}
+    assert {name for name in linear & found.keys() if "blocks.0." in name} == wanted
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("recurrent_gemma", {"input_gate_weight", "recurrent_gate_weight"}),
+        ("zamba", {"A_log", "x_proj_weight", "dt_proj_weight"}),
+        *((name, set()) for name in ("mixtral", "gpt_oss", "llama4", "jetmoe", "longcat_flash", "inkling_text")),
+    ],
+)
+def test_stacks_of_other_matrices_are_no_experts(architecture, names):
+    model = build_tiny("causal-lm", architecture)
+    stacks = {layer.name for layer in weight_layers(model) if layer.kind == "experts"}
+    assert {name.rpartition(".")[2] for name in stacks & read_directly(model).keys()} == names
 
 
 def test_mamba_is_quantized_but_for_what_it_reads():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
@@ -36,8 +37,21 @@ _FORM = {
 }
 
 
+PRODUCTS = {
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.mm,
+    torch.Tensor.bmm,
+    torch.Tensor.__matmul__,
+}
+"""Functions f(inputs, weight) with a weight (..., inputs, outputs); that of `F.linear` is the other way round."""
+_TURNS = {torch.Tensor.transpose, torch.transpose, torch.Tensor.mT.__get__, torch.Tensor.T.__get__}
+
+
 def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -> dict[str, str]:
-    """Find the linear layers and embeddings whose weight is used in another way than by calling the layer.
+    """Find the layers whose weight is used in another way than by calling the layer, or than one product an expert.
 
     The model runs once on a few tokens (twice where it asks for the dtype of a weight), with every use of a weight
     watched. A model that cannot be run so (it reads neither token ids nor pixels, or holds no weights yet) is judged
@@ -56,7 +70,9 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
         >>> read_directly(MambaForCausalLM(MambaConfig(**sizes)))
         {'backbone.layers.0.mixer.dt_proj': 'the code of MambaMixer reads its weight instead of calling it', ...}
     """
-    layers = [layer for layer in weight_layers(model) if layer.kind in _PLAIN]
+    known = weight_layers(model)
+    layers = [layer for layer in known if layer.kind in _PLAIN]
+    stacks = [layer for layer in known if layer.kind == "experts"]
     reasons = {layer.name: reason for layer in layers if (reason := _own_forward(layer)) is not None}
     if any(layer.weight.is_meta for layer in layers):
         return reasons
@@ -64,9 +80,13 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
         inputs = probe_inputs(model, rows=1)
     except UnsupportedModelError:
         return reasons
-    reads = _Reads(layers)
-    with torch.random.fork_rng(devices=[]), reads.watching():
+    reads = _Reads(layers, stacks)
+    with torch.random.fork_rng(devices=[]), one_expert_at_a_time(stacks), reads.watching():
         probe_outputs(model, inputs)
+    for layer in stacks:
+        if id(layer.weight) in reads.read:
+            who = type(layer.module).__name__
+            reasons[layer.name] = f"the code of {who} uses it in another way than one product an expert"
     first = _read_at_first(model, inputs)
     for layer in layers:
         if id(layer.weight) in reads.read or layer.name in first:
@@ -113,8 +133,10 @@ class _Reads(TorchFunctionMode):
         asked: ids of weights whose dtype was asked for.
     """
 
-    def __init__(self, layers: Iterable[WeightLayer]) -> None:
+    def __init__(self, layers: Iterable[WeightLayer], stacks: Iterable[WeightLayer] = ()) -> None:
         super().__init__()
+        # Experts' weights and what is taken of them, kept alive: an id is of one tensor as long as that lives.
+        self._parts: dict[int, tuple[torch.Tensor, int]] = {id(s.weight): (s.weight, id(s.weight)) for s in stacks}
         self._holders: dict[int, list[nn.Module]] = defaultdict(list)
         for layer in layers:
             self._holders[id(layer.weight)].append(layer.module)
@@ -148,7 +170,38 @@ class _Reads(TorchFunctionMode):
                     weight = id(tensor)
                     if weight in self._holders and not self._called[weight]:
                         (self.asked if func == _DTYPE else self.read).add(weight)
-        return func(*args, **(kwargs or {}))
+                    elif weight in self._parts and func != _DTYPE and not _is_product(func, args, tensor):
+                        self.read.add(self._parts[weight][1])
+        result = func(*args, **(kwargs or {}))
+        if args and id(args[0]) in self._parts and (func in _TURNS or func is torch.Tensor.__getitem__):
+            self._parts[id(result)] = (result, self._parts[id(args[0])][1])
+        return result
+
+
+def _is_product(func: Any, args: tuple[Any, ...], weight: torch.Tensor) -> bool:
+    """Whether `func` multiplies by `weight`, takes one expert of it, or turns it for that."""
+    if func is torch.Tensor.__getitem__:
+        key = args[1]
+        whole = isinstance(key, torch.Tensor) and key.dim() == 0 and not key.is_floating_point()
+        return weight.dim() == 3 and (whole or type(key) is int)
+    if func in _TURNS:
+        return True
+    # As the keyword that some write, it is in no place of `args`.
+    return (func in PRODUCTS or func is functional.linear) and (not args or args[0] is not weight)
+
+
+@contextmanager
+def one_expert_at_a_time(stacks: Iterable[WeightLayer]) -> Iterator[None]:
+    """Let transformers compute experts one by one, with views of their weights: grouped products copy or reorder."""
+    configs = {id(config): config for layer in stacks if (config := getattr(layer.module, "config", None)) is not None}
+    before = [(c, c._experts_implementation) for c in configs.values() if hasattr(c, "_experts_implementation")]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
 
 
 def _cast_inputs(

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..anatomy.reads import PRODUCTS, one_expert_at_a_time
 from ..errors import CompressionError
 from .statistics import parts_of
 
@@ -18,16 +19,7 @@ if TYPE_CHECKING:
     from .statistics import Statistic
 
 # f(inputs, weight) and f(added, inputs, weight).
-_PRODUCTS = {
-    functional.linear,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.mm,
-    torch.Tensor.bmm,
-    torch.Tensor.__matmul__,
-}
+_PRODUCTS = {functional.linear, *PRODUCTS}
 _ADDED_PRODUCTS = {torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm}
 
 
@@ -52,7 +44,7 @@ def listen(layers: Sequence[WeightLayer], statistics: Mapping[str, Sequence[Stat
                 hook = _Hook(layer, statistics[layer.name][0], who)
                 stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if used:
-            stack.enter_context(_eager_experts(used))
+            stack.enter_context(one_expert_at_a_time(used))
             stack.enter_context(_Products([_Watched(layer, statistics[layer.name], who) for layer in used]))
         yield
 
@@ -134,17 +126,3 @@ def _feed(statistic: Statistic, inputs: torch.Tensor, layer: WeightLayer, name: 
             f"(float16 overflows where float32 and bfloat16 do not)."
         )
     statistic.update(rows)
-
-
-@contextmanager
-def _eager_experts(layers: Sequence[WeightLayer]) -> Iterator[None]:
-    """Let transformers compute one expert at a time, with views of its weights: grouped products copy or reorder."""
-    configs = {id(config): config for layer in layers if (config := getattr(layer.module, "config", None)) is not None}
-    before = [(c, c._experts_implementation) for c in configs.values() if hasattr(c, "_experts_implementation")]
-    try:
-        for config, _ in before:
-            config._experts_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation

@@ -11,21 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ..anatomy.reads import PRODUCTS
 from .modules import NoBackward
 
 if TYPE_CHECKING:
     from .expert_modules import QuantizedExperts
-
-# f(x, weight): the weight is (inputs, outputs), where that of F.linear is (outputs, inputs).
-_PRODUCTS = {
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.mm,
-    torch.Tensor.bmm,
-    torch.Tensor.__matmul__,
-}
 
 
 class ExpertWeight:
@@ -125,7 +115,7 @@ class ExpertWeight:
         product = None
         if func is F.linear:
             product = _linear(*args, **kwargs)
-        elif func in _PRODUCTS and not kwargs:
+        elif func in PRODUCTS and not kwargs:
             product = _matmul(*args)
         if product is not None:
             return product
