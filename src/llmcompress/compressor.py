@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -126,6 +126,36 @@ class Context:
         self.told.append(action)
         if instead:
             self.corrected.add(action.path)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a quantization step will round one layer, for training that takes it into account.
+
+    Attributes:
+        path: the layer's module.
+        parameter: the weight's name in it.
+        input_axis: the axis of the weight that runs over the inputs; along the other axis outputs are independent.
+        weight: takes the weight as the module holds it, returns what it will stand for after the step, float32.
+        inputs: the same for the layer's inputs, float32, or None where they stay as they are.
+    """
+
+    path: str
+    parameter: str
+    input_axis: int
+    weight: Callable[[torch.Tensor], torch.Tensor]
+    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """A step whose rounding is a function of each weight alone, so that a model can be trained for it.
+
+    `KnowledgeDistillation(quantize_for=step)` takes any `Compressor` with this method.
+    """
+
+    def roundings(self, model: PreTrainedModel) -> list[Rounding]:
+        """Return one entry a layer that the step would quantize in `model`."""
 
 
 class Compressor(BaseModel, ABC):

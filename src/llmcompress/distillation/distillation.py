@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
 
 from ..anatomy.depth import plan_depth
 from ..anatomy.module_sizes import quantized_by
 from ..anatomy.vocabulary import vocabulary_size
-from ..compressor import Action, Compressor, Context, Need, still_there
+from ..compressor import Action, Compressor, Context, Need, Rounding, Rounds, still_there
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
-from ..registry import register
+from ..registry import compressors, register
 from .batches import Head, check_labels, head_of, make_rows
 from .objective import Objective
 from .student import choose_blocks, layer_map, make_student, parse_student
@@ -55,6 +56,9 @@ class KnowledgeDistillation(Compressor):
         weight_decay: of AdamW.
         gradient_accumulation: batches that make one step.
         precision: `"bf16"` multiplies in bfloat16, `"fp32"` does not; `"auto"` takes bf16 where the hardware has it.
+        quantize_for: a step such as `WeightOnlyQuantization(bits=3)`, or its dict: the student computes with weights
+            (and activations) rounded as that step will round them, and learns to make up for it (quantization-aware
+            training). Put the same step behind this one: it stores exactly what was trained.
 
     Example:
         >>> import llmcompress as lc
@@ -79,6 +83,7 @@ class KnowledgeDistillation(Compressor):
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
     gradient_accumulation: int = Field(1, gt=0, description="batches that make one optimizer step")
     precision: Precision = Field("auto", description="arithmetic of the matrix products")
+    quantize_for: SerializeAsAny[Compressor] | None = Field(None, description="the quantization step to train for")
 
     @model_validator(mode="before")
     @classmethod
@@ -99,6 +104,22 @@ class KnowledgeDistillation(Compressor):
         if student is not None:
             parse_student(student)
         return student
+
+    @field_validator("quantize_for", mode="before")
+    @classmethod
+    def _rounding_step(cls, step: Any) -> Any:
+        if isinstance(step, (Mapping, str)):
+            step = compressors.create(step)
+        if step is not None and not (isinstance(step, Compressor) and isinstance(step, Rounds)):
+            raise ConfigError(
+                f"KnowledgeDistillation.quantize_for must be a step that rounds each weight by itself, such as "
+                f"WeightOnlyQuantization or DynamicQuantization, got {step!r}."
+            )
+        return step
+
+    @field_serializer("quantize_for")
+    def _with_its_name(self, step: Compressor | None) -> dict[str, Any] | None:
+        return None if step is None else step.to_dict()
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -128,6 +149,8 @@ class KnowledgeDistillation(Compressor):
         span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         does = f"distil for {span}" if "teacher" in self.needs else f"fine-tune for {span}"
         actions.append(Action(path="", does=does, reason="all trainable weights"))
+        if self.quantize_for is not None:
+            actions.append(self._rounding_action(model))
         stay = tuple(f"{path}.{index}." for path, indices in kept.items() for index in indices)
         held = [
             int(zero.sum())
@@ -165,6 +188,7 @@ class KnowledgeDistillation(Compressor):
             tokens=_tensor(still_there(context.history, "vocabulary")),
             features=_tensor(still_there(context.history, "hidden")),
         )
+        roundings = self._roundings(model)
         losses = train(
             model,
             teacher,
@@ -182,10 +206,24 @@ class KnowledgeDistillation(Compressor):
             precision=self.precision,
             seed=context.seed,
             progress=context.progress,
+            roundings=roundings,
         )
         course = " -> ".join(f"{loss:.4g}" for loss in losses)
         context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
         return model
+
+    def _roundings(self, model: PreTrainedModel) -> list[Rounding]:
+        return self.quantize_for.roundings(model) if isinstance(self.quantize_for, Rounds) else []
+
+    def _rounding_action(self, model: PreTrainedModel) -> Action:
+        roundings = self._roundings(model)
+        inputs = sum(rounding.inputs is not None for rounding in roundings)
+        return Action(
+            path="",
+            does=f"train {len(roundings)} weights rounded as {self.quantize_for} will"
+            + (f", and the inputs of {inputs} layers" if inputs else ""),
+            reason="put that step behind this one",
+        )
 
     def _check(self, model: PreTrainedModel, context: Context) -> Head:
         """Refuse all that cannot work, and return the head; reads no weights."""

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..compressor import Rounding
 from ..errors import CompressionError
 from .batches import Row, collate
+from .fake_quantization import fake_quantized
 from .objective import Objective
 from .zeros import HeldZeros
 
@@ -67,7 +70,9 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Return the loss of one batch, and the student's outputs if asked."""
         fed = {key: value for key, value in inputs.items() if key != "labels"}
-        outputs = model(**fed, **self._asked)
+        # Fake quantization rounds a weight once a pass, though models may read it several times (each of the experts).
+        with parametrize.cached():
+            outputs = model(**fed, **self._asked)
         target = None
         if self.teacher is not None and self.objective.asks_teacher:
             with torch.no_grad(), self.accelerator.autocast():
@@ -124,8 +129,11 @@ def train(
     precision: Precision,
     seed: int,
     progress: bool,
+    roundings: Sequence[Rounding] = (),
 ) -> list[float]:
     """Train `model` in place and return the losses: of the first step, then the mean of each epoch.
+
+    With `roundings` the student computes as a later quantization step will have it; see `fake_quantized`.
 
     The weights are all that changes: device, dtype, modes, config, forward, gradients and the caller's random state
     are as before, also if training fails. Weights below 32 bits are trained in fp32 and rounded at the end.
@@ -142,6 +150,7 @@ def train(
             teacher.eval()
         zeros = HeldZeros(model)
         undo.enter_context(zeros.masked_gradients())
+        undo.enter_context(fake_quantized(model, roundings))
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=epochs if epochs is not None else 1,

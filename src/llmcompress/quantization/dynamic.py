@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer
 from ..calibration import calibration_batches
-from ..compressor import Action, Compressor, Context, Need
+from ..compressor import Action, Compressor, Context, Need, Rounding
+from ..errors import ConfigError
 from ..registry import register
+from .affine import dequantize_rows, quantize_rows
 from .checks import refuse_nonfinite
 from .choice import choose, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
+from .kernels import rounded_activations
 from .modules import Int8Embedding, Int8Linear, QuantizedModule
+from .row_wise import row_wise
 from .smoothing import smooth
 
 if TYPE_CHECKING:
@@ -111,6 +117,32 @@ class DynamicQuantization(Compressor):
         mark_quantized(model)
         return model
 
+    def roundings(self, model: PreTrainedModel) -> list[Rounding]:
+        """Return how weights and activations will be rounded, for `KnowledgeDistillation(quantize_for=...)`.
+
+        Activations inside of 3-D experts are left out: those are coded all the same.
+
+        Raises:
+            ConfigError: activations are to be smoothed, which changes weights after the training.
+        """
+        if self.smooth is not None:
+            raise ConfigError(
+                f"{type(self).__name__}.smooth must be None where a model is trained for the step, got {self.smooth}: "
+                f"smoothing would change the weights after the training."
+            )
+        chosen, _ = self._choose(model)
+        inputs = partial(rounded_activations, activations=self.activations)
+        return [
+            Rounding(
+                layer.path,
+                layer.parameter,
+                layer.input_axis,
+                partial(row_wise, _rounded, layer.input_axis),
+                inputs if layer.kind in ("linear", "conv1d") else None,
+            )
+            for layer in chosen
+        ]
+
     def _quantize(self, layer: WeightLayer) -> QuantizedModule:
         if isinstance(layer.module, nn.Embedding):
             return Int8Embedding.from_float(layer.module)
@@ -126,3 +158,7 @@ class DynamicQuantization(Compressor):
     def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
         kinds: tuple[Kind, ...] = ("linear", "conv1d", "experts", *(("embedding",) if self.embeddings else ()))
         return choose(model, who=type(self).__name__, targets=self.targets, skip=self.skip, kinds=kinds)
+
+
+def _rounded(rows: torch.Tensor) -> torch.Tensor:
+    return dequantize_rows(*quantize_rows(rows))

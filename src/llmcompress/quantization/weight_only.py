@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from ..anatomy.layers import Kind
-from ..compressor import Action, Context
+from ..compressor import Action, Context, Rounding
 from ..errors import ConfigError
 from ..registry import register
 from .checks import refuse_nonfinite
 from .fitting import Fit, quantize
-from .grid import Coded, Grid
+from .grid import Coded, Grid, decode
 from .grouped import GroupedQuantization, Target, upright
+from .row_wise import row_wise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +110,22 @@ class WeightOnlyQuantization(GroupedQuantization):
             coded.append((target, known[key]))
         self._exchange(model, coded)
         return model
+
+    def roundings(self, model: PreTrainedModel) -> list[Rounding]:
+        """Return how each layer's weight will be rounded, for `KnowledgeDistillation(quantize_for=...)`."""
+        targets, _ = self._choose(model)
+        return [
+            Rounding(
+                target.layer.path,
+                target.layer.parameter,
+                target.layer.input_axis,
+                partial(row_wise, partial(self._rounded, target.grid), target.layer.input_axis),
+            )
+            for target in targets
+        ]
+
+    def _rounded(self, grid: Grid, rows: torch.Tensor) -> torch.Tensor:
+        return decode(quantize(rows, grid, self.fit), grid)
 
     def _grid(self, bits: int) -> Grid:
         fine = _FINE if self.fit == "hqq" and not self.symmetric else None

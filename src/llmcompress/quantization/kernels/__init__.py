@@ -1,6 +1,15 @@
 """Where the products of quantized layers are computed: one file a scheme, each with a reference in plain torch."""
 
-from .int8 import Activations, Stored, activation_bits, fbgemm_linear, has_int_mm, int_mm_linear, torch_linear
+from .int8 import (
+    Activations,
+    Stored,
+    activation_bits,
+    fbgemm_linear,
+    has_int_mm,
+    int_mm_linear,
+    rounded_activations,
+    torch_linear,
+)
 from .int8_ops import int8_linear, int8_static_linear, unpacked_linear
 from .packed import Product, forget_product, packed_product, product_of, product_state
 from .packed_ops import packed_linear
@@ -28,6 +37,7 @@ __all__ = [
     "packed_product",
     "product_of",
     "product_state",
+    "rounded_activations",
     "torch_linear",
     "unpacked_linear",
 ]

@@ -129,6 +129,18 @@ def torch_linear(
     return y if bias is None else y + bias.float()
 
 
+def rounded_activations(x: torch.Tensor, activations: Activations | Stored) -> torch.Tensor:
+    """Return float32 `x` (..., in) as the products of this file see it: coded, and read back.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.3]])
+        >>> bool((rounded_activations(x, "token") - x).abs().max() < 0.01)
+        True
+    """
+    codes, zero, unit = _code(x, activations)
+    return (codes - zero) * unit
+
+
 def _code(x: torch.Tensor, activations: Activations | Stored) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the codes of `x` as floats, the code of 0.0, and what one step is worth (a scalar, or one a row)."""
     zero = x.new_zeros(())
