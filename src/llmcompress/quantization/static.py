@@ -25,8 +25,8 @@ from .static_modules import Int8StaticLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows of each layer's inputs that its error is measured on.
-_ROWS, _ROWS_A_BATCH = 512, 64
+# Rows of each layer's inputs that its error is measured on; they are in memory for all layers at once.
+_ROWS, _ROWS_A_BATCH = 128, 16
 
 
 @register("static_quantization")
@@ -119,7 +119,8 @@ class StaticQuantization(Compressor):
             for action in smooth(model, batches, chosen, self.smooth, who=who, progress=context.progress):
                 context.tell(action)
         linears = [layer for layer in chosen if layer.kind in ("linear", "conv1d")]
-        seen = observe(model, batches, linears, _Inputs.of, who=who, progress=context.progress)
+        rows = 0 if self.outliers is None else _ROWS
+        seen = observe(model, batches, linears, lambda _: _Inputs(rows), who=who, progress=context.progress)
         coded: dict[str, QuantizedModule] = {}
         refused: dict[str, str] = {}
         for layer in linears:
@@ -128,8 +129,10 @@ class StaticQuantization(Compressor):
                 refused[layer.name] = "no calibration token reached it"
                 continue
             coded[layer.name] = self._coded(layer, inputs)
+            if self.outliers is None:
+                continue
             error = _relative_error(layer, coded[layer.name], inputs.rows())
-            if self.outliers is not None and error > self.outliers:
+            if error > self.outliers:
                 refused[layer.name] = f"its int8 outputs are off by {error:.1%}, above outliers={self.outliers:g}"
         if refused:
             planned = {layer.name for layer in chosen}
@@ -164,16 +167,11 @@ class StaticQuantization(Compressor):
 class _Inputs:
     """What calibration keeps of a layer's inputs: the histogram of all values, and some rows as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self.count = 0
         self.histogram = InputHistogram()
         self._kept: list[torch.Tensor] = []
-        self._room = _ROWS
-
-    @classmethod
-    def of(cls, layer: WeightLayer) -> _Inputs:
-        """Return an empty one for `layer`."""
-        return cls()
+        self._room = rows
 
     def update(self, inputs: torch.Tensor) -> None:
         """Count all values, and keep some rows, evenly spread over the batch."""
