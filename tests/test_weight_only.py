@@ -226,6 +226,18 @@ def test_refusals_of_tied_layers_are_told():
     assert "shares its weight with model.embed_tokens" in plan["lm_head"].reason
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"fit": "hqq"}, {"fit": "mse", "symmetric": True}, {"codebook": "nf4"}, {"bits": 3, "fit": "hqq"}]
+)
+def test_zeros_of_an_earlier_pruning_stay_zeros(fields):
+    steps = [lc.MagnitudePruning(pattern="2:4"), lc.WeightOnlyQuantization(compute="float", **fields)]
+    model = lc.compress(tiny_model("llama"), steps, progress=False).model
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            fours = module.dequantized().unflatten(1, (-1, 4))
+            assert ((fours == 0).sum(-1) >= 2).all()
+
+
 def test_group_sizes_that_do_not_divide():
     model = tiny_model("llama")
     with pytest.raises(lc.ConfigError, match=r"group_size=48 must divide .*q_proj has 64;"):
