@@ -13,7 +13,13 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.anatomy.layers import weight_layers
+from llmcompress.anatomy.turns import in_turns, keeper_of, let_go
+from llmcompress.errors import CheckpointError, CompressionError, ConfigError, UnsupportedModelError
 from llmcompress.streaming import residence, tensors
+from llmcompress.streaming.folder import open_folder
+from llmcompress.streaming.opening import open_empty, open_model
+from llmcompress.streaming.run import locked
 from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
 
 CHAIN = [{"name": "sparsegpt_pruning", "block_size": 8}, "dynamic_quantization"]
@@ -128,3 +134,183 @@ def test_kill_9_in_the_second_block(tmp_path):
     run(source, tmp_path / "out")
     run(source, tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", torch.float32), ("llama", torch.bfloat16)])
+def test_blocks_that_are_otherwise_on_disk_are_converted_one_by_one(family, dtype, tmp_path):
+    source = folder_of(family, tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}))
+    run(source, tmp_path / "out")
+    result = lc.compress(lc.load(source), CHAIN, data=tiny_data(tiny_model("llama")), progress=False)
+    result.save_pretrained(tmp_path / "memory")
+    same_state(lc.load(tmp_path / "out"), lc.load(tmp_path / "memory"))
+    names = [set(open_folder_names(tmp_path / name)) for name in ("out", "memory")]
+    assert names[0] == names[1]
+
+
+def open_folder_names(path: Path) -> list[str]:
+    return list(open_folder(path).stored)
+
+
+def test_only_one_block_is_in_memory_and_the_rest_are_views_of_files(tmp_path):
+    folder = open_folder(folder_of("llama", tmp_path / "in"))
+    model, stored = open_model(folder, open_empty(folder), tmp_path / "scratch")
+    assert stored.keys() == model.state_dict().keys()
+    with residence.Residence(model, stored) as weights:
+        layers = [layer.weight for layer in weight_layers(model) if layer.place == "block"]
+        assert all(mapped(weight) for weight in layers)
+        model(torch.arange(4, 12)[None])
+        assert [mapped(weight) for weight in layers] == [True] * 7 + [False] * 7
+        weights.hold("model.layers.0")
+        model(torch.arange(4, 12)[None])
+        assert not any(mapped(weight) for weight in layers[:7])
+        weights.release("model.layers.0")
+        weights.rest()
+        assert all(mapped(weight) for weight in layers)
+        # A view may be written to: the file never shows it.
+        before = (tmp_path / "in" / "model.safetensors").read_bytes()
+        layers[0].data.zero_()
+        let_go(layers[0])
+        assert not layers[0].any()
+        assert (tmp_path / "in" / "model.safetensors").read_bytes() == before
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def mapped(weight: torch.Tensor) -> bool:
+    return getattr(weight, "_llmcompress_mapping", None) is not None
+
+
+def test_memory_is_aligned_whatever_the_file_is(tmp_path):
+    # Products of unaligned float32 weights with one row differ in the last bits.
+    folder = open_folder(folder_of("bert", tmp_path / "in"))
+    assert any(one.start % 64 for one in folder.stored.values())
+    assert all(one.read().data_ptr() % 64 == 0 for one in folder.stored.values() if one.nbytes > 256)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    source = folder_of("llama", tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmcompress.streaming.compress_checkpoint.assemble", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", "magnitude_pruning")
+    with pytest.raises(CheckpointError, match=r"unfinished run with other steps; call with the same .* out\.partial"):
+        run(source, tmp_path / "out", "dynamic_quantization")
+    with pytest.raises(CheckpointError, match="unfinished run with another seed"):
+        run(source, tmp_path / "out", "magnitude_pruning", seed=1)
+    (source / "model.safetensors").touch()  # another time, the same bytes
+    report = run(source, tmp_path / "out", "magnitude_pruning")
+    before = content(tmp_path / "out")
+    # Called once more, it finds that all is done.
+    assert run(source, tmp_path / "out", "magnitude_pruning").steps[0].touched == report.steps[0].touched
+    assert content(tmp_path / "out") == before
+    with pytest.raises(CheckpointError, match=r"result of a run with other steps; .* choose another folder_out"):
+        run(source, tmp_path / "out", "dynamic_quantization")
+    tiny_model("llama", seed=1).save_pretrained(source)
+    with pytest.raises(CheckpointError, match="another folder_in"):
+        run(source, tmp_path / "out", "magnitude_pruning")
+
+
+def stopped(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_two_at_once_are_refused(tmp_path):
+    source = folder_of("llama", tmp_path / "in")
+    with locked(tmp_path / "out.partial"), pytest.raises(CheckpointError, match="another process is at work"):
+        run(source, tmp_path / "out", "magnitude_pruning")
+    run(source, tmp_path / "out", "magnitude_pruning")
+
+
+def test_a_full_disk_leaves_a_folder_to_go_on_with(tmp_path, monkeypatch):
+    source = folder_of("llama", tmp_path / "in")
+    with monkeypatch.context() as patch:
+        save_file, left = tensors.save_file, [1]
+
+        def full(content, file, **options):
+            save_file(content, file, **options)
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+
+        patch.setattr(tensors, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"block-00001.*No space left.*make room, and call again"):
+            run(source, tmp_path / "out")
+    assert not list((tmp_path / "out.partial").rglob("*.draft"))
+    run(source, tmp_path / "out")
+    run(source, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_steps_that_need_the_whole_model_are_refused_before_work(tmp_path):
+    source = folder_of("llama", tmp_path / "in")
+    for step in (lc.MagnitudePruning(scope="global"), lc.StructuredPruning(ffn=0.5)):
+        with pytest.raises(UnsupportedModelError, match=r"does not work one block at a time.*lc\.compress"):
+            run(source, tmp_path / "out", step)
+    with pytest.raises(ConfigError, match="another folder than folder_in"):
+        run(source, source, "magnitude_pruning")
+    with pytest.raises(CheckpointError, match=r"folder with config\.json"):
+        run(tmp_path / "nothing", tmp_path / "out", "magnitude_pruning")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_inputs_that_cannot_be_streamed_are_refused(tmp_path):
+    source = folder_of("llama", tmp_path / "in")
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="does not have the bytes that its header tells"):
+        run(source, tmp_path / "out", "magnitude_pruning")
+    (source / "model.safetensors").write_bytes(whole[:4])
+    with pytest.raises(CheckpointError, match="is no safetensors file, or was cut"):
+        run(source, tmp_path / "out", "magnitude_pruning")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors, but pytorch_model\.bin"):
+        run(source, tmp_path / "out", "magnitude_pruning")
+    lc.compress(tiny_model("llama"), "dynamic_quantization", progress=False).save_pretrained(tmp_path / "int8")
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
+        run(tmp_path / "int8", tmp_path / "out", "magnitude_pruning")
+
+
+def test_a_damaged_block_is_named(tmp_path, monkeypatch):
+    source = folder_of("llama", tmp_path / "in")
+    monkeypatch.setattr("llmcompress.streaming.compress_checkpoint.assemble", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", "magnitude_pruning")
+    block = tmp_path / "out.partial" / "0-magnitude_pruning" / "block-00001.safetensors"
+    block.write_bytes(block.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"block-00001\.safetensors must have \d+ bytes, got \d+; delete"):
+        run(source, tmp_path / "out", "magnitude_pruning")
+
+
+class ChangesAfterwards(lc.Compressor):
+    @property
+    def in_turns(self) -> bool:
+        return True
+
+    def compress(self, model, context):
+        layers = [layer for layer in weight_layers(model) if layer.place == "block"]
+        for _ in in_turns(model, layers):
+            pass
+        with torch.no_grad():
+            layers[0].weight.add_(1)
+        return model
+
+    def to_dict(self):
+        return {"name": "changes_afterwards"}
+
+
+def test_a_step_that_changes_a_block_after_its_turn_is_found_out(tmp_path):
+    source = folder_of("llama", tmp_path / "in")
+    with pytest.raises(CompressionError, match=r"changed model\.layers\.0 after its turn"):
+        run(source, tmp_path / "out", ChangesAfterwards())
+
+
+def test_in_memory_there_is_no_keeper():
+    model = tiny_model("llama")
+    keeper = keeper_of(model)
+    assert not keeper.is_finished("model.layers.0")
+    let_go(model.lm_head.weight)
+    layers = weight_layers(model)
+    groups = dict(in_turns(model, layers))
+    assert list(groups) == ["model.layers.0", "model.layers.1", ""]
+    assert sum(map(len, groups.values())) == len(layers)

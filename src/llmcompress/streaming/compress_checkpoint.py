@@ -19,7 +19,8 @@ from ..errors import CheckpointError, ConfigError, UnsupportedModelError, Verifi
 from ..pipeline import Pipeline, Step, _check_inputs, _is_finite, _mark, _plan, _seeded, _shapes
 from ..result import Report, StepRecord, library_versions
 from .assembly import assemble
-from .folder import open_folder, open_model
+from .folder import open_folder
+from .opening import open_empty, open_model
 from .residence import Residence
 from .run import describe, enter, identity, is_done, known_run, locked
 from .stage import Stage
@@ -89,8 +90,8 @@ def compress_checkpoint(
     if out.resolve() == Path(folder_in).resolve():
         raise ConfigError(f"folder_out must be another folder than folder_in, got {str(out)!r} for both.")
     folder = open_folder(folder_in)
-    model, stored = open_model(folder)
-    examples, tokenizer = _check_inputs(model, flat, data, tokenizer, None, True)
+    empty = open_empty(folder)
+    examples, tokenizer = _check_inputs(empty, flat, data, tokenizer, None, True)
     with locked(work):
         run = describe(folder, chain.to_dict(), seed, examples, tokenizer, known_run(work))
         if is_done(out, run):
@@ -100,6 +101,7 @@ def compress_checkpoint(
             # A tokenizer remembers how it was called last, and saves that too: the one that is written is not used.
             used = copy.deepcopy(tokenizer)
             context = Context(data=examples, tokenizer=used, seed=seed, progress=progress)
+            model, stored = open_model(folder, empty, work / "converted")
             with Residence(model, stored) as residence:
                 report = _run_all(flat, residence, context, work, chain)
                 metadata = {
