@@ -9,8 +9,11 @@ from torch import nn
 import llmcompress as lc
 from llmcompress.quantization import kernels
 from llmcompress.quantization.affine import quantize_rows
-from llmcompress.quantization.kernels import dispatch, int8, packing
+from llmcompress.quantization.fitting import quantize
+from llmcompress.quantization.grid import Grid, decode
+from llmcompress.quantization.kernels import dispatch, int4pack, int8, packing
 from llmcompress.quantization.modules import Int8Linear
+from llmcompress.quantization.packed_modules import PackedLinear
 from llmcompress.testing import tiny_inputs, tiny_model
 
 WAYS = ["tensor", "token", "stored"]
@@ -161,3 +164,30 @@ def test_the_product_of_packed_weights_dies_with_its_weight():
     assert held >= 14
     del model
     assert len(packed._PRODUCTS) <= held - 14
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 64, symmetric=True), Grid(4, 128, zero_bits=8)])
+def test_scales_and_offsets_are_those_of_torch_int4_products(grid):
+    # torch has the operator for CPUs too, with another layout of the codes but the same scales.
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    coded = quantize(weight, grid)
+    scales = int4pack.scales_and_offsets(coded, grid)
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(coded.codes.int(), 1)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, grid.group_size, scales)
+    expected = x.float() @ decode(coded, grid).T
+    assert ((found.float() - expected).norm() / expected.norm()).item() < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bias", [True, False])
+def test_int4_on_cuda_is_the_unpacked_product(bias):
+    linear, grid = nn.Linear(256, 64, bias=bias), Grid(4, 64)
+    layer = PackedLinear.from_coded(linear, quantize(linear.weight, grid), grid)
+    x = torch.randn(2, 3, 256)
+    with torch.no_grad():
+        expected = x @ layer.dequantized().T + (linear.bias if bias else 0)
+        found = layer.cuda()(x.cuda().bfloat16()).float().cpu()
+    assert int4pack.runs(torch.device("cuda", 0))
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02

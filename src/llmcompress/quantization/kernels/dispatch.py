@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import int4pack
 from .int8 import activation_bits, has_int_mm
 from .packing import has_fbgemm
 
@@ -95,6 +96,7 @@ def _always(device: torch.device) -> bool:
     return True
 
 
+_INT4 = "compute capability 8.0, groups of 32 to 256, inputs in multiples of 128, outputs of 8"
 _FBGEMM = "a torch built with fbgemm, and torch.backends.quantized.engine 'x86' or 'fbgemm'"
 
 
@@ -112,6 +114,7 @@ def _packed(scheme: str) -> list[Kernel]:
     return [
         Kernel(scheme, "cpu", "any", "fbgemm int8, codes made anew in 8 bits", has_fbgemm, _FBGEMM),
         Kernel(scheme, "cpu", "any", "codes unpacked to float at each call", _always, "nothing"),
+        Kernel(scheme, "cuda", "any", "torch _weight_int4pack_mm, for 4 bits", int4pack.runs, _INT4),
         Kernel(scheme, "cuda", "any", "codes unpacked to float at each call", _always, "nothing"),
     ]
 

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..affine import quantize_rows
 from ..grid import Coded, decode, row_chunks
+from . import int4pack
 from .int8 import fbgemm_linear, torch_linear
 from .packing import has_fbgemm, identity, pack
 
@@ -69,6 +70,8 @@ def packed_product(matrix: PackedMatrix, compute: Compute) -> Product:
     fast = has_fbgemm(matrix.weight.device)
     if compute == "int8" or (compute == "auto" and fast):
         return Int8Product(matrix.dequantized())
+    if compute == "auto" and int4pack.fits(matrix) and int4pack.runs(matrix.weight.device):
+        return int4pack.Int4PackProduct(matrix.coded(), matrix.grid)
     return FloatProduct()
 
 
