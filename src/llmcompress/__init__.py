@@ -53,6 +53,7 @@ _HOME = {
     "pruning.torch_pruning": ("TorchPruning",),
     "pruning.vocabulary": ("VocabularyPruning",),
     "pruning.wanda": ("WandaPruning",),
+    "quantization.awq": ("AWQ",),
     "quantization.bitsandbytes": ("BitsAndBytesQuantization",),
     "quantization.dequantize": ("dequantize",),
     "quantization.dynamic": ("DynamicQuantization",),

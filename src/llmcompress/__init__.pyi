@@ -88,6 +88,7 @@ from .pruning.structured import StructuredPruning as StructuredPruning
 from .pruning.torch_pruning import TorchPruning as TorchPruning
 from .pruning.vocabulary import VocabularyPruning as VocabularyPruning
 from .pruning.wanda import WandaPruning as WandaPruning
+from .quantization.awq import AWQ as AWQ
 from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
 from .quantization.dequantize import dequantize as dequantize
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization

@@ -1,0 +1,264 @@
+"""AWQ: what a model computes most with is rounded most finely; no retraining, a few texts (arXiv 2306.00978)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+
+from ..anatomy.layers import WeightLayer
+from ..anatomy.scaling import ScaleSite, fold, scale_sites
+from ..anatomy.stacks import find_stacks
+from ..calibration import Statistic, block_by_block, calibration_batches, observe
+from ..compressor import Action, Context, Need
+from ..errors import ConfigError
+from ..registry import register
+from .checks import refuse_nonfinite
+from .clipping import clipped
+from .grid import Coded, Grid, Range, decode, encode, min_max
+from .grouped import GroupedQuantization, Target, upright
+from .scale_search import InputMoments, Reader, ScaleChoice, search_scales
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Bits of a fine zero point.
+_FINE = 8
+# With more zeros than this a layer counts as pruned, and its zeros are kept.
+_PRUNED = 0.01
+
+
+@register("awq")
+class AWQ(GroupedQuantization):
+    """Store weights in 2 to 8 bits, with scales and clipped ranges chosen by what texts make the layers compute.
+
+    Channels with large inputs get larger weights, which are rounded more finely, and what makes these inputs is divided
+    by the same: the norm before, the values, the up projection. Then the range of each group is clipped to where the
+    layer's outputs are off the least. Both are searched on sums of x x^T, exactly and without running the layers again.
+    The folder is the one `WeightOnlyQuantization` writes.
+
+    A layer is scaled where something before it can be divided that nothing else reads, which is found by trying; the
+    others are clipped only, and the plan and the report say which. 3-D experts, and by default embeddings and heads,
+    stay in float; embeddings that `overrides` names are rounded plainly. Zeros of a pruned model stay zeros.
+
+    Args:
+        samples: how many texts of the data to calibrate on at most.
+        max_length: how many tokens of a text to take at most.
+        inputs: `"quantized"` calibrates each block on what the quantized blocks before it put out; `"dense"` on the
+            float model's, in one pass.
+        scales: whether to search scales.
+        n_grid: into how many steps the search divides the exponent of the scales, from 0 to 1.
+        clip: whether to search ranges; else they cover their groups.
+        fine_zeros: zero points of 8 bits, with parts of a step: nearer at 2 to 4 bits, for `8 - bits` bits more a
+            group. Layers with zeros keep whole ones.
+        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
+        group_size: how many consecutive inputs share a scale, a multiple of 8; None is one scale a row.
+        symmetric: whether to do without zero points.
+        indivisible: where `group_size` does not divide the inputs of a layer: `"error"`; `"pad"`, a shorter last group;
+            or `"smaller_group"`, the largest common divisor.
+        scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
+        overrides: other bits for the layers whose names match a shell pattern (`{"*.down_proj": 8, "lm_head": None}`).
+            The first match decides; None leaves the layer in float. Embeddings and heads can be named too.
+        compute: `"int8"`, `"float"`, or `"auto"`; see `WeightOnlyQuantization`.
+        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        skip: patterns of layers to leave in float; they win over all others.
+
+    Raises:
+        ConfigError: a field is out of range, or the group size divides the inputs of a layer not.
+        MissingInputError: no data or tokenizer, or texts too short.
+        UnsupportedModelError: the model is quantized already, reads no token ids, or has no weights.
+        CompressionError: a weight, an input of a layer or a scale is NaN or infinite; the message names the layer.
+
+    Source:
+        Lin et al. 2023, arXiv 2306.00978. Different here: errors are those of the layers themselves, with all groups of
+        a row together, and the two ends of a range are searched apart.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
+        >>> model = tiny_model("llama")
+        >>> step = lc.AWQ(bits=4, group_size=32)
+        >>> result = lc.compress(model, step, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)
+        >>> result.model.model.layers[0].mlp.up_proj
+        PackedLinear(64, 128, bias=False, bits=4, group_size=32, affine, compute='auto')
+    """
+
+    samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
+    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
+    inputs: Literal["quantized", "dense"] = Field("quantized", description="calibrate on what quantized blocks put out")
+    scales: bool = Field(True, description="search scales of the input channels, and fold them")
+    n_grid: int = Field(20, ge=1, le=1000, description="steps of the exponent of the scales")
+    clip: bool = Field(True, description="search the range of each group")
+    fine_zeros: bool = Field(False, description="zero points of 8 bits, with parts of a step")
+
+    @model_validator(mode="after")
+    def _agree(self) -> AWQ:
+        who = type(self).__name__
+        if not (self.scales or self.clip):
+            raise ConfigError(
+                f"{who}.clip must be True with scales=False, or nothing is searched; use "
+                f"WeightOnlyQuantization, which needs no data."
+            )
+        if self.fine_zeros and self.symmetric:
+            raise ConfigError(f"{who}.fine_zeros must be False with symmetric=True: such a grid has no zero points.")
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Texts to calibrate on, and what makes tokens of them."""
+        return frozenset({"data", "tokenizer"})
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Name each layer that is packed, its bits a weight, what it is scaled with; and why each other one is left."""
+        targets, left = self._choose(model)
+        sites = {name: site for site in self._sites(model, targets) for name in site.consumers}
+        tabled = {id(target.layer.weight) for target in targets} - {id(own.weight) for own in _heard(targets)}
+        actions = []
+        for target in targets:
+            name = target.layer.name
+            if id(target.layer.weight) in tabled:
+                how: str | None = "rounded plainly: the inputs of a table are tokens"
+            elif not self.scales:
+                how = None
+            elif name in sites:
+                how = f"scaled with {sites[name].source}"
+            else:
+                how = f"{'clipped' if self.clip else 'rounded plainly'}, not scaled: {self._unscaled(model)}"
+            actions.append(
+                Action(path=name, does=str(target), reason="; ".join(filter(None, (target.remark, how))) or None)
+            )
+        return actions + left
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Scale, clip and round block after block, and replace the layers by packed ones."""
+        who = type(self).__name__
+        targets, _ = self._choose(model)
+        refuse_nonfinite(target.layer for target in targets)
+        batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
+        sites = self._sites(model, targets)
+        grids = {target.layer.name: target.grid for target in targets}
+        layers = {layer.name: layer for layer in _heard(targets)}
+        coded: dict[int, Coded] = {}
+        for statistics in self._turns(model, batches, list(layers.values()), context):
+            seen = {name: cast(InputMoments, statistic) for name, [statistic] in statistics.items()}
+            for site in sites:
+                names = [name for name in site.consumers if name in seen and seen[name].count]
+                if names:
+                    readers = [Reader(upright(layers[name]), grids[name], seen[name]) for name in names]
+                    self._scale(model, site, names, readers, context)
+            for name, inputs in seen.items():
+                layer, grid = layers[name], grids[name]
+                if not inputs.count:
+                    context.tell(Action(path=name, does="rounded plainly", reason="no calibration token reached it"))
+                coded[id(layer.weight)] = self._round(layer, grid, inputs)
+        for target in targets:
+            if id(target.layer.weight) not in coded:
+                coded[id(target.layer.weight)] = _on_grid(upright(target.layer), target.grid, None)
+        self._exchange(model, [(target, coded[id(target.layer.weight)]) for target in targets])
+        return model
+
+    def _grid(self, bits: int) -> Grid:
+        return replace(super()._grid(bits), zero_bits=_FINE if self.fine_zeros else None)
+
+    def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
+        target = super()._fitted(layer, bits, remark)
+        # A zero point between two levels would make every zero of a pruned layer a small number.
+        if not self.fine_zeros or layer.weight.is_meta or _share_of_zeros(layer) <= _PRUNED:
+            return target
+        note = "whole zero points, since it has weights that are zero"
+        remarks = "; ".join(filter(None, (target.remark, note)))
+        return replace(target, grid=replace(target.grid, zero_bits=None), remark=remarks)
+
+    def _sites(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[ScaleSite]:
+        """Return the places where scales of the targets' inputs can be folded, each within one block."""
+        if not self.scales or _is_empty(model):
+            return []
+        names = {target.layer.name for target in targets}
+        blocks = [stack.block_path(index) for stack in find_stacks(model) for index in range(len(stack))]
+
+        def is_within(site: ScaleSite) -> bool:
+            # What a block before this one puts out is final when the turn comes to this one.
+            paths = (site.source, *site.consumers)
+            return any(all(path.startswith(f"{block}.") for path in paths) for block in blocks)
+
+        return [site for site in scale_sites(model) if not names.isdisjoint(site.consumers) and is_within(site)]
+
+    def _unscaled(self, model: PreTrainedModel) -> str:
+        if _is_empty(model):
+            return "what can be divided is found only with the weights"
+        return "nothing before it can be divided that only it reads"
+
+    def _turns(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[dict[str, torch.Tensor]],
+        layers: Sequence[WeightLayer],
+        context: Context,
+    ) -> Iterator[Mapping[str, list[Statistic]]]:
+        who = type(self).__name__
+        if not layers:
+            return
+        if self.inputs == "dense":
+            yield observe(model, batches, layers, InputMoments.of, who=who, progress=context.progress)
+            return
+        for turn in block_by_block(model, batches, layers, InputMoments.of, who=who, progress=context.progress):
+            yield turn.statistics
+
+    def _scale(
+        self,
+        model: PreTrainedModel,
+        site: ScaleSite,
+        names: Sequence[str],
+        readers: Sequence[Reader],
+        context: Context,
+    ) -> None:
+        """Search the scales of a site and fold them; the readers' sums become those of the divided inputs."""
+        choice = search_scales(site, readers, self.n_grid)
+        if choice.after >= choice.before:
+            reason = f"not divided: no scale lowers the rounding error of {', '.join(names)}"
+            context.tell(Action(path=site.source, reason=reason))
+            return
+        fold(model, site, choice.scales)
+        for reader in readers:
+            reader.inputs.divide(choice.scales[site.columns.to(choice.scales.device)])
+        context.tell(Action(path=site.source, does=_told(choice), reason=f"folded into {', '.join(site.consumers)}"))
+
+    @torch.no_grad()
+    def _round(self, layer: WeightLayer, grid: Grid, inputs: InputMoments) -> Coded:
+        """Choose the ranges of a layer, and put its weights on the grid, the float ones too."""
+        weight = upright(layer)
+        found = clipped(weight, grid, inputs.products / inputs.count) if self.clip and inputs.count else None
+        coded = _on_grid(weight, grid, found)
+        # The next block is calibrated on what this layer will put out.
+        rounded = decode(coded, grid)
+        layer.weight.copy_(rounded.T if layer.kind == "conv1d" else rounded)
+        return coded
+
+
+def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
+    """Return the layers whose inputs are looked at: all but tables, and of those that share a weight one."""
+    layers = [target.layer for target in targets if target.layer.kind != "embedding"]
+    return list({id(layer.weight): layer for layer in layers}.values())
+
+
+def _on_grid(weight: torch.Tensor, grid: Grid, found: Range | None) -> Coded:
+    scale, zero = found if found is not None else min_max(weight, grid)
+    return Coded(encode(weight, scale, zero, grid), scale, zero)
+
+
+def _told(choice: ScaleChoice) -> str:
+    low, high = float(choice.scales.amin()), float(choice.scales.amax())
+    form = f"mean|x|^{choice.alpha:.3g}" + (f" / mean|w|^{1 - choice.alpha:.3g}" if choice.by_weights else "")
+    gain = choice.after / choice.before
+    return f"output divided by {low:.3g} to {high:.3g} ({form}); readers' rounding error x {gain:.2f}"
+
+
+def _share_of_zeros(layer: WeightLayer) -> float:
+    return float((layer.weight == 0).float().mean())
+
+
+def _is_empty(model: PreTrainedModel) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())

@@ -1,0 +1,163 @@
+"""The scale search of AWQ (arXiv 2306.00978): channels with large inputs get larger weights, hence smaller errors.
+
+Multiplied by `s > 1` before rounding and divided by it afterwards, a weight is rounded `s` times as finely, as long as
+its group does not grow by it. How far to go is found by trying: `s = mean|x|^alpha` for alpha from 0 to 1, and the
+same over `mean|w|^(1 - alpha)`; what leaves the least error in the outputs of all readers of the channels is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..anatomy.layers import WeightLayer
+from ..anatomy.scaling import ScaleSite
+from ..calibration import InputProducts
+from .clipping import output_errors
+from .fitting import quantize
+from .grid import Grid, decode, in_groups
+
+# No channel is scaled further than this: float16 would overflow, and a group would be ruled by one channel.
+_FURTHEST = 1e3
+
+
+class InputMoments(InputProducts):
+    """The sums over all tokens of x x^T and of |x|.
+
+    Args:
+        features: how many inputs the layer has.
+        device: where the sums are kept.
+
+    Attributes:
+        count: tokens seen so far.
+        products: the sums of x x^T, shape (features, features), float32.
+        magnitudes: the sums of |x|, shape (features,), float32.
+
+    Example:
+        >>> seen = InputMoments(2)
+        >>> seen.update(torch.tensor([[1.0, -2.0], [0.0, 1.0]]))
+        >>> seen.magnitudes.tolist()
+        [1.0, 3.0]
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(features, device)
+        self.magnitudes = torch.zeros(features, device=device)
+
+    @classmethod
+    def of(cls, layer: WeightLayer) -> InputMoments:
+        """Return an empty one for `layer`, on its device."""
+        return cls(layer.weight.shape[layer.input_axis], layer.weight.device)
+
+    @torch.no_grad()
+    def update(self, inputs: torch.Tensor) -> None:
+        """Add `inputs` (tokens, features)."""
+        super().update(inputs)
+        self.magnitudes += inputs.float().abs().sum(0)
+
+    def divide(self, factors: torch.Tensor) -> None:
+        """Make of the sums those of inputs that are divided by `factors`, shape (features,)."""
+        self.products /= factors
+        self.products /= factors.unsqueeze(1)
+        self.magnitudes /= factors
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads the channels of a site and will be rounded.
+
+    Attributes:
+        weight: float32 (outputs, inputs).
+        grid: the levels of its weights.
+        inputs: sums over its inputs.
+    """
+
+    weight: torch.Tensor
+    grid: Grid
+    inputs: InputMoments
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """What a search has found.
+
+    Attributes:
+        scales: by which the channels are divided and what reads them is multiplied, shape (channels,), float32,
+            between 1/1000 and 1000.
+        alpha: the exponent; 0 with no `by_weights` is all ones.
+        by_weights: whether the scales were divided by `mean|w|^(1 - alpha)`.
+        before: squared error of the readers' outputs without scales, a token.
+        after: the same with them; never above `before`.
+    """
+
+    scales: torch.Tensor
+    alpha: float
+    by_weights: bool
+    before: float
+    after: float
+
+
+def search_scales(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> ScaleChoice:
+    """Search the scales of a site that leave the least error in the outputs of `readers`, rounded to nearest.
+
+    Args:
+        site: the channels.
+        readers: those of its consumers that will be rounded; at least one has seen tokens.
+        n_grid: how many steps of alpha to try, at least 1.
+
+    Returns:
+        The best scales: all ones where none are better.
+    """
+    first = readers[0].weight
+    best = ScaleChoice(first.new_ones(site.channels), 0.0, False, 0.0, 0.0)
+    for number, (alpha, by_weights, scales) in enumerate(_candidates(site, readers, n_grid)):
+        factors = scales[site.columns.to(scales.device)]
+        error = sum(_error(reader, factors) for reader in readers)
+        if number == 0:
+            best = ScaleChoice(scales, alpha, by_weights, error, error)
+        elif error < best.after:
+            best = ScaleChoice(scales, alpha, by_weights, best.before, error)
+    return best
+
+
+def _candidates(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> Iterator[tuple[float, bool, torch.Tensor]]:
+    """Yield exponent, variant and scales (channels,); first of all ones."""
+    device = readers[0].weight.device
+    columns = site.columns.to(device)
+    # Under grouped-query attention several inputs read one channel.
+    count = torch.zeros(site.channels, device=device).index_add_(0, columns, torch.ones(len(columns), device=device))
+    tokens = sum(reader.inputs.count for reader in readers)
+    seen = torch.stack([reader.inputs.magnitudes for reader in readers]).sum(0) / tokens
+    inputs = torch.zeros(site.channels, device=device).index_add_(0, columns, seen) / count
+    rows = torch.cat([_shares(reader) for reader in readers])
+    weights = torch.zeros(site.channels, device=device).index_add_(0, columns, rows.mean(0)) / count
+    usable = (inputs > 0) & (weights > 0)
+    inputs, weights = inputs.where(usable, torch.ones_like(inputs)), weights.where(usable, torch.ones_like(weights))
+    yield 0.0, False, torch.ones_like(inputs)
+    if not usable.any():
+        return
+    for by_weights in (False, True):
+        for step in range(0 if by_weights else 1, n_grid + 1):
+            alpha = step / n_grid
+            scales = inputs.pow(alpha) / (weights.pow(1 - alpha) if by_weights else 1.0)
+            low, high = scales[usable].amin(), scales[usable].amax()
+            scales = (scales / (low * high).sqrt()).clamp(1 / _FURTHEST, _FURTHEST)
+            yield alpha, by_weights, scales.where(usable, torch.ones_like(scales))
+
+
+def _shares(reader: Reader) -> torch.Tensor:
+    """Return each weight's magnitude as a share of the largest of its group, (rows, columns)."""
+    groups = in_groups(reader.weight.abs(), reader.grid)
+    shares = groups / groups.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return shares.flatten(1)[:, : reader.weight.shape[1]]
+
+
+def _error(reader: Reader, factors: torch.Tensor) -> float:
+    """Return the squared error of a reader's outputs, a token, with its columns multiplied by `factors`."""
+    if not reader.inputs.count:
+        return 0.0
+    coded = quantize(reader.weight * factors, reader.grid)
+    rounded = decode(coded, reader.grid).div_(factors)
+    return float(output_errors(reader.weight, rounded, reader.inputs.products).sum()) / reader.inputs.count
