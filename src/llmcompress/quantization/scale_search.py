@@ -7,7 +7,7 @@ same over `mean|w|^(1 - alpha)`; what leaves the least error in the outputs of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from .grid import Grid, decode, in_groups
 
 # No channel is scaled further than this: float16 would overflow, and a group would be ruled by one channel.
 _FURTHEST = 1e3
+# Candidates x weights that are held at a time.
+_HELD = 1 << 22
 
 
 class InputMoments(InputProducts):
@@ -110,41 +112,41 @@ def search_scales(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> Sc
     Returns:
         The best scales: all ones where none are better.
     """
-    first = readers[0].weight
-    best = ScaleChoice(first.new_ones(site.channels), 0.0, False, 0.0, 0.0)
-    for number, (alpha, by_weights, scales) in enumerate(_candidates(site, readers, n_grid)):
-        factors = scales[site.columns.to(scales.device)]
-        error = sum(_error(reader, factors) for reader in readers)
-        if number == 0:
-            best = ScaleChoice(scales, alpha, by_weights, error, error)
-        elif error < best.after:
-            best = ScaleChoice(scales, alpha, by_weights, best.before, error)
-    return best
+    forms, scales = _candidates(site, readers, n_grid)
+    factors = scales[:, site.columns.to(scales.device)]
+    errors = torch.stack([_errors(reader, factors) for reader in readers if reader.inputs.count]).sum(0)
+    # An overflow in the stored scales is no gain.
+    best = int(errors.nan_to_num(torch.inf).argmin())
+    if not errors[best] < errors[0]:
+        best = 0
+    return ScaleChoice(scales[best], *forms[best], before=float(errors[0]), after=float(errors[best]))
 
 
-def _candidates(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> Iterator[tuple[float, bool, torch.Tensor]]:
-    """Yield exponent, variant and scales (channels,); first of all ones."""
+def _candidates(
+    site: ScaleSite, readers: Sequence[Reader], n_grid: int
+) -> tuple[list[tuple[float, bool]], torch.Tensor]:
+    """Return exponent and variant of each candidate, and its scales, (candidates, channels); the first is all ones."""
     device = readers[0].weight.device
     columns = site.columns.to(device)
-    # Under grouped-query attention several inputs read one channel.
-    count = torch.zeros(site.channels, device=device).index_add_(0, columns, torch.ones(len(columns), device=device))
+
+    def by_channel(values: torch.Tensor) -> torch.Tensor:
+        # Under grouped-query attention several inputs read one channel.
+        return torch.zeros(site.channels, device=device).scatter_reduce(0, columns, values, "mean", include_self=False)
+
     tokens = sum(reader.inputs.count for reader in readers)
-    seen = torch.stack([reader.inputs.magnitudes for reader in readers]).sum(0) / tokens
-    inputs = torch.zeros(site.channels, device=device).index_add_(0, columns, seen) / count
-    rows = torch.cat([_shares(reader) for reader in readers])
-    weights = torch.zeros(site.channels, device=device).index_add_(0, columns, rows.mean(0)) / count
+    inputs = by_channel(torch.stack([reader.inputs.magnitudes for reader in readers]).sum(0) / tokens)
+    weights = by_channel(torch.cat([_shares(reader) for reader in readers]).mean(0))
+    ones = torch.ones_like(inputs)
     usable = (inputs > 0) & (weights > 0)
-    inputs, weights = inputs.where(usable, torch.ones_like(inputs)), weights.where(usable, torch.ones_like(weights))
-    yield 0.0, False, torch.ones_like(inputs)
     if not usable.any():
-        return
-    for by_weights in (False, True):
-        for step in range(0 if by_weights else 1, n_grid + 1):
-            alpha = step / n_grid
-            scales = inputs.pow(alpha) / (weights.pow(1 - alpha) if by_weights else 1.0)
-            low, high = scales[usable].amin(), scales[usable].amax()
-            scales = (scales / (low * high).sqrt()).clamp(1 / _FURTHEST, _FURTHEST)
-            yield alpha, by_weights, scales.where(usable, torch.ones_like(scales))
+        return [(0.0, False)], ones.unsqueeze(0)
+    forms = [(step / n_grid, by_weights) for by_weights in (False, True) for step in range(n_grid + 1)]
+    found = []
+    for alpha, by_weights in forms:
+        scales = inputs.pow(alpha) / (weights.pow(1 - alpha) if by_weights else 1.0)
+        middle = (scales[usable].amin() * scales[usable].amax()).sqrt()
+        found.append((scales / middle).clamp(1 / _FURTHEST, _FURTHEST).where(usable, ones))
+    return forms, torch.stack(found)
 
 
 def _shares(reader: Reader) -> torch.Tensor:
@@ -154,10 +156,14 @@ def _shares(reader: Reader) -> torch.Tensor:
     return shares.flatten(1)[:, : reader.weight.shape[1]]
 
 
-def _error(reader: Reader, factors: torch.Tensor) -> float:
-    """Return the squared error of a reader's outputs, a token, with its columns multiplied by `factors`."""
-    if not reader.inputs.count:
-        return 0.0
-    coded = quantize(reader.weight * factors, reader.grid)
-    rounded = decode(coded, reader.grid).div_(factors)
-    return float(output_errors(reader.weight, rounded, reader.inputs.products).sum()) / reader.inputs.count
+def _errors(reader: Reader, factors: torch.Tensor) -> torch.Tensor:
+    """Return the squared error of a reader's outputs, a token, for each of `factors` (candidates, columns)."""
+    weight, grid = reader.weight, reader.grid
+    errors = []
+    for some in factors.split(max(_HELD // weight.numel(), 1)):
+        scaled = (weight * some.unsqueeze(1)).flatten(0, 1)
+        rounded = decode(quantize(scaled, grid), grid).view(len(some), *weight.shape).div_(some.unsqueeze(1))
+        repeated = weight.expand_as(rounded).flatten(0, 1)
+        lost = output_errors(repeated, rounded.flatten(0, 1), reader.inputs.products)
+        errors.append(lost.view(len(some), -1).sum(1) / reader.inputs.count)
+    return torch.cat(errors)
