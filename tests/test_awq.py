@@ -200,9 +200,9 @@ def test_layers_with_outlier_inputs_are_nearer_than_with_rounding(inputs):
         return ((found - expected).norm() / expected.norm()).item()
 
     plain = error(lc.WeightOnlyQuantization(bits=3, group_size=32, compute="float"))
-    assert error(awq(bits=3, clip=False, inputs=inputs)) < 0.6 * plain
+    assert error(awq(bits=3, clip=False, inputs=inputs)) < 0.7 * plain
     assert error(awq(bits=3, scales=False, inputs=inputs)) < 0.7 * plain
-    assert error(awq(bits=3, inputs=inputs)) < 0.4 * plain
+    assert error(awq(bits=3, inputs=inputs)) < 0.6 * plain
 
 
 def queries(model):
