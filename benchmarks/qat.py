@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -38,7 +39,8 @@ def main() -> None:
     ids = token_ids(tokenizer, text)
     story = next((arguments.assets / "tinystories").glob("*.txt")).read_text(encoding="utf-8").replace("\n\n", "\n")
     data = [story[at : at + 2000] for at in range(110_000, len(story), 2000)]
-    print(f"- {arguments.steps} steps of {arguments.batch} windows of 256 tokens, learning rate 1e-3, alpha 1\n")
+    rate = arguments.learning_rate
+    print(f"- {arguments.steps} steps of {arguments.batch} windows of 256 tokens, learning rate {rate:g}\n")
     print(f"| bits | rounded | trained for it | dense {loss(model, ids):.4f}, minutes of training |")
     print("|---|---|---|---|", flush=True)
     for bits in arguments.bits:
@@ -48,7 +50,7 @@ def main() -> None:
             steps=arguments.steps,
             alpha=1.0,
             temperature=1.0,
-            learning_rate=1e-3,
+            learning_rate=rate,
             batch_size=arguments.batch,
         )
         start = time.perf_counter()
