@@ -39,8 +39,8 @@ FIELDS = {
 }
 STRATEGIES = {
     "magnitude": (lc.MagnitudePruning, {}),
+    "Wanda, pruned inputs": (lc.WandaPruning, {"max_length": 256, "inputs": "pruned"}),
     "Wanda": (lc.WandaPruning, {"max_length": 256}),
-    "Wanda, dense inputs": (lc.WandaPruning, {"max_length": 256, "inputs": "dense"}),
     "SparseGPT": (lc.SparseGPTPruning, {"max_length": 256}),
     "SparseGPT, dense inputs": (lc.SparseGPTPruning, {"max_length": 256, "inputs": "dense"}),
 }

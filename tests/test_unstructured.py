@@ -130,7 +130,7 @@ def test_wanda_by_hand():
 
 def test_wanda_compares_within_rows_and_on_pruned_inputs():
     model = tiny_model("qwen2")
-    pruned = _compress(model, lc.WandaPruning(sparsity=0.4)).model
+    pruned = _compress(model, lc.WandaPruning(sparsity=0.4, inputs="pruned")).model
     batches = calibration_batches(
         model, Context(data=tiny_data(model), tokenizer=tiny_tokenizer()), who="test", samples=8, max_length=64
     )
@@ -292,7 +292,7 @@ def test_experts_that_no_token_reaches_go_by_magnitude_and_are_told(cls):
     model = tiny_model("mixtral")
     for block in model.model.layers:
         block.mlp.gate.weight.data.zero_()  # ties: the same two experts for every token
-    result = _compress(model, cls(sparsity=0.25))
+    result = _compress(model, cls(sparsity=0.25, inputs="pruned"))
     batches = calibration_batches(
         model, Context(data=tiny_data(model), tokenizer=tiny_tokenizer()), who="test", samples=8, max_length=64
     )
