@@ -1,7 +1,10 @@
 """AWQ: the objective against brute force, the clip and the scale search, folding, the strategy."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from llmcompress.anatomy.layers import select
@@ -15,6 +18,8 @@ from llmcompress.quantization.grid import Coded, Grid, decode, encode, min_max
 from llmcompress.quantization.packed_modules import PackedEmbedding, PackedLinear
 from llmcompress.quantization.scale_search import InputMoments, Reader, search_scales
 from llmcompress.testing import tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
+
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
 
 def random(*shape, seed=0):
@@ -266,6 +271,27 @@ def test_a_layer_that_no_token_reaches_is_rounded_plainly_and_told():
     _, told = run(awq(scales=False), model)
     assert torch.equal(network.up_proj.dequantized(), on(min_max(weight, grid), weight, grid))
     assert told["model.layers.1.mlp.up_proj"].reason == "no calibration token reached it"
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="needs shared/assets beside the checkout")
+def test_a_trained_model_loses_less_than_by_rounding():
+    folder = ASSETS / "stories260K-hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    story = next((ASSETS / "tinystories").glob("*.txt")).read_text(encoding="utf-8")
+    held_out = tokenizer(story[:20_000], return_tensors="pt", verbose=False).input_ids[0, : 32 * 128].reshape(32, 128)
+    data = [Example(story[at : at + 600]) for at in range(400_000, 409_600, 600)]
+
+    def loss(step=None):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        if step is not None:
+            step.compress(model, Context(data=data, tokenizer=tokenizer, progress=False))
+        with torch.inference_mode():
+            return model(input_ids=held_out, labels=held_out).loss.item()
+
+    fields = {"bits": 3, "group_size": 32, "compute": "float", "indivisible": "pad"}
+    dense, rounded, aware = loss(), loss(lc.WeightOnlyQuantization(**fields)), loss(lc.AWQ(**fields))
+    assert aware - dense < 0.6 * (rounded - dense)
 
 
 # -- refused ------------------------------------------------------------------------------------------------------
