@@ -16,6 +16,7 @@ from ..anatomy.saved import DTYPE_NAMES
 from ..errors import CheckpointError
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES}
+_OWN_PAGES = 1 << 16  # from so many bytes on a tensor has pages of its own
 _LONGEST_HEADER = 100 << 20  # what the format allows
 
 
@@ -59,7 +60,7 @@ class Stored:
         Raises:
             CheckpointError: the file has become shorter than its header says.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = _memory(self.shape, self.dtype)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             into = memoryview(tensor.flatten().view(torch.uint8).numpy()) if self.nbytes else memoryview(bytearray())
@@ -70,6 +71,19 @@ class Stored:
                     raise CheckpointError(f"{self.file} ends early: it was cut or changed while it was in use.")
                 read += got
         return tensor
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor whose memory goes back to the system as soon as it is dropped.
+
+    The C library keeps what is freed of sizes like those of weights, in pieces that fit nothing: block after block that
+    comes and goes, a process grew by the whole model.
+    """
+    count = torch.Size(shape).numel()
+    if count * dtype.itemsize < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def stored_in(file: Path) -> dict[str, Stored]:
