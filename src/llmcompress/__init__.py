@@ -60,6 +60,7 @@ _HOME = {
     "quantization.kernels.dispatch": ("kernels",),
     "quantization.static": ("StaticQuantization",),
     "quantization.kv_cache": ("QuantizedCache",),
+    "quantization.gptq": ("GPTQ",),
     "quantization.weight_only": ("WeightOnlyQuantization",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),

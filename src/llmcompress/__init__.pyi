@@ -95,6 +95,7 @@ from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .quantization.kernels.dispatch import kernels as kernels
 from .quantization.kv_cache import QuantizedCache as QuantizedCache
 from .quantization.static import StaticQuantization as StaticQuantization
+from .quantization.gptq import GPTQ as GPTQ
 from .quantization.weight_only import WeightOnlyQuantization as WeightOnlyQuantization
 from .registry import Registry as Registry
 from .registry import compressors as compressors

@@ -1,0 +1,300 @@
+"""GPTQ: weights are rounded one after the other, and those behind make up for each error (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+
+from ..anatomy.layers import Kind, WeightLayer
+from ..anatomy.turns import in_turns, let_go
+from ..calibration import InputProducts, Statistic, block_by_block, calibration_batches, observe
+from ..calibration.hessian import damped_root, remark_on
+from ..compressor import Action, Context, Need
+from ..errors import ConfigError
+from ..registry import register
+from .checks import refuse_nonfinite
+from .fitting import Fit, fit, quantize
+from .gptq_rounding import lay_again, round_again, round_with_feedback
+from .grid import Coded, Grid, decode
+from .grouped import GroupedQuantization, Target, upright
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Bits of a fine zero point.
+_FINE = 8
+# With a larger share of exact zeros than this a layer counts as pruned.
+_PRUNED = 0.01
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What is known of the inputs of some layers of a block.
+
+    Attributes:
+        statistics: by layer name, as in `Turn`.
+        unseen: names of layers whose inputs cannot be told.
+        last: whether no other layer of the block is still to come.
+    """
+
+    statistics: dict[str, list[Statistic]]
+    unseen: tuple[str, ...] = ()
+    last: bool = True
+
+
+@register("gptq")
+class GPTQ(GroupedQuantization):
+    """Store weights in 2 to 8 bits, rounded so that the errors of a row make up for one another on real inputs.
+
+    Goes block by block, and within a block layer after layer, each on what the quantized ones before it put out: sums
+    of x x^T tell how much each weight's error matters, and by how much the others can undo it. Columns are rounded one
+    after the other as in the paper. Then the scales are fitted once more to the codes that were chosen, and each code
+    to the scales, which the paper has not; that lowers the error by about a tenth again. The folder is the one
+    `WeightOnlyQuantization` writes, whatever the order of rounding: the groups are those of the stored columns.
+
+    Rounded to nearest instead, and told: embeddings that `overrides` names, and layers and experts that no calibration
+    token reached. Zeros of a pruned layer (more than one weight in a hundred) stay exactly zero, and only the others
+    make up for errors. Left in float, and told: embeddings and heads unless `overrides` or `targets` name them, layers
+    whose weight the model's code reads itself.
+
+    Args:
+        samples: how many texts of the data to calibrate on at most.
+        max_length: how many tokens of a text to take at most.
+        inputs: `"quantized"` calibrates each block on what the quantized blocks before it put out; `"dense"` on the
+            float model's, in one pass, with the sums of all layers in memory.
+        true_sequential: whether the later layers of a block, too, see what its quantized ones put out: the layer behind
+            the attention those of q, k and v, and so on; for `inputs="quantized"` only.
+        dampening: share of the mean diagonal that is added to the diagonal of x x^T. Grows tenfold, and says so, as
+            often as the matrix has no Cholesky factor.
+        act_order: whether the columns with the largest inputs are rounded first.
+        block_size: columns after which the rest of a matrix is updated at once: changes the time, not the result.
+        fit: how a group's grid is laid at first: `"min_max"` just covers its weights; `"mse"` clips the range to the
+            least squared error, inputs weighted by their squares; `"hqq"` is robust to outliers.
+        fine_zeros: zero points of 8 bits, with parts of a step: nearer at 2 to 4 bits, for `8 - bits` bits more a
+            group. Layers with zeros that must stay keep whole ones.
+        refinements: how often scales are fitted to the codes, and codes chosen again, behind the rounding; 0 is GPTQ as
+            in the paper.
+        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
+        group_size: how many consecutive inputs share a scale, a multiple of 8; None is one scale a row.
+        symmetric: whether to do without zero points.
+        indivisible: where `group_size` does not divide the inputs of a layer: `"error"`; `"pad"`, a shorter last group;
+            or `"smaller_group"`, the largest common divisor.
+        scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
+        overrides: other bits for the layers whose names match a shell pattern (`{"*.down_proj": 8, "lm_head": None}`).
+            The first match decides; None leaves the layer in float. Embeddings and heads can be named too.
+        compute: `"int8"`, `"float"`, or `"auto"`; see `WeightOnlyQuantization`.
+        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        skip: patterns of layers to leave in float; they win over all others.
+
+    Raises:
+        ConfigError: a field is out of range, or the group size divides the inputs of a layer not.
+        MissingInputError: no data or tokenizer, or texts too short.
+        UnsupportedModelError: the model is quantized already, reads no token ids, or has no weights.
+        CompressionError: a weight, an input of a layer or a scale is NaN or infinite; the message names the layer.
+
+    Source:
+        Frantar et al. 2022, arXiv 2210.17323.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
+        >>> model = tiny_model("llama")
+        >>> step = lc.GPTQ(bits=4, group_size=32)
+        >>> result = lc.compress(model, step, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)
+        >>> result.model.model.layers[0].mlp.up_proj
+        PackedLinear(64, 128, bias=False, bits=4, group_size=32, affine, compute='auto')
+    """
+
+    _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d", "experts")
+
+    samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
+    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
+    inputs: Literal["quantized", "dense"] = Field("quantized", description="calibrate on what quantized blocks put out")
+    true_sequential: bool = Field(True, description="calibrate within a block, too, on what quantized layers put out")
+    dampening: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the diagonal of x x^T")
+    act_order: bool = Field(True, description="round the columns with the largest inputs first")
+    block_size: int = Field(64, ge=1, description="columns after which the rest of a matrix is updated at once")
+    fit: Fit = Field("mse", description="how the grid of a group is laid at first")
+    fine_zeros: bool = Field(False, description="zero points of 8 bits, with parts of a step")
+    refinements: int = Field(2, ge=0, le=100, description="how often scales and codes are fitted to each other again")
+
+    @model_validator(mode="after")
+    def _agree(self) -> GPTQ:
+        if self.fine_zeros and self.symmetric:
+            raise ConfigError(
+                f"{type(self).__name__}.fine_zeros must be False with symmetric=True: such a grid has no zero points."
+            )
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Texts to calibrate on, and what makes tokens of them."""
+        return frozenset({"data", "tokenizer"})
+
+    @property
+    def in_turns(self) -> bool:
+        """Block after block."""
+        return True
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Name each layer that is packed, with its bits a weight, and why each other one is left."""
+        targets, left = self._choose(model)
+        heard = {id(layer.weight) for layer in _heard(targets)}
+        actions = []
+        for target in targets:
+            plainly = None if id(target.layer.weight) in heard else _TABLE
+            reason = "; ".join(filter(None, (target.remark, plainly))) or None
+            actions.append(Action(path=target.layer.name, does=str(target), reason=reason))
+        return actions + left
+
+    def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Round block after block, and replace the layers by packed ones."""
+        who = type(self).__name__
+        targets, _ = self._choose(model)
+        refuse_nonfinite(target.layer for target in targets)
+        batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
+        sharing: dict[int, list[Target]] = defaultdict(list)
+        for target in targets:
+            sharing[id(target.layer.weight)].append(target)
+        layers = _heard(targets)
+        known = {target.layer.name: target for target in targets}
+        done: list[tuple[Target, Coded]] = []
+        for heard in self._turns(model, batches, layers, context):
+            for name, statistics in heard.statistics.items():
+                target = known[name]
+                why = "its inputs cannot be seen" if name in heard.unseen else "no calibration token reached it"
+                coded = self._round_layer(target, statistics, why, context)
+                done += [(other, coded) for other in sharing.pop(id(target.layer.weight))]
+                if not heard.last:
+                    _put(target, coded)
+            if heard.last:
+                self._exchange(model, done)
+                done = []
+        tables = []
+        for together in sharing.values():
+            coded = quantize(upright(together[0].layer), together[0].grid)
+            tables += [(target, coded) for target in together]
+        self._exchange(model, tables)
+        return model
+
+    def _grid(self, bits: int) -> Grid:
+        return replace(super()._grid(bits), zero_bits=_FINE if self.fine_zeros and bits < _FINE else None)
+
+    def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
+        target = super()._fitted(layer, bits, remark)
+        # A zero point between two levels would make every zero of a pruned layer a small number.
+        if not self.fine_zeros or layer.weight.is_meta or not _is_pruned(layer.weight):
+            return target
+        remarks = "; ".join(filter(None, (target.remark, "whole zero points, since it has weights that are zero")))
+        return replace(target, grid=replace(target.grid, zero_bits=None), remark=remarks)
+
+    def _turns(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[dict[str, torch.Tensor]],
+        layers: Sequence[WeightLayer],
+        context: Context,
+    ) -> Iterator[_Heard]:
+        who = type(self).__name__
+        if not layers:
+            return
+        if self.inputs == "dense":
+            seen = observe(model, batches, layers, InputProducts.of, who=who, progress=context.progress)
+            for _, own in in_turns(model, layers):
+                yield _Heard({layer.name: seen.pop(layer.name) for layer in own})
+            return
+        turns = block_by_block(
+            model,
+            batches,
+            layers,
+            InputProducts.of,
+            who=who,
+            sequential=self.true_sequential,
+            progress=context.progress,
+        )
+        for turn in turns:
+            yield _Heard(turn.statistics, turn.unseen, turn.last)
+
+    def _round_layer(
+        self, target: Target, statistics: Sequence[Statistic], unknown: str, context: Context
+    ) -> Coded:
+        """Round each matrix of a layer; `unknown` says why, where nothing was seen of its inputs."""
+        remarks: dict[str, list[int]] = defaultdict(list)
+        parts = []
+        weight = upright(target.layer)
+        for part, (matrix, statistic) in enumerate(zip(weight.chunk(len(statistics)), statistics, strict=True)):
+            products = cast(InputProducts, statistic).products
+            if not statistic.count or not products.any():
+                why = "its inputs were zero on every calibration token" if statistic.count else unknown
+                remarks[f"rounded to nearest: {why}"].append(part)
+                parts.append(quantize(matrix, target.grid))
+                continue
+            coded, found = self._round(matrix, products, target.grid)
+            parts.append(coded)
+            for remark in found:
+                remarks[remark].append(part)
+        for remark, numbers in remarks.items():
+            where = f"experts {', '.join(map(str, numbers))}: " if len(statistics) > 1 else ""
+            context.tell(Action(path=target.layer.name, does=str(target), reason=f"{where}{remark}"))
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return Coded(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+        )
+
+    @torch.no_grad()
+    def _round(self, weight: torch.Tensor, products: torch.Tensor, grid: Grid) -> tuple[Coded, list[str]]:
+        """Round `weight` (rows, columns); return the codes, and remarks for the report."""
+        remarks = []
+        zeros = weight == 0 if _is_pruned(weight) else None
+        if zeros is not None:
+            remarks.append(f"its zeros stay, {float(zeros.float().mean()):.4g} of its weights")
+        mean = float(products.diagonal().mean())
+        order = torch.arange(len(products), device=products.device)
+        if self.act_order:
+            order = products.diagonal().argsort(descending=True, stable=True)
+        root, share = damped_root(products[order][:, order], self.dampening, who=type(self).__name__)
+        grown = remark_on(self.dampening, share)
+        remarks += [grown] if grown else []
+        hessian = products / mean  # near 1, so that nothing here overflows
+        hessian.diagonal().add_(share)
+        laid = fit(weight, grid, self.fit, hessian.diagonal() if self.fit == "mse" else None)
+        coded = round_with_feedback(
+            weight, root, laid, grid, order=order, zeros=zeros, block_size=self.block_size
+        )
+        for _ in range(self.refinements):
+            coded = lay_again(weight, hessian, coded, grid)
+            coded = round_again(weight, hessian, coded, grid, order=order, zeros=zeros, block_size=self.block_size)
+        return coded, remarks
+
+
+_TABLE = "rounded to nearest: the inputs of a table are tokens"
+
+
+def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
+    """Return the layers whose inputs are looked at: all but tables, and of those that share a weight one."""
+    layers = [target.layer for target in targets if target.layer.kind != "embedding"]
+    return list({id(layer.weight): layer for layer in reversed(layers)}.values())[::-1]
+
+
+def _is_pruned(weight: torch.Tensor) -> bool:
+    share = float((weight == 0).float().mean())
+    let_go(weight)
+    return share > _PRUNED
+
+
+@torch.no_grad()
+def _put(target: Target, coded: Coded) -> None:
+    """Let the float layer be what it will be: the layers behind it are calibrated on what it puts out."""
+    layer, weight = target.layer, target.layer.weight
+    matrix = decode(coded, target.grid)
+    if layer.kind == "experts":
+        matrix = matrix.unflatten(0, (len(weight), -1))
+    transposed = layer.kind == "conv1d" or (layer.kind == "experts" and layer.input_axis == 1)
+    weight.copy_(matrix.mT if transposed else matrix)
