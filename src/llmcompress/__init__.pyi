@@ -92,10 +92,10 @@ from .quantization.awq import AWQ as AWQ
 from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQuantization
 from .quantization.dequantize import dequantize as dequantize
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
+from .quantization.gptq import GPTQ as GPTQ
 from .quantization.kernels.dispatch import kernels as kernels
 from .quantization.kv_cache import QuantizedCache as QuantizedCache
 from .quantization.static import StaticQuantization as StaticQuantization
-from .quantization.gptq import GPTQ as GPTQ
 from .quantization.weight_only import WeightOnlyQuantization as WeightOnlyQuantization
 from .registry import Registry as Registry
 from .registry import compressors as compressors

@@ -220,9 +220,7 @@ class GPTQ(GroupedQuantization):
         for turn in turns:
             yield _Heard(turn.statistics, turn.unseen, turn.last)
 
-    def _round_layer(
-        self, target: Target, statistics: Sequence[Statistic], unknown: str, context: Context
-    ) -> Coded:
+    def _round_layer(self, target: Target, statistics: Sequence[Statistic], unknown: str, context: Context) -> Coded:
         """Round each matrix of a layer; `unknown` says why, where nothing was seen of its inputs."""
         remarks: dict[str, list[int]] = defaultdict(list)
         parts = []
@@ -265,9 +263,7 @@ class GPTQ(GroupedQuantization):
         hessian = products / mean  # near 1, so that nothing here overflows
         hessian.diagonal().add_(share)
         laid = fit(weight, grid, self.fit, hessian.diagonal() if self.fit == "mse" else None)
-        coded = round_with_feedback(
-            weight, root, laid, grid, order=order, zeros=zeros, block_size=self.block_size
-        )
+        coded = round_with_feedback(weight, root, laid, grid, order=order, zeros=zeros, block_size=self.block_size)
         for _ in range(self.refinements):
             coded = lay_again(weight, hessian, coded, grid)
             coded = round_again(weight, hessian, coded, grid, order=order, zeros=zeros, block_size=self.block_size)

@@ -176,8 +176,12 @@ class _Turned:
         rows, columns = weight.shape
         scale = spread(laid[0].float(), grid, columns)
         middle = middles(laid[1], grid, columns).to(weight.device).expand(rows, columns)
-        turned = (matrix.t()[order].contiguous() for matrix in (weight, scale, middle))
-        return cls(*turned, grid.limit, order, zeros.t()[order].contiguous() if zeros is not None else None)
+
+        def turn(matrix: torch.Tensor) -> torch.Tensor:
+            return matrix.t()[order].contiguous()
+
+        fixed = turn(zeros) if zeros is not None else None
+        return cls(turn(weight), turn(scale), turn(middle), grid.limit, order, fixed)
 
     def nearest(self, column: int, aim: torch.Tensor) -> torch.Tensor:
         """Return the codes (rows,), as floats, that come nearest to `aim`."""
