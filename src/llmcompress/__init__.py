@@ -59,6 +59,8 @@ _HOME = {
     "quantization.dynamic": ("DynamicQuantization",),
     "quantization.gptq": ("GPTQ",),
     "quantization.kernels.dispatch": ("kernels",),
+    "quantization.sensitivity": ("sensitivity",),
+    "quantization.sensitivity_table": ("Sensitivity",),
     "quantization.static": ("StaticQuantization",),
     "quantization.kv_cache": ("QuantizedCache",),
     "quantization.weight_only": ("WeightOnlyQuantization",),

@@ -95,6 +95,8 @@ from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .quantization.gptq import GPTQ as GPTQ
 from .quantization.kernels.dispatch import kernels as kernels
 from .quantization.kv_cache import QuantizedCache as QuantizedCache
+from .quantization.sensitivity import sensitivity as sensitivity
+from .quantization.sensitivity_table import Sensitivity as Sensitivity
 from .quantization.static import StaticQuantization as StaticQuantization
 from .quantization.weight_only import WeightOnlyQuantization as WeightOnlyQuantization
 from .registry import Registry as Registry

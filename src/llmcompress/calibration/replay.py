@@ -53,10 +53,10 @@ class Forward:
     def __init__(self, model: PreTrainedModel, *, all_logits: bool) -> None:
         self.model = model
         takes = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         # A classifier on a decoder hands the argument on, and then looks for the last token among those that were kept.
         if "logits_to_keep" in takes and not all_logits and model.get_output_embeddings() is not None:
-            self._options["logits_to_keep"] = 1
+            self.options["logits_to_keep"] = 1
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Any:
@@ -64,7 +64,7 @@ class Forward:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            return self.model(**batch, **self._options)
+            return self.model(**batch, **self.options)
         except Stopped:
             return None
         finally:

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch.nn import functional as F
 
+from ..calibration.answers import divergence
 from .tasks.forward import Batch, Run
 
 if TYPE_CHECKING:
@@ -118,8 +119,7 @@ class FidelityMeter:
     def _distributions(self, base: torch.Tensor, candidate: torch.Tensor) -> None:
         ours, theirs = base.float().log_softmax(-1), candidate.float().log_softmax(-1)
         p, q = ours.exp(), theirs.exp()
-        # Rounding can leave a KL of equal distributions below zero.
-        self._kl.append((p * (ours - theirs)).nansum(-1).clamp(min=0).cpu().numpy())
+        self._kl.append(divergence(ours, theirs).cpu().numpy())
         best = [one.argmax(-1) for one in (ours, theirs)]
         self._agree += int((best[0] == best[1]).sum())
         self._answers += len(p)

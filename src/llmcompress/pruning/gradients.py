@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..anatomy.groups import tensor_of
+from ..calibration.differentiation import differentiable
 from ..errors import CompressionError, UnsupportedModelError
 from .importance import Evidence
 
@@ -57,7 +57,7 @@ def loss_gradients(
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     }
     predicted = 0
-    with _differentiable(model, list(parameters.values())):
+    with differentiable(model, list(parameters.values())):
         for batch in tqdm(evidence.batches, desc=evidence.who, disable=not evidence.progress):
             with torch.enable_grad():
                 loss, targets = _loss(model, batch, evidence.who)
@@ -68,24 +68,6 @@ def loss_gradients(
             yield {name: slope for name, slope in zip(parameters, found, strict=True) if slope is not None}, targets
     if not predicted:
         raise CompressionError(f"{evidence.who}: texts of one token have nothing to predict; pass longer ones.")
-
-
-@contextmanager
-def _differentiable(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires in wanted:
-            parameter.requires_grad_(requires)
 
 
 def _loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], who: str) -> tuple[torch.Tensor, int]:

@@ -19,8 +19,9 @@ from ..registry import register
 from .checks import refuse_nonfinite
 from .clipping import clipped
 from .grid import Coded, Grid, Range, decode, encode, min_max
-from .grouped import GroupedQuantization, Target, upright
+from .grouped import GroupedQuantization, Target
 from .scale_search import InputMoments, Reader, ScaleChoice, search_scales
+from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,11 @@ class AWQ(GroupedQuantization):
         clip: whether to search ranges; else they cover their groups.
         fine_zeros: zero points of 8 bits, with parts of a step: nearer at 2 to 4 bits, for `8 - bits` bits more a
             group. Layers with zeros keep whole ones.
-        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
+        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top. `"auto"` chooses for each
+            layer those that do the least damage within `target_bits`, as plain rounding has it.
+        target_bits: with `bits="auto"`, the most stored bits a weight, scales and zero points included, averaged over
+            the layers that `overrides` do not name.
+        auto_bits: with `bits="auto"`, what may be chosen.
         group_size: how many consecutive inputs share a scale, a multiple of 8; None is one scale a row.
         symmetric: whether to do without zero points.
         indivisible: where `group_size` does not divide the inputs of a layer: `"error"`; `"pad"`, a shorter last group;
@@ -128,12 +133,14 @@ class AWQ(GroupedQuantization):
             else:
                 how = f"{'clipped' if self.clip else 'rounded plainly'}, not scaled: {self._unscaled(model)}"
             actions.append(
-                Action(path=name, does=str(target), reason="; ".join(filter(None, (target.remark, how))) or None)
+                Action(path=name, does=self._does(target), reason="; ".join(filter(None, (target.remark, how))) or None)
             )
         return actions + left
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Scale, clip and round block after block, and replace the layers by packed ones."""
+        if self.bits == "auto":
+            return self.resolved(model, context).compress(model, context)
         who = type(self).__name__
         targets, _ = self._choose(model)
         refuse_nonfinite(target.layer for target in targets)

@@ -21,7 +21,8 @@ from .checks import refuse_nonfinite
 from .fitting import Fit, fit, quantize
 from .gptq_rounding import lay_again, round_again, round_with_feedback
 from .grid import Coded, Grid, decode
-from .grouped import GroupedQuantization, Target, upright
+from .grouped import GroupedQuantization, Target
+from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +80,11 @@ class GPTQ(GroupedQuantization):
             group. Layers with zeros that must stay keep whole ones.
         refinements: how often scales are fitted to the codes, and codes chosen again, behind the rounding; 0 is GPTQ as
             in the paper.
-        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
+        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top. `"auto"` chooses for each
+            layer those that do the least damage within `target_bits`, as plain rounding has it.
+        target_bits: with `bits="auto"`, the most stored bits a weight, scales and zero points included, averaged over
+            the layers that `overrides` do not name.
+        auto_bits: with `bits="auto"`, what may be chosen.
         group_size: how many consecutive inputs share a scale, a multiple of 8; None is one scale a row.
         symmetric: whether to do without zero points.
         indivisible: where `group_size` does not divide the inputs of a layer: `"error"`; `"pad"`, a shorter last group;
@@ -138,8 +143,8 @@ class GPTQ(GroupedQuantization):
 
     @property
     def in_turns(self) -> bool:
-        """Block after block."""
-        return True
+        """Block after block, once the bits of each layer are known."""
+        return self.bits != "auto"
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
@@ -149,11 +154,13 @@ class GPTQ(GroupedQuantization):
         for target in targets:
             plainly = None if id(target.layer.weight) in heard else _TABLE
             reason = "; ".join(filter(None, (target.remark, plainly))) or None
-            actions.append(Action(path=target.layer.name, does=str(target), reason=reason))
+            actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
         return actions + left
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Round block after block, and replace the layers by packed ones."""
+        if self.bits == "auto":
+            return self.resolved(model, context).compress(model, context)
         who = type(self).__name__
         targets, _ = self._choose(model)
         refuse_nonfinite(target.layer for target in targets)
@@ -181,6 +188,10 @@ class GPTQ(GroupedQuantization):
             tables += [(target, coded) for target in together]
         self._exchange(model, tables)
         return model
+
+    @property
+    def _auto_fit(self) -> Fit:
+        return self.fit
 
     def _grid(self, bits: int) -> Grid:
         return replace(super()._grid(bits), zero_bits=_FINE if self.fine_zeros and bits < _FINE else None)

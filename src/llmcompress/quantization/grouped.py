@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
 from ..anatomy.reads import read_directly
-from ..compressor import Action, Compressor
+from ..compressor import Action, Compressor, Context, Need
 from ..errors import CompressionError, ConfigError, NothingToCompressError
+from .auto_bits import free_targets, with_bits
 from .checks import refuse_quantized
 from .choice import LAST_FLOAT, only_float, sources_first
+from .fitting import Fit
 from .grid import Coded, Grid
 from .hf import mark_quantized
 from .modules import QuantizedModule, replace_modules
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 # Groups begin on whole bytes at any number of bits.
 _MULTIPLE = 8
@@ -63,7 +66,13 @@ class GroupedQuantization(Compressor):
     _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d")
     """Kinds of layers that are packed unasked."""
 
-    bits: int = Field(4, ge=2, le=8, description="bits a weight, scales not included")
+    bits: int | Literal["auto"] = Field(
+        4, description="bits a weight, 2 to 8, scales not included; 'auto' chooses for each layer"
+    )
+    target_bits: float | None = Field(
+        None, description="for bits='auto': the most stored bits a weight on average, scales included"
+    )
+    auto_bits: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8), description="for bits='auto': what may be chosen")
     group_size: int | None = Field(64, description="consecutive inputs that share a scale; None: a whole row")
     symmetric: bool = Field(False, description="no zero points: the middle code is zero")
     indivisible: Literal["error", "pad", "smaller_group"] = Field(
@@ -74,6 +83,36 @@ class GroupedQuantization(Compressor):
     compute: Compute = Field("auto", description="how products are computed: 'int8', 'float', or the fastest")
     targets: tuple[str, ...] | None = Field(None, description="patterns of layers to quantize; None takes the blocks'")
     skip: tuple[str, ...] = Field((), description="patterns of layers to leave in float")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _known(cls, bits: Any) -> Any:
+        if bits != "auto" and (type(bits) is not int or not 2 <= bits <= 8):
+            raise ConfigError(f"{cls.__name__}.bits must be in [2, 8], got {bits!r}; or 'auto'.")
+        return bits
+
+    @field_validator("auto_bits", mode="after")
+    @classmethod
+    def _some(cls, auto_bits: tuple[int, ...]) -> tuple[int, ...]:
+        if not auto_bits or not all(2 <= bits <= 8 for bits in auto_bits):
+            raise ConfigError(f"{cls.__name__}.auto_bits must be some of 2 to 8, got {auto_bits}.")
+        return tuple(sorted(set(auto_bits)))
+
+    @model_validator(mode="after")
+    def _target_with_auto(self) -> Self:
+        who = type(self).__name__
+        if self.bits == "auto" and self.target_bits is None:
+            raise ConfigError(
+                f"{who}.target_bits must be given with bits='auto', got None; 4.5 stored bits a weight, for instance."
+            )
+        if self.bits != "auto" and self.target_bits is not None:
+            raise ConfigError(f"{who}.target_bits must be None with bits={self.bits}, got {self.target_bits}.")
+        if self.target_bits is not None and self.target_bits <= min(self.auto_bits):
+            raise ConfigError(
+                f"{who}.target_bits must be above the fewest bits of auto_bits={self.auto_bits}, scales come on top, "
+                f"got {self.target_bits:g}."
+            )
+        return self
 
     @field_validator("group_size", mode="after")
     @classmethod
@@ -97,9 +136,46 @@ class GroupedQuantization(Compressor):
         return overrides
 
     @property
+    def needs(self) -> frozenset[Need]:
+        """Texts to choose bits by, and what makes tokens of them, for `bits="auto"`."""
+        return frozenset({"data", "tokenizer"}) if self.bits == "auto" else frozenset()
+
+    @property
     def terminal(self) -> bool:
         """Packed weights cannot be pruned or trained further."""
         return True
+
+    def resolved(self, model: PreTrainedModel, context: Context) -> Self:
+        """Return this step with the bits that `bits="auto"` chooses for each layer, as `overrides`; or itself.
+
+        What it returns gives the same layers the same bits without any data. Layers that `overrides` name keep those
+        bits, and do not count in the average.
+
+        Args:
+            model: the float model; the same afterwards.
+            context: its data and tokenizer are used; it is told the bits of each layer.
+
+        Raises:
+            ConfigError: `target_bits` is below what the fewest bits take.
+            MissingInputError: no data or tokenizer, or texts too short.
+        """
+        return with_bits(self, model, context) if self.bits == "auto" else self
+
+    @property
+    def _auto_fit(self) -> Fit:
+        """How grids are laid where damages are measured."""
+        return "min_max"
+
+    def _does(self, target: Target) -> str:
+        """Say for the plan what becomes of a layer."""
+        if self.bits != "auto" or not free_targets(self, [target]):
+            return str(target)
+        widths = ", ".join(map(str, self.auto_bits[:-1])) + f" or {self.auto_bits[-1]}"
+        return f"int{widths.removeprefix(' or ')}, chosen for {self.target_bits:g} stored bits a weight on average"
+
+    def _grid_for(self, layer: WeightLayer, bits: int) -> Grid:
+        """Return the grid of a layer with so many bits."""
+        return self._fitted(layer, bits, None).grid
 
     def _grid(self, bits: int) -> Grid:
         """Return the grid of a layer with so many bits, before its group size is fitted to the layer."""
@@ -192,7 +268,8 @@ class GroupedQuantization(Compressor):
         for pattern, bits in self.overrides.items():
             if fnmatchcase(layer.name, pattern):
                 return bits, None if bits is not None else f"overrides[{pattern!r}] = None"
-        return self.bits, None
+        # The most that "auto" may choose: which layers are packed does not depend on it.
+        return (max(self.auto_bits) if self.bits == "auto" else self.bits), None
 
     def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
         """Fit the group size to a layer, as `indivisible` says."""
@@ -257,14 +334,6 @@ class GroupedQuantization(Compressor):
             packed = PackedExperts.from_coded(module, weights, transposed=transposed, compute=self.compute)
             replace_modules(model, {module: packed})
         mark_quantized(model)
-
-
-def upright(layer: WeightLayer) -> torch.Tensor:
-    """Return the weight as (outputs, inputs), or (entries, width) of a table, float32; experts one below the other."""
-    weight = layer.weight.detach()
-    if layer.kind == "experts":
-        return (weight.mT if layer.input_axis == 1 else weight).flatten(0, 1).float()
-    return (weight.T.contiguous() if layer.kind == "conv1d" else weight).float()
 
 
 def _why_float(layer: WeightLayer) -> str | None:

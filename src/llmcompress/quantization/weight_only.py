@@ -15,8 +15,9 @@ from ..registry import register
 from .checks import refuse_nonfinite
 from .fitting import Fit, quantize
 from .grid import Coded, Grid, decode
-from .grouped import GroupedQuantization, Target, upright
+from .grouped import GroupedQuantization, Target
 from .row_wise import row_wise
+from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,9 +30,9 @@ _FINE = 8
 class WeightOnlyQuantization(GroupedQuantization):
     """Store weights in 2 to 8 bits, in groups with a scale and a zero point each, rounded to the nearest level.
 
-    Needs no data and takes seconds. `GPTQ` and `AWQ` store the same layout and lose less, but need texts. The folder
-    loads by plain `from_pretrained` after `import llmcompress`; the bits that are told are the bits on disk, scales and
-    zero points included.
+    Needs no data and takes seconds, but for `bits="auto"`, which looks at texts first. `GPTQ` and `AWQ` store the same
+    layout and lose less, but always need texts. The folder loads by plain `from_pretrained` after `import
+    llmcompress`; the bits that are told are the bits on disk, scales and zero points included.
 
     On a CPU with fbgemm, products run in int8 by default: each weight is coded anew in 8 bits when it is first used,
     and activations get 8 bits a token. That is fast, costs a byte a weight in memory, and adds a small error of its
@@ -43,7 +44,11 @@ class WeightOnlyQuantization(GroupedQuantization):
     model's code reads itself, classes with a forward of their own.
 
     Args:
-        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top.
+        bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top. `"auto"` chooses for each
+            layer, on texts: those that do the least damage within `target_bits`.
+        target_bits: with `bits="auto"`, the most stored bits a weight, scales and zero points included, averaged over
+            the layers that `overrides` do not name.
+        auto_bits: with `bits="auto"`, what may be chosen.
         group_size: how many consecutive inputs share a scale, a multiple of 8; None is one scale a row.
         symmetric: whether to do without zero points.
         fit: how a group's grid is laid: `"min_max"` just covers its weights; `"mse"` clips the range to the least
@@ -95,10 +100,14 @@ class WeightOnlyQuantization(GroupedQuantization):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
         targets, left = self._choose(model)
-        return [Action(path=target.layer.name, does=str(target), reason=target.remark) for target in targets] + left
+        return [
+            Action(path=target.layer.name, does=self._does(target), reason=target.remark) for target in targets
+        ] + left
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Replace the layers by packed ones."""
+        if self.bits == "auto":
+            return self.resolved(model, context).compress(model, context)
         targets, _ = self._choose(model)
         refuse_nonfinite(target.layer for target in targets)
         coded: list[tuple[Target, Coded]] = []
@@ -112,7 +121,16 @@ class WeightOnlyQuantization(GroupedQuantization):
         return model
 
     def roundings(self, model: PreTrainedModel) -> list[Rounding]:
-        """Return how each layer's weight will be rounded, for `KnowledgeDistillation(quantize_for=...)`."""
+        """Return how each layer's weight will be rounded, for `KnowledgeDistillation(quantize_for=...)`.
+
+        Raises:
+            ConfigError: bits are not chosen yet.
+        """
+        if self.bits == "auto":
+            raise ConfigError(
+                f"{type(self).__name__}.bits must be chosen before it is trained for, got 'auto'; take "
+                f"step.resolved(model, context), or sensitivity(...).allocate(...) as overrides."
+            )
         targets, _ = self._choose(model)
         return [
             Rounding(
@@ -126,6 +144,10 @@ class WeightOnlyQuantization(GroupedQuantization):
 
     def _rounded(self, grid: Grid, rows: torch.Tensor) -> torch.Tensor:
         return decode(quantize(rows, grid, self.fit), grid)
+
+    @property
+    def _auto_fit(self) -> Fit:
+        return self.fit
 
     def _grid(self, bits: int) -> Grid:
         fine = _FINE if self.fit == "hqq" and not self.symmetric else None
