@@ -99,10 +99,11 @@ def test_training_with_accumulation_is_training_with_big_batches(family):
     )
 
     def distance(first, second):
+        # Of all weights together: where a gradient is almost zero, Adam's steps follow the last digit of it.
         pairs = zip(first.parameters(), second.parameters(), strict=True)
-        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+        return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
 
-    assert distance(big, start) > 5e-3
+    assert distance(big, start) > 5e-2
     assert distance(big, small) < 0.1 * distance(big, start)
 
 
