@@ -62,6 +62,9 @@ def same_state(one, other) -> None:
         ("gpt2", ["magnitude_pruning", "dynamic_quantization"]),
         ("bert", [{"name": "wanda_pruning", "allocation": "owl"}, "dynamic_quantization"]),
         ("t5", [{"name": "wanda_pruning", "inputs": "dense"}]),
+        ("gpt2", ["weight_only_quantization"]),
+        ("llama", [{"name": "gptq", "group_size": 32}]),
+        ("llama", [{"name": "awq", "group_size": 32, "overrides": {"lm_head": 8}}]),
     ],
 )
 def test_the_folder_holds_what_compress_gives(family, steps, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
@@ -12,14 +13,14 @@ from pydantic import Field, model_validator
 from ..anatomy.layers import WeightLayer
 from ..anatomy.scaling import ScaleSite, fold, scale_sites
 from ..anatomy.stacks import find_stacks
+from ..anatomy.turns import in_turns
 from ..calibration import Statistic, block_by_block, calibration_batches, observe
 from ..compressor import Action, Context, Need
 from ..errors import ConfigError
 from ..registry import register
-from .checks import refuse_nonfinite
 from .clipping import clipped
-from .grid import Coded, Grid, Range, decode, encode, min_max
-from .grouped import GroupedQuantization, Target
+from .grid import Coded, Grid, Range, encode, min_max
+from .grouped import GroupedQuantization, Target, finish
 from .scale_search import InputMoments, Reader, ScaleChoice, search_scales
 from .upright import upright
 
@@ -143,13 +144,16 @@ class AWQ(GroupedQuantization):
             return self.resolved(model, context).compress(model, context)
         who = type(self).__name__
         targets, _ = self._choose(model)
-        refuse_nonfinite(target.layer for target in targets)
+        self._refuse_unstorable(targets)
         batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
         sites = self._sites(model, targets)
         grids = {target.layer.name: target.grid for target in targets}
         layers = {layer.name: layer for layer in _heard(targets)}
-        coded: dict[int, Coded] = {}
+        sharing: dict[int, list[Target]] = defaultdict(list)
+        for target in targets:
+            sharing[id(target.layer.weight)].append(target)
         for statistics in self._turns(model, batches, list(layers.values()), context):
+            done: list[tuple[Target, Coded]] = []
             seen = {name: cast(InputMoments, statistic) for name, [statistic] in statistics.items()}
             for site in sites:
                 names = [name for name in site.consumers if name in seen and seen[name].count]
@@ -160,11 +164,15 @@ class AWQ(GroupedQuantization):
                 layer, grid = layers[name], grids[name]
                 if not inputs.count:
                     context.tell(Action(path=name, does="rounded plainly", reason="no calibration token reached it"))
-                coded[id(layer.weight)] = self._round(layer, grid, inputs)
-        for target in targets:
-            if id(target.layer.weight) not in coded:
-                coded[id(target.layer.weight)] = _on_grid(upright(target.layer), target.grid, None)
-        self._exchange(model, [(target, coded[id(target.layer.weight)]) for target in targets])
+                coded = self._round(layer, grid, inputs)
+                done += [(target, coded) for target in sharing.pop(id(layer.weight))]
+            self._replace(model, done)
+        tables = []
+        for together in sharing.values():
+            coded = _on_grid(upright(together[0].layer), together[0].grid, None)
+            tables += [(target, coded) for target in together]
+        self._replace(model, tables)
+        finish(model)
         return model
 
     def _grid(self, bits: int) -> Grid:
@@ -209,7 +217,9 @@ class AWQ(GroupedQuantization):
         if not layers:
             return
         if self.inputs == "dense":
-            yield observe(model, batches, layers, InputMoments.of, who=who, progress=context.progress)
+            seen = observe(model, batches, layers, InputMoments.of, who=who, progress=context.progress)
+            for _, own in in_turns(model, layers):
+                yield {layer.name: seen.pop(layer.name) for layer in own}
             return
         for turn in block_by_block(model, batches, layers, InputMoments.of, who=who, progress=context.progress):
             yield turn.statistics
@@ -235,14 +245,10 @@ class AWQ(GroupedQuantization):
 
     @torch.no_grad()
     def _round(self, layer: WeightLayer, grid: Grid, inputs: InputMoments) -> Coded:
-        """Choose the ranges of a layer, and put its weights on the grid, the float ones too."""
+        """Choose the ranges of a layer, and put its weights on the grid."""
         weight = upright(layer)
         found = clipped(weight, grid, inputs.products / inputs.count) if self.clip and inputs.count else None
-        coded = _on_grid(weight, grid, found)
-        # The next block is calibrated on what this layer will put out.
-        rounded = decode(coded, grid)
-        layer.weight.copy_(rounded.T if layer.kind == "conv1d" else rounded)
-        return coded
+        return _on_grid(weight, grid, found)
 
 
 def _heard(targets: Sequence[Target]) -> list[WeightLayer]:

@@ -17,11 +17,10 @@ from ..calibration.hessian import damped_root, remark_on
 from ..compressor import Action, Context, Need
 from ..errors import ConfigError
 from ..registry import register
-from .checks import refuse_nonfinite
 from .fitting import Fit, fit, quantize
 from .gptq_rounding import lay_again, round_again, round_with_feedback
 from .grid import Coded, Grid, decode
-from .grouped import GroupedQuantization, Target
+from .grouped import GroupedQuantization, Target, finish
 from .upright import upright
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ class GPTQ(GroupedQuantization):
             return self.resolved(model, context).compress(model, context)
         who = type(self).__name__
         targets, _ = self._choose(model)
-        refuse_nonfinite(target.layer for target in targets)
+        self._refuse_unstorable(targets)
         batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
         sharing: dict[int, list[Target]] = defaultdict(list)
         for target in targets:
@@ -180,13 +179,14 @@ class GPTQ(GroupedQuantization):
                 if not heard.last:
                     _put(target, coded)
             if heard.last:
-                self._exchange(model, done)
+                self._replace(model, done)
                 done = []
         tables = []
         for together in sharing.values():
             coded = quantize(upright(together[0].layer), together[0].grid)
             tables += [(target, coded) for target in together]
-        self._exchange(model, tables)
+        self._replace(model, tables)
+        finish(model)
         return model
 
     @property

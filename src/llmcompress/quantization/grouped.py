@@ -15,13 +15,14 @@ from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
 from ..anatomy.reads import read_directly
+from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from .auto_bits import free_targets, with_bits
-from .checks import refuse_quantized
+from .checks import refuse_nonfinite, refuse_quantized
 from .choice import LAST_FLOAT, only_float, sources_first
 from .fitting import Fit
-from .grid import Coded, Grid
+from .grid import Coded, Grid, laid
 from .hf import mark_quantized
 from .modules import QuantizedModule, replace_modules
 from .packed_experts import PackedExperts
@@ -297,19 +298,33 @@ class GroupedQuantization(Compressor):
             f"indivisible='pad' or 'smaller_group', another group_size, or skip=({layer.name!r},)."
         )
 
-    def _exchange(self, model: PreTrainedModel, coded: Sequence[tuple[Target, Coded]]) -> None:
-        """Put packed layers in the place of those that were coded, and mark the model.
+    def _refuse_unstorable(self, targets: Sequence[Target]) -> None:
+        """Raise `CompressionError` naming the first layer with NaN, infinity, or weights too large for the scales."""
+        refuse_nonfinite(target.layer for target in targets)
+        for target in targets:
+            low, high = (float(end) for end in torch.aminmax(target.layer.weight.detach()))
+            let_go(target.layer.weight)
+            if not torch.isfinite(
+                laid(torch.tensor([[min(low, 0.0)]]), torch.tensor([[max(high, 0.0)]]), target.grid)[0]
+            ):
+                self._refuse_scale(target)
+
+    def _refuse_scale(self, target: Target) -> None:
+        raise CompressionError(
+            f"{type(self).__name__}: the scales of {target.layer.name} hold NaN or infinity in {self.scale_dtype}; its "
+            f"weights are too large for it: take scale_dtype='bfloat16', or leave it out with "
+            f"skip=({target.layer.name!r},)."
+        )
+
+    def _replace(self, model: PreTrainedModel, coded: Sequence[tuple[Target, Coded]]) -> None:
+        """Put packed layers in the place of those that were coded; all that share a weight must come together.
 
         Raises:
-            CompressionError: a scale is NaN or infinite; nothing is changed then.
+            CompressionError: a scale is NaN or infinite; none of these layers is changed then.
         """
         for target, codes in coded:
             if not torch.isfinite(codes.scale).all():
-                raise CompressionError(
-                    f"{type(self).__name__}: the scales of {target.layer.name} hold NaN or infinity in "
-                    f"{self.scale_dtype}; its weights are too large for it: take scale_dtype='bfloat16', or leave it "
-                    f"out with skip=({target.layer.name!r},)."
-                )
+                self._refuse_scale(target)
         shared: dict[int, QuantizedModule] = {}
         experts: dict[nn.Module, list[tuple[Target, Coded]]] = defaultdict(list)
         found = {target.layer.name: (target, codes) for target, codes in coded}
@@ -333,7 +348,14 @@ class GroupedQuantization(Compressor):
             transposed = own[0][0].layer.input_axis == 1
             packed = PackedExperts.from_coded(module, weights, transposed=transposed, compute=self.compute)
             replace_modules(model, {module: packed})
-        mark_quantized(model)
+
+
+def finish(model: PreTrainedModel) -> None:
+    """Mark a model whose layers were replaced, and drop what running it on the way made: reports measure it fresh."""
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, PackedExperts)):
+            module.drop_derived()
+    mark_quantized(model)
 
 
 def _why_float(layer: WeightLayer) -> str | None:

@@ -103,6 +103,10 @@ class PackedExperts(QuantizedExperts):
         """Return the bytes of the copies made for kernels, of the experts called so far."""
         return sum(product.nbytes for _, product in self._products.values())
 
+    def drop_derived(self) -> None:
+        """Give the memory of those copies back; the next calls make new ones."""
+        self._products = {}
+
     def matrix(self, name: str, expert: int) -> torch.Tensor:
         """Return the float32 weight (outputs, inputs) of one expert."""
         return self._part(name, expert).dequantized()

@@ -189,6 +189,11 @@ class PackedLinear(PackedModule):
         """Return the bytes of the copy made for a kernel, 0 before the first call."""
         return self._derived[1].nbytes if self._derived is not None else 0
 
+    def drop_derived(self) -> None:
+        """Give the memory of that copy back; the next call makes a new one."""
+        self._derived = None
+        kernels.forget_product(self.weight)
+
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -230,8 +235,7 @@ class PackedLinear(PackedModule):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
-        self._derived = None
-        kernels.forget_product(self.weight)
+        self.drop_derived()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -9,13 +10,13 @@ import torch
 from pydantic import Field, model_validator
 
 from ..anatomy.layers import Kind
+from ..anatomy.turns import in_turns
 from ..compressor import Action, Context, Rounding
 from ..errors import ConfigError
 from ..registry import register
-from .checks import refuse_nonfinite
 from .fitting import Fit, quantize
-from .grid import Coded, Grid, decode
-from .grouped import GroupedQuantization, Target
+from .grid import Grid, decode
+from .grouped import GroupedQuantization, Target, finish
 from .row_wise import row_wise
 from .upright import upright
 
@@ -97,6 +98,11 @@ class WeightOnlyQuantization(GroupedQuantization):
             )
         return self
 
+    @property
+    def in_turns(self) -> bool:
+        """Block after block."""
+        return True
+
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
         targets, left = self._choose(model)
@@ -109,15 +115,19 @@ class WeightOnlyQuantization(GroupedQuantization):
         if self.bits == "auto":
             return self.resolved(model, context).compress(model, context)
         targets, _ = self._choose(model)
-        refuse_nonfinite(target.layer for target in targets)
-        coded: list[tuple[Target, Coded]] = []
-        known: dict[int, Coded] = {}
+        self._refuse_unstorable(targets)
+        sharing: dict[int, list[Target]] = defaultdict(list)
         for target in targets:
-            key = id(target.layer.weight)
-            if key not in known:
-                known[key] = quantize(upright(target.layer), target.grid, self.fit)
-            coded.append((target, known[key]))
-        self._exchange(model, coded)
+            sharing[id(target.layer.weight)].append(target)
+        # Of those that share a weight the last, which is in no block: nothing outside of a turn is changed.
+        for _, own in in_turns(model, [together[-1].layer for together in sharing.values()]):
+            coded = []
+            for layer in own:
+                together = sharing[id(layer.weight)]
+                codes = quantize(upright(layer), together[0].grid, self.fit)
+                coded += [(target, codes) for target in together]
+            self._replace(model, coded)
+        finish(model)
         return model
 
     def roundings(self, model: PreTrainedModel) -> list[Rounding]:
