@@ -140,11 +140,6 @@ class GPTQ(GroupedQuantization):
         """Texts to calibrate on, and what makes tokens of them."""
         return frozenset({"data", "tokenizer"})
 
-    @property
-    def in_turns(self) -> bool:
-        """Block after block, once the bits of each layer are known."""
-        return self.bits != "auto"
-
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
         targets, left = self._choose(model)

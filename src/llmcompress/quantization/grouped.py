@@ -146,6 +146,11 @@ class GroupedQuantization(Compressor):
         """Packed weights cannot be pruned or trained further."""
         return True
 
+    @property
+    def in_turns(self) -> bool:
+        """Block after block, unless the bits are still to be chosen, which takes passes through the whole model."""
+        return self.bits != "auto"
+
     def resolved(self, model: PreTrainedModel, context: Context) -> Self:
         """Return this step with the bits that `bits="auto"` chooses for each layer, as `overrides`; or itself.
 

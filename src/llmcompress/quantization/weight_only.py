@@ -98,11 +98,6 @@ class WeightOnlyQuantization(GroupedQuantization):
             )
         return self
 
-    @property
-    def in_turns(self) -> bool:
-        """Block after block."""
-        return True
-
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
         targets, left = self._choose(model)
