@@ -1,8 +1,8 @@
 """Bits chosen layer by layer against the same bits everywhere: loss, KL, and how well the damages of layers add up.
 
-Trained Llamas, round to nearest on min-max grids in groups of 32, all linear layers but the head; stored bits a weight
-with scales and zero points. Loss: the first 60 windows of 256 tokens of tinystories, nats a token; KL to the float
-model: on the same. Bits are chosen on other texts (32 of 256 tokens).
+Trained Llamas, round to nearest (or GPTQ, AWQ: `--strategy`) in groups of 32, all linear layers but the head; stored
+bits a weight with scales and zero points. Loss: the first 60 windows of 256 tokens of tinystories, nats a token; KL to
+the float model: on the same. Bits are chosen on other texts (32 of 256 tokens).
 
     python benchmarks/mixed_precision.py --assets FOLDER --out mixed-precision.md
 """
@@ -38,17 +38,23 @@ def kl(base: torch.nn.Module, model: torch.nn.Module, ids: torch.Tensor) -> floa
     return float(torch.stack(found).mean())
 
 
-def rounded(base: torch.nn.Module, bits: int | dict[str, int]) -> torch.nn.Module:
+def rounded(
+    base: torch.nn.Module, bits: int | dict[str, int], strategy: str, texts: list[str], tokenizer: object
+) -> torch.nn.Module:
     """Return the model with weights of `bits`, or of bits by layer, as floats."""
     own = {"bits": bits} if isinstance(bits, int) else {"overrides": bits}
-    step = lc.WeightOnlyQuantization(group_size=GROUP, indivisible="pad", **own)
-    return lc.dequantize(lc.compress(base, step, progress=False).model)
+    if strategy != "weight_only_quantization":
+        own |= {"samples": len(texts), "max_length": WINDOW}
+    step = lc.compressors.get(strategy)(group_size=GROUP, indivisible="pad", **own)
+    return lc.dequantize(lc.compress(base, step, data=texts, tokenizer=tokenizer, progress=False).model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--method", choices=("fisher", "kl"), default="fisher")
+    strategies = ("weight_only_quantization", "gptq", "awq")
+    parser.add_argument("--strategy", choices=strategies, default=strategies[0], help="rounds with the chosen bits")
     parser.add_argument("--random", type=int, default=12, help="random choices of bits to check the sums on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="where to draw the heat map of the first model")
@@ -75,7 +81,7 @@ def main() -> None:
         choices += [(f"auto, at most {target:g}", found.allocate(target)) for target in TARGETS]
         pairs = []
         for label, bits in sorted(choices, key=lambda one: found.bits_a_weight(one[1])):
-            model = rounded(base, bits)
+            model = rounded(base, bits, arguments.strategy, texts, tokenizer)
             pairs.append((found.predicted(bits), kl(base, model, ids)))
             told = f"{loss(model, ids):.4f} | {pairs[-1][1]:.4f} | {pairs[-1][0]:.4f}"
             lines.append(f"| {label} | {found.bits_a_weight(bits):.3f} | {told} |")
@@ -83,7 +89,8 @@ def main() -> None:
         drawn = random.Random(0)
         for _ in range(arguments.random):
             widths = {layer: drawn.choice(BITS) for layer in found.layers}
-            pairs.append((found.predicted(widths), kl(base, rounded(base, widths), ids)))
+            model = rounded(base, widths, arguments.strategy, texts, tokenizer)
+            pairs.append((found.predicted(widths), kl(base, model, ids)))
         logs = np.log(np.array(pairs))
         ratio = np.exp(logs[:, 1] - logs[:, 0])
         lines += [
