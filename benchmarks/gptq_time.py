@@ -38,6 +38,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"llmcompress": [], "llm-compressor": []}
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)  # llm-compressor wants one beside the model
         asked = {"model": folder, "calibration": rows, "group_size": GROUP, "threads": options.threads}
         for _ in range(options.rounds):
             times["llmcompress"].append(ours(folder, rows))

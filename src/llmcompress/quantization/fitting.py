@@ -11,7 +11,21 @@ from typing import Literal
 
 import torch
 
-from .grid import Coded, Grid, Range, decode, encode, in_groups, laid, min_max, row_chunks, spread, stored, stored_zero
+from .grid import (
+    Coded,
+    Grid,
+    Range,
+    decode,
+    encode,
+    in_groups,
+    laid,
+    middles,
+    min_max,
+    row_chunks,
+    spread,
+    stored,
+    stored_zero,
+)
 
 Fit = Literal["min_max", "mse", "hqq"]
 
@@ -133,6 +147,18 @@ def _better(best: Range | None, least: torch.Tensor, found: Range, error: torch.
 
 
 def _group_errors(weight: torch.Tensor, found: Range, grid: Grid, importance: torch.Tensor | None) -> torch.Tensor:
-    residual = weight - decode(Coded(encode(weight, *found, grid), *found), grid)
+    if grid.codebook:
+        residual = in_groups(weight - decode(Coded(encode(weight, *found, grid), *found), grid), grid)
+    else:
+        # As `encode` and `decode` do it, without a copy of scale and zero point for each weight.
+        scale, groups = found[0].float().unsqueeze(-1), in_groups(weight, grid)
+        zero = found[1]
+        middle = middles(None, grid, 1).to(weight.device) if zero is None else zero.float() / grid.zero_parts
+        middle = middle.unsqueeze(-1)
+        residual = (groups / scale).add_(middle).round_().clamp_(0, grid.limit).sub_(middle).mul_(scale).sub_(groups)
     squares = residual.square_()
-    return in_groups(squares if importance is None else squares * importance, grid).sum(-1)
+    if importance is not None or weight.shape[1] % grid.size(weight.shape[1]):
+        # What fills up a shorter last group counts nothing.
+        counts = torch.ones_like(weight[:1]) if importance is None else importance.unsqueeze(0)
+        squares = squares.mul_(in_groups(counts, grid))
+    return squares.sum(-1)

@@ -27,7 +27,7 @@ def round_with_feedback(
     *,
     order: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
-    block_size: int = 64,
+    block_size: int = 128,
 ) -> Coded:
     """Round `weight` on a grid that is laid already, by GPTQ (arXiv 2210.17323).
 
@@ -57,14 +57,18 @@ def round_with_feedback(
     order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     feedback = (root / root.diagonal()).float()
     turned = _Turned.of(weight, laid, grid, order, zeros)
-    codes, errors = torch.empty_like(turned.weight), torch.empty_like(turned.weight)
+    # What is left of a weight when its code, times the scale, is taken away.
+    whole = turned.weight + turned.middle * turned.scale
+    codes, errors = torch.empty_like(whole), torch.empty_like(whole)
     for start in range(0, len(order), block_size):
         end = min(start + block_size, len(order))
         aims = torch.addmm(turned.weight[start:end], feedback[:start, start:end].t(), errors[:start])
         for row, column in enumerate(range(start, end)):
-            codes[column] = turned.nearest(column, aims[row])
-            torch.sub(turned.weight[column], turned.value(column, codes[column]), out=errors[column])
-            aims[row + 1 :].addr_(feedback[column, column + 1 : end], errors[column])
+            code, scale, error = codes[column], turned.scale[column], errors[column]
+            torch.addcdiv(turned.middle[column], aims[row], scale, out=code).round_().clamp_(0, grid.limit)
+            turned.keep_zeros(column, code)
+            torch.addcmul(whole[column], code, scale, value=-1, out=error)
+            aims[row + 1 :].addr_(feedback[column, column + 1 : end], error)
     return Coded(turned.back(codes), *laid)
 
 
@@ -77,7 +81,7 @@ def round_again(
     *,
     order: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
-    block_size: int = 64,
+    block_size: int = 128,
 ) -> Coded:
     """Choose each code once more, column after column, with all other columns as they are by now.
 
@@ -104,17 +108,19 @@ def round_again(
     laid = (coded.scale, coded.zero)
     turned = _Turned.of(weight, laid, grid, order, zeros)
     codes = coded.codes.t()[order].float()
-    values = (codes - turned.middle) * turned.scale
-    errors = turned.weight - values
+    errors = turned.weight - (codes - turned.middle) * turned.scale
     for start in range(0, len(order), block_size):
         end = min(start + block_size, len(order))
         moves = pull[:, start:end].t() @ errors
+        chosen, changes = torch.empty_like(moves), torch.empty_like(moves)
         for row, column in enumerate(range(start, end)):
-            codes[column] = turned.nearest(column, values[column] + moves[row])
-            value = turned.value(column, codes[column])
-            change = values[column] - value
-            errors[column] += change
+            code, scale, change = chosen[row], turned.scale[column], changes[row]
+            torch.addcdiv(codes[column], moves[row], scale, out=code).round_().clamp_(0, grid.limit)
+            turned.keep_zeros(column, code)
+            torch.sub(codes[column], code, out=change).mul_(scale)
             moves[row + 1 :].addr_(pull[column, column + 1 : end], change)
+        codes[start:end] = chosen
+        errors[start:end] += changes
     return Coded(turned.back(codes), *laid)
 
 
@@ -165,7 +171,6 @@ class _Turned:
     weight: torch.Tensor
     scale: torch.Tensor
     middle: torch.Tensor
-    limit: int
     order: torch.Tensor
     zeros: torch.Tensor | None
 
@@ -181,16 +186,12 @@ class _Turned:
             return matrix.t()[order].contiguous()
 
         fixed = turn(zeros) if zeros is not None else None
-        return cls(turn(weight), turn(scale), turn(middle), grid.limit, order, fixed)
+        return cls(turn(weight), turn(scale), turn(middle), order, fixed)
 
-    def nearest(self, column: int, aim: torch.Tensor) -> torch.Tensor:
-        """Return the codes (rows,), as floats, that come nearest to `aim`."""
-        code = torch.addcdiv(self.middle[column], aim, self.scale[column]).round_().clamp_(0, self.limit)
-        return code if self.zeros is None else torch.where(self.zeros[column], self.middle[column], code)
-
-    def value(self, column: int, codes: torch.Tensor) -> torch.Tensor:
-        """Return what the codes of a column stand for."""
-        return (codes - self.middle[column]).mul_(self.scale[column])
+    def keep_zeros(self, column: int, codes: torch.Tensor) -> None:
+        """Give the weights that must stay 0 the code for it, in place."""
+        if self.zeros is not None:
+            torch.where(self.zeros[column], self.middle[column], codes, out=codes)
 
     def back(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes (columns, rows) as they are stored."""
