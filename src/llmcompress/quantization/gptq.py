@@ -272,8 +272,9 @@ class GPTQ(GroupedQuantization):
         hessian.diagonal().add_(share)
         laid = fit(weight, grid, self.fit, hessian.diagonal() if self.fit == "mse" else None)
         coded = round_with_feedback(weight, root, laid, grid, order=order, zeros=zeros, block_size=self.block_size)
+        product = weight @ hessian if self.refinements else None
         for _ in range(self.refinements):
-            coded = lay_again(weight, hessian, coded, grid)
+            coded = lay_again(weight, hessian, coded, grid, product=product)
             coded = round_again(weight, hessian, coded, grid, order=order, zeros=zeros, block_size=self.block_size)
         return coded, remarks
 

@@ -125,7 +125,9 @@ def round_again(
 
 
 @torch.no_grad()
-def lay_again(weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid: Grid) -> Coded:
+def lay_again(
+    weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid: Grid, *, product: torch.Tensor | None = None
+) -> Coded:
     """Lay the grid anew for the codes that there are: the scales of a row together, by least squares.
 
     Zero points with parts of a step follow, with the scales as they are by then. No row's error grows.
@@ -135,6 +137,7 @@ def lay_again(weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid: G
         hessian: float32 (columns, columns), damped, in the stored order.
         coded: what the weight is rounded to.
         grid: which levels; no codebook.
+        product: `weight @ hessian`, where it is known.
 
     Example:
         >>> grid = Grid(2, None, scale_dtype=torch.float32)
@@ -144,8 +147,9 @@ def lay_again(weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid: G
     """
     groups = grid.groups(weight.shape[1])
     step = max(_SYSTEMS // groups**2, 1)
+    product = weight @ hessian if product is None else product
     parts = [
-        _laid_again(weight[rows], hessian, _rows_of(coded, rows), grid)
+        _laid_again(weight[rows], product[rows], hessian, _rows_of(coded, rows), grid)
         for rows in (slice(start, start + step) for start in range(0, len(weight), step))
     ]
     zeros = [zero for _, zero in parts if zero is not None]
@@ -200,11 +204,11 @@ class _Turned:
         return codes.to(torch.uint8)[stored_order].t().contiguous()
 
 
-def _laid_again(weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid: Grid) -> Range:
+def _laid_again(weight: torch.Tensor, product: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid: Grid) -> Range:
     columns = weight.shape[1]
     codes, scale, zero = coded.codes.float(), coded.scale, coded.zero
     basis = codes - middles(zero, grid, columns).to(weight.device)
-    system = _System.of(weight, basis, hessian, grid)
+    system = _System.of(product, basis, hessian, grid)
     found = system.solution()
     ratio = found / scale.float()
     found = stored(torch.where((ratio > _LEAST) & (ratio < _MOST), found, scale.float()), grid)
@@ -212,7 +216,7 @@ def _laid_again(weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid:
     if zero is None or grid.zero_parts == 1:
         return scale, zero
     steps = spread(scale.float(), grid, columns)
-    system = _System.of(weight - codes * steps, -steps, hessian, grid)
+    system = _System.of((weight - codes * steps) @ hessian, -steps, hessian, grid)
     moved = stored_zero(system.solution(), grid)
     better = system.is_better(moved.float() / grid.zero_parts, zero.float() / grid.zero_parts)
     return scale, torch.where(better, moved, zero)
@@ -220,22 +224,25 @@ def _laid_again(weight: torch.Tensor, hessian: torch.Tensor, coded: Coded, grid:
 
 @dataclass(frozen=True)
 class _System:
-    """For each row the equations of the coefficients, one a group, by which `basis` comes nearest to a target."""
+    """For each row the equations of the coefficients, one a group, by which `basis` comes nearest to a target.
+
+    `product` is the target times the Hessian.
+    """
 
     matrix: torch.Tensor
     right: torch.Tensor
 
     @classmethod
-    def of(cls, target: torch.Tensor, basis: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> _System:
-        columns = target.shape[1]
+    def of(cls, product: torch.Tensor, basis: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> _System:
+        columns = product.shape[1]
         groups, size = grid.groups(columns), grid.size(columns)
-        matrix = target.new_empty(len(target), groups, groups)
+        matrix = product.new_empty(len(product), groups, groups)
         for group in range(groups):
             own = slice(group * size, min((group + 1) * size, columns))
             onto = (basis[:, own] @ hessian[own, own.start :]).mul_(basis[:, own.start :])
             matrix[:, group, group:] = in_groups(onto, grid if groups - group > 1 else _whole(grid)).sum(-1)
             matrix[:, group:, group] = matrix[:, group, group:]
-        return cls(matrix, in_groups((target @ hessian).mul_(basis), grid).sum(-1))
+        return cls(matrix, in_groups(product * basis, grid).sum(-1))
 
     def solution(self) -> torch.Tensor:
         exact = self.matrix.to(torch.float32 if self.matrix.device.type == "mps" else torch.float64)
