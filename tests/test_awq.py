@@ -48,7 +48,7 @@ def run(step, model, data=None):
 
 
 def awq(**fields):
-    return lc.AWQ(**{"group_size": 32, "compute": "float", "samples": 16, **fields})
+    return lc.AWQ(**{"group_size": 32, "compute": "float", "samples": 16, "fine_zeros": False, **fields})
 
 
 # -- the objective ------------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def test_outputs_are_nearer_than_those_of_rounding(family):
     model = tiny_model(family)
     context = context_of(model)
     ours = quantized(model, context, bits=3)
-    plain = lc.WeightOnlyQuantization(bits=3, group_size=32, compute="float").compress(copy.deepcopy(model), context)
+    rounding = lc.WeightOnlyQuantization(bits=3, group_size=32, compute="float", fine_zeros=True)
+    plain = rounding.compress(copy.deepcopy(model), context)
     assert {name: layer.spec() for name, layer in packed(ours).items()} == {
         name: layer.spec() for name, layer in packed(plain).items()
     }

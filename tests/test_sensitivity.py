@@ -263,7 +263,7 @@ def test_auto_is_refused_where_it_cannot_work():
 @pytest.mark.parametrize("strategy", [lc.AWQ, lc.GPTQ])
 def test_calibrated_strategies_take_their_bits_from_plain_rounding(strategy):
     model = tiny_model("llama")
-    step = strategy(bits="auto", target_bits=3.7, group_size=32, auto_bits=(3, 4), samples=4)
+    step = strategy(bits="auto", target_bits=3.9, group_size=32, auto_bits=(3, 4), samples=4)
     assert not step.in_turns
     given = {"data": tiny_data(model), "tokenizer": tiny_tokenizer(), "progress": False}
     result = lc.compress(model, step, **given)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .grid import row_chunks
+
 WEIGHT_LIMIT = 127
 """Largest code of a weight. -128 is not used: the codes stay symmetric, and negation stays exact."""
 
@@ -27,11 +29,16 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         >>> codes.tolist()
         [[-127, 64, 0], [0, 0, 0]]
     """
-    exact = weight.detach().to(torch.float32)
-    largest = exact.abs().amax(dim=1) if exact.shape[1] else exact.new_zeros(exact.shape[0])
-    # A row of zeros (a padding token, a pruned neuron) has no scale of its own; any positive one codes it exactly.
-    scale = (largest / WEIGHT_LIMIT).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = torch.round(exact / scale.unsqueeze(1)).clamp_(-WEIGHT_LIMIT, WEIGHT_LIMIT).to(torch.int8)
+    weight = weight.detach()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    # Some rows at a time: the float32 copy of a large table would be as big as the model.
+    for rows in row_chunks(weight):
+        exact = weight[rows].to(torch.float32)
+        largest = exact.abs().amax(dim=1) if exact.shape[1] else exact.new_zeros(exact.shape[0])
+        # A row of zeros (a padding token, a pruned neuron) has no scale of its own; any positive one codes it exactly.
+        scale[rows] = (largest / WEIGHT_LIMIT).clamp_min_(torch.finfo(torch.float32).tiny)
+        codes[rows] = torch.round(exact / scale[rows].unsqueeze(1)).clamp_(-WEIGHT_LIMIT, WEIGHT_LIMIT)
     return codes, scale
 
 

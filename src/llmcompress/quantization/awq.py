@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -26,11 +25,6 @@ from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Bits of a fine zero point.
-_FINE = 8
-# With more zeros than this a layer counts as pruned, and its zeros are kept.
-_PRUNED = 0.01
 
 
 @register("awq")
@@ -54,8 +48,8 @@ class AWQ(GroupedQuantization):
         scales: whether to search scales.
         n_grid: into how many steps the search divides the exponent of the scales, from 0 to 1.
         clip: whether to search ranges; else they cover their groups.
-        fine_zeros: zero points of 8 bits, with parts of a step: nearer at 2 to 4 bits, for `8 - bits` bits more a
-            group. Layers with zeros keep whole ones.
+        fine_zeros: zero points of 8 bits, with parts of a step: nearer below 5 bits, for `8 - bits` bits more a group.
+            None takes them wherever there are zero points; layers with zeros of a pruning keep whole ones.
         bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top. `"auto"` chooses for each
             layer those that do the least damage within `target_bits`, as plain rounding has it.
         target_bits: with `bits="auto"`, the most stored bits a weight, scales and zero points included, averaged over
@@ -98,7 +92,6 @@ class AWQ(GroupedQuantization):
     scales: bool = Field(True, description="search scales of the input channels, and fold them")
     n_grid: int = Field(20, ge=1, le=1000, description="steps of the exponent of the scales")
     clip: bool = Field(True, description="search the range of each group")
-    fine_zeros: bool = Field(False, description="zero points of 8 bits, with parts of a step")
 
     @model_validator(mode="after")
     def _agree(self) -> AWQ:
@@ -108,8 +101,6 @@ class AWQ(GroupedQuantization):
                 f"{who}.clip must be True with scales=False, or nothing is searched; use "
                 f"WeightOnlyQuantization, which needs no data."
             )
-        if self.fine_zeros and self.symmetric:
-            raise ConfigError(f"{who}.fine_zeros must be False with symmetric=True: such a grid has no zero points.")
         return self
 
     @property
@@ -175,17 +166,9 @@ class AWQ(GroupedQuantization):
         finish(model)
         return model
 
-    def _grid(self, bits: int) -> Grid:
-        return replace(super()._grid(bits), zero_bits=_FINE if self.fine_zeros else None)
-
-    def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
-        target = super()._fitted(layer, bits, remark)
-        # A zero point between two levels would make every zero of a pruned layer a small number.
-        if not self.fine_zeros or layer.weight.is_meta or _share_of_zeros(layer) <= _PRUNED:
-            return target
-        note = "whole zero points, since it has weights that are zero"
-        remarks = "; ".join(filter(None, (target.remark, note)))
-        return replace(target, grid=replace(target.grid, zero_bits=None), remark=remarks)
+    @property
+    def _fine_unasked(self) -> bool:
+        return True
 
     def _sites(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[ScaleSite]:
         """Return the places where scales of the targets' inputs can be folded, each within one block."""
@@ -267,10 +250,6 @@ def _told(choice: ScaleChoice) -> str:
     form = f"mean|x|^{choice.alpha:.3g}" + (f" / mean|w|^{1 - choice.alpha:.3g}" if choice.by_weights else "")
     gain = choice.after / choice.before
     return f"output divided by {low:.3g} to {high:.3g} ({form}); readers' rounding error x {gain:.2f}"
-
-
-def _share_of_zeros(layer: WeightLayer) -> float:
-    return float((layer.weight == 0).float().mean())
 
 
 def _is_empty(model: PreTrainedModel) -> bool:

@@ -31,8 +31,6 @@ Fit = Literal["min_max", "mse", "hqq"]
 
 # Shares of the range that are tried; below these a normal or heavy-tailed group never gains at 2 bits and more.
 _SHRINKS = torch.linspace(1.0, 0.4, 25)
-# Weights of exactly 0 are rare by chance.
-_PRUNED = 0.1
 # Half-quadratic splitting: the norm of the error, its first weight against the quadratic term, and its growth.
 _NORM, _BETA, _GROWTH, _ROUNDS = 0.7, 10.0, 1.01, 20
 
@@ -59,7 +57,7 @@ def fit(weight: torch.Tensor, grid: Grid, how: Fit = "min_max", importance: torc
     parts = [methods[how](weight[rows], grid, importance) for rows in row_chunks(weight)]
     zeros = [zero for _, zero in parts if zero is not None]
     scale = torch.cat([scale for scale, _ in parts])
-    return scale, _exact_where_pruned(torch.cat(zeros), weight, grid) if zeros else None
+    return scale, torch.cat(zeros) if zeros else None
 
 
 def quantize(weight: torch.Tensor, grid: Grid, how: Fit = "min_max", importance: torch.Tensor | None = None) -> Coded:
@@ -76,15 +74,6 @@ def quantize(weight: torch.Tensor, grid: Grid, how: Fit = "min_max", importance:
     for rows in row_chunks(exact):
         codes[rows] = encode(exact[rows], scale[rows], zero[rows] if zero is not None else None, grid)
     return Coded(codes, scale, zero)
-
-
-def _exact_where_pruned(zero: torch.Tensor, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Make the zero point a code in groups with many weights of exactly 0, as pruning makes them: they stay 0."""
-    if grid.zero_parts == 1:
-        return zero
-    pruned = in_groups((weight == 0).float(), grid).mean(-1) > _PRUNED
-    whole = (zero.float() / grid.zero_parts).round().clamp(max=grid.limit) * grid.zero_parts
-    return torch.where(pruned, whole.to(zero.dtype), zero)
 
 
 def _covering(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> Range:

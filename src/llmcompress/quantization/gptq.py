@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..anatomy.layers import Kind, WeightLayer
-from ..anatomy.turns import in_turns, let_go
+from ..anatomy.turns import in_turns
 from ..calibration import InputProducts, Statistic, block_by_block, calibration_batches, observe
 from ..calibration.hessian import damped_root, remark_on
 from ..compressor import Action, Context, Need
-from ..errors import ConfigError
 from ..registry import register
 from .fitting import Fit, fit, quantize
 from .gptq_rounding import lay_again, round_again, round_with_feedback
 from .grid import Coded, Grid, decode
-from .grouped import GroupedQuantization, Target, finish
+from .grouped import PRUNED, GroupedQuantization, Target, finish
 from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Bits of a fine zero point.
-_FINE = 8
-# With a larger share of exact zeros than this a layer counts as pruned.
-_PRUNED = 0.01
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,8 @@ class GPTQ(GroupedQuantization):
         block_size: columns after which the rest of a matrix is updated at once: changes the time, not the result.
         fit: how a group's grid is laid at first: `"min_max"` just covers its weights; `"mse"` clips the range to the
             least squared error, inputs weighted by their squares; `"hqq"` is robust to outliers.
-        fine_zeros: zero points of 8 bits, with parts of a step: nearer at 2 to 4 bits, for `8 - bits` bits more a
-            group. Layers with zeros that must stay keep whole ones.
+        fine_zeros: zero points of 8 bits, with parts of a step: nearer below 5 bits, for `8 - bits` bits more a group.
+            None takes them wherever there are zero points; layers with zeros of a pruning keep whole ones.
         refinements: how often scales are fitted to the codes, and codes chosen again, behind the rounding; 0 is GPTQ as
             in the paper. On small trained models two took away a tenth of the divergence from the float model at 4
             bits, and a sixth at 3.
@@ -126,16 +120,7 @@ class GPTQ(GroupedQuantization):
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     block_size: int = Field(128, ge=1, description="columns after which the rest of a matrix is updated at once")
     fit: Fit = Field("mse", description="how the grid of a group is laid at first")
-    fine_zeros: bool = Field(False, description="zero points of 8 bits, with parts of a step")
     refinements: int = Field(2, ge=0, le=100, description="how often scales and codes are fitted to each other again")
-
-    @model_validator(mode="after")
-    def _agree(self) -> GPTQ:
-        if self.fine_zeros and self.symmetric:
-            raise ConfigError(
-                f"{type(self).__name__}.fine_zeros must be False with symmetric=True: such a grid has no zero points."
-            )
-        return self
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -190,16 +175,9 @@ class GPTQ(GroupedQuantization):
     def _auto_fit(self) -> Fit:
         return self.fit
 
-    def _grid(self, bits: int) -> Grid:
-        return replace(super()._grid(bits), zero_bits=_FINE if self.fine_zeros and bits < _FINE else None)
-
-    def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
-        target = super()._fitted(layer, bits, remark)
-        # A zero point between two levels would make every zero of a pruned layer a small number.
-        if not self.fine_zeros or layer.weight.is_meta or not _is_pruned(layer.weight):
-            return target
-        remarks = "; ".join(filter(None, (target.remark, "whole zero points, since it has weights that are zero")))
-        return replace(target, grid=replace(target.grid, zero_bits=None), remark=remarks)
+    @property
+    def _fine_unasked(self) -> bool:
+        return True
 
     def _turns(
         self,
@@ -258,7 +236,8 @@ class GPTQ(GroupedQuantization):
     def _round(self, weight: torch.Tensor, products: torch.Tensor, grid: Grid) -> tuple[Coded, list[str]]:
         """Round `weight` (rows, columns); return the codes, and remarks for the report."""
         remarks = []
-        zeros = weight == 0 if _is_pruned(weight) else None
+        zeros = weight == 0
+        zeros = zeros if float(zeros.float().mean()) > PRUNED else None
         if zeros is not None:
             remarks.append(f"its zeros stay, {float(zeros.float().mean()):.4g} of its weights")
         mean = float(products.diagonal().mean())
@@ -286,12 +265,6 @@ def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
     """Return the layers whose inputs are looked at: all but tables, and of those that share a weight one."""
     layers = [target.layer for target in targets if target.layer.kind != "embedding"]
     return list({id(layer.weight): layer for layer in reversed(layers)}.values())[::-1]
-
-
-def _is_pruned(weight: torch.Tensor) -> bool:
-    share = float((weight == 0).float().mean())
-    let_go(weight)
-    return share > _PRUNED
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 _MULTIPLE = 8
 # 3-D weights that are no experts (a mix of two tokens, a kernel) have such an axis.
 _NARROWEST = 16
+
+
+# Bits of a fine zero point.
+_FINE = 8
+PRUNED = 0.01
+"""With a larger share of exact zeros than this a layer counts as pruned, and keeps them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class GroupedQuantization(Compressor):
     auto_bits: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8), description="for bits='auto': what may be chosen")
     group_size: int | None = Field(64, description="consecutive inputs that share a scale; None: a whole row")
     symmetric: bool = Field(False, description="no zero points: the middle code is zero")
+    fine_zeros: bool | None = Field(None, description="zero points of 8 bits, with parts of a step; None: as is best")
     indivisible: Literal["error", "pad", "smaller_group"] = Field(
         "error", description="what to do where group_size does not divide the inputs of a layer"
     )
@@ -98,6 +105,14 @@ class GroupedQuantization(Compressor):
         if not auto_bits or not all(2 <= bits <= 8 for bits in auto_bits):
             raise ConfigError(f"{cls.__name__}.auto_bits must be some of 2 to 8, got {auto_bits}.")
         return tuple(sorted(set(auto_bits)))
+
+    @model_validator(mode="after")
+    def _zeros_are_there(self) -> Self:
+        if self.fine_zeros and self.symmetric:
+            raise ConfigError(
+                f"{type(self).__name__}.fine_zeros must be False with symmetric=True: such a grid has no zero points."
+            )
+        return self
 
     @model_validator(mode="after")
     def _target_with_auto(self) -> Self:
@@ -183,9 +198,16 @@ class GroupedQuantization(Compressor):
         """Return the grid of a layer with so many bits."""
         return self._fitted(layer, bits, None).grid
 
+    @property
+    def _fine_unasked(self) -> bool:
+        """Whether zero points are fine where `fine_zeros` does not say so."""
+        return False
+
     def _grid(self, bits: int) -> Grid:
         """Return the grid of a layer with so many bits, before its group size is fitted to the layer."""
-        return Grid(bits, self.group_size, self.symmetric, scale_dtype=getattr(torch, self.scale_dtype))
+        fine = self._fine_unasked if self.fine_zeros is None else self.fine_zeros
+        zero_bits = _FINE if fine and not self.symmetric and bits < _FINE else None
+        return Grid(bits, self.group_size, self.symmetric, None, getattr(torch, self.scale_dtype), zero_bits)
 
     def _choose(self, model: PreTrainedModel) -> tuple[list[Target], list[Action]]:
         """Return the layers that become packed, tied ones included, and those that do not, with the reasons.
@@ -278,8 +300,12 @@ class GroupedQuantization(Compressor):
         return (max(self.auto_bits) if self.bits == "auto" else self.bits), None
 
     def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
-        """Fit the group size to a layer, as `indivisible` says."""
+        """Fit the grid to a layer: its group size as `indivisible` says, its zero points to the zeros of a pruning."""
         grid = self._grid(bits)
+        # A zero point between two levels would make every zero of a pruned layer a small number.
+        if grid.zero_parts > 1 and not layer.weight.is_meta and _is_pruned(layer.weight):
+            grid = replace(grid, zero_bits=None)
+            remark = "; ".join(filter(None, (remark, "whole zero points, since it has weights that are zero")))
         columns = layer.weight.shape[layer.input_axis]
         size = grid.group_size
         if size is None or columns % size == 0:
@@ -361,6 +387,12 @@ def finish(model: PreTrainedModel) -> None:
         if isinstance(module, (PackedLinear, PackedExperts)):
             module.drop_derived()
     mark_quantized(model)
+
+
+def _is_pruned(weight: torch.Tensor) -> bool:
+    share = float((weight == 0).float().mean())
+    let_go(weight)
+    return share > PRUNED
 
 
 def _why_float(layer: WeightLayer) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -22,9 +23,6 @@ from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# A zero point of 8 bits has 4 binary places at 4 bits: what HQQ keeps in a float of 16.
-_FINE = 8
 
 
 @register("weight_only_quantization")
@@ -55,6 +53,8 @@ class WeightOnlyQuantization(GroupedQuantization):
         fit: how a group's grid is laid: `"min_max"` just covers its weights; `"mse"` clips the range to the least
             squared error; `"hqq"` is robust to outliers (half-quadratic; its zero points have 8 bits).
         codebook: `"nf4"` or `"fp4"`: 16 unequal levels instead of equal steps; then `bits` is 4, with no zero points.
+        fine_zeros: zero points of 8 bits, with parts of a step: nearer below 5 bits, for `8 - bits` bits more a group.
+            None takes them with `fit="hqq"`; layers with zeros of a pruning keep whole ones.
         indivisible: where `group_size` does not divide the inputs of a layer: `"error"`; `"pad"`, a shorter last group;
             or `"smaller_group"`, the largest common divisor.
         scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
@@ -154,7 +154,10 @@ class WeightOnlyQuantization(GroupedQuantization):
     def _auto_fit(self) -> Fit:
         return self.fit
 
+    @property
+    def _fine_unasked(self) -> bool:
+        return self.fit == "hqq"
+
     def _grid(self, bits: int) -> Grid:
-        fine = _FINE if self.fit == "hqq" and not self.symmetric else None
-        dtype = getattr(torch, self.scale_dtype)
-        return Grid(bits, self.group_size, self.symmetric, self.codebook, dtype, fine)
+        grid = super()._grid(bits)
+        return replace(grid, codebook=self.codebook, zero_bits=None if self.codebook else grid.zero_bits)
