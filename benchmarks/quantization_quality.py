@@ -57,10 +57,11 @@ def ours(folder: Path, calibration: list[str], ids: torch.Tensor, group: int) ->
         return f"{loss(result.model, ids):.4f} ({stored_bits(result.model):.2f})"
 
     for name, (strategy, more) in STRATEGIES.items():
-        cells = [cell(strategy(bits=bits, group_size=group, compute="float", **more)) for bits in BITS]
+        fields = {"group_size": group, "compute": "float", "indivisible": "pad", **more}
+        cells = [cell(strategy(bits=bits, **fields)) for bits in BITS]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     for book in CODEBOOKS:
-        step = lc.WeightOnlyQuantization(codebook=book, group_size=group, compute="float")
+        step = lc.WeightOnlyQuantization(codebook=book, group_size=group, compute="float", indivisible="pad")
         print(f"| {book} | {cell(step)} | | |", flush=True)
 
 

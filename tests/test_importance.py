@@ -69,7 +69,7 @@ def _inputs_of(model, names, batch):
 
 
 def test_the_names_and_what_they_need():
-    assert lc.importances.list() == sorted(ALL)
+    assert set(ALL) <= set(lc.importances.list())  # other tests add some of their own
     for name in ALL:
         needs = lc.StructuredPruning(importance=name).needs
         assert needs == ({"data", "tokenizer"} if name in ASKING else set())

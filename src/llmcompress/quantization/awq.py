@@ -109,24 +109,17 @@ class AWQ(GroupedQuantization):
         return frozenset({"data", "tokenizer"})
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
-        """Name each layer that is packed, its bits a weight, what it is scaled with; and why each other one is left."""
+        """Name each layer that is packed, with its bits a weight, and why each other one is left.
+
+        Which layers can be scaled is found by running the model, so it is the report that tells it.
+        """
         targets, left = self._choose(model)
-        sites = {name: site for site in self._sites(model, targets) for name in site.consumers}
         tabled = {id(target.layer.weight) for target in targets} - {id(own.weight) for own in _heard(targets)}
         actions = []
         for target in targets:
-            name = target.layer.name
-            if id(target.layer.weight) in tabled:
-                how: str | None = "rounded plainly: the inputs of a table are tokens"
-            elif not self.scales:
-                how = None
-            elif name in sites:
-                how = f"scaled with {sites[name].source}"
-            else:
-                how = f"{'clipped' if self.clip else 'rounded plainly'}, not scaled: {self._unscaled(model)}"
-            actions.append(
-                Action(path=name, does=self._does(target), reason="; ".join(filter(None, (target.remark, how))) or None)
-            )
+            plainly = _TABLE if id(target.layer.weight) in tabled else None
+            reason = "; ".join(filter(None, (target.remark, plainly))) or None
+            actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
         return actions + left
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
@@ -138,6 +131,7 @@ class AWQ(GroupedQuantization):
         self._refuse_unstorable(targets)
         batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
         sites = self._sites(model, targets)
+        self._tell_sites(targets, sites, context)
         grids = {target.layer.name: target.grid for target in targets}
         layers = {layer.name: layer for layer in _heard(targets)}
         sharing: dict[int, list[Target]] = defaultdict(list)
@@ -166,13 +160,30 @@ class AWQ(GroupedQuantization):
         finish(model)
         return model
 
+    def _tell_sites(self, targets: Sequence[Target], sites: Sequence[ScaleSite], context: Context) -> None:
+        """Say of each layer whether it is scaled, and with what."""
+        scaled = {name: site for site in sites for name in site.consumers}
+        tabled = {id(target.layer.weight) for target in targets} - {id(own.weight) for own in _heard(targets)}
+        for target in targets if self.scales else ():
+            name = target.layer.name
+            if id(target.layer.weight) in tabled:
+                continue
+            how = f"scaled with {scaled[name].source}" if name in scaled else self._unscaled
+            reason = "; ".join(filter(None, (target.remark, how)))
+            context.tell(Action(path=name, does=str(target), reason=reason), instead=True)
+
+    @property
+    def _unscaled(self) -> str:
+        how = "clipped" if self.clip else "rounded plainly"
+        return f"{how}, not scaled: nothing before it can be divided that only it reads"
+
     @property
     def _fine_unasked(self) -> bool:
         return True
 
     def _sites(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[ScaleSite]:
         """Return the places where scales of the targets' inputs can be folded, each within one block."""
-        if not self.scales or _is_empty(model):
+        if not self.scales:
             return []
         names = {target.layer.name for target in targets}
         blocks = [stack.block_path(index) for stack in find_stacks(model) for index in range(len(stack))]
@@ -183,11 +194,6 @@ class AWQ(GroupedQuantization):
             return any(all(path.startswith(f"{block}.") for path in paths) for block in blocks)
 
         return [site for site in scale_sites(model) if not names.isdisjoint(site.consumers) and is_within(site)]
-
-    def _unscaled(self, model: PreTrainedModel) -> str:
-        if _is_empty(model):
-            return "what can be divided is found only with the weights"
-        return "nothing before it can be divided that only it reads"
 
     def _turns(
         self,
@@ -234,6 +240,9 @@ class AWQ(GroupedQuantization):
         return _on_grid(weight, grid, found)
 
 
+_TABLE = "rounded plainly: the inputs of a table are tokens"
+
+
 def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
     """Return the layers whose inputs are looked at: all but tables, and of those that share a weight one."""
     layers = [target.layer for target in targets if target.layer.kind != "embedding"]
@@ -250,7 +259,3 @@ def _told(choice: ScaleChoice) -> str:
     form = f"mean|x|^{choice.alpha:.3g}" + (f" / mean|w|^{1 - choice.alpha:.3g}" if choice.by_weights else "")
     gain = choice.after / choice.before
     return f"output divided by {low:.3g} to {high:.3g} ({form}); readers' rounding error x {gain:.2f}"
-
-
-def _is_empty(model: PreTrainedModel) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
