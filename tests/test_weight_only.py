@@ -8,6 +8,7 @@ from torch import nn
 
 import llmcompress as lc
 from llmcompress.anatomy.footprint import footprint
+from llmcompress.quantization import kernels
 from llmcompress.quantization.fitting import fit, quantize
 from llmcompress.quantization.grid import LEVELS, Coded, Grid, decode, encode, min_max
 from llmcompress.quantization.packed_modules import PackedEmbedding, PackedLinear
@@ -286,3 +287,17 @@ def test_bad_models_are_refused_unchanged():
         packed(overrides={"nothing": 8})
     with pytest.raises(lc.UnsupportedModelError, match="already quantized"):
         lc.WeightOnlyQuantization().compress(packed(), lc.Context())
+
+
+@pytest.mark.skipif(not kernels.has_fbgemm(torch.device("cpu")), reason="this torch has no fbgemm")
+@pytest.mark.parametrize(("compute", "told"), [("auto", True), ("int8", True), ("float", False)])
+def test_the_plan_tells_the_memory_of_the_copy(compute, told):
+    model = tiny_model("llama")
+    plan = lc.WeightOnlyQuantization(compute=compute).plan(model, lc.Context())
+    remarks = [action.reason for action in plan if action.path == ""]
+    assert any("MB that is made" in remark for remark in remarks) == told
+    packed = lc.WeightOnlyQuantization(compute=compute).compress(model, lc.Context())
+    packed(**tiny_inputs(packed))
+    made = sum(module.derived_bytes() for module in packed.modules() if isinstance(module, PackedLinear))
+    weights = sum(module.rows * module.columns for module in packed.modules() if isinstance(module, PackedLinear))
+    assert made >= weights if told else made == 0

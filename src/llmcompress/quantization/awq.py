@@ -120,7 +120,7 @@ class AWQ(GroupedQuantization):
             plainly = _TABLE if id(target.layer.weight) in tabled else None
             reason = "; ".join(filter(None, (target.remark, plainly))) or None
             actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
-        return actions + left
+        return actions + left + self._remarks(model, targets)
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Scale, clip and round block after block, and replace the layers by packed ones."""

@@ -136,7 +136,7 @@ class GPTQ(GroupedQuantization):
             plainly = None if id(target.layer.weight) in heard else _TABLE
             reason = "; ".join(filter(None, (target.remark, plainly))) or None
             actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
-        return actions + left
+        return actions + left + self._remarks(model, targets)
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Round block after block, and replace the layers by packed ones."""

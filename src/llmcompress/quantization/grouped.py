@@ -18,6 +18,7 @@ from ..anatomy.reads import read_directly
 from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Need
 from ..errors import CompressionError, ConfigError, NothingToCompressError
+from . import kernels
 from .auto_bits import free_targets, with_bits
 from .checks import refuse_nonfinite, refuse_quantized
 from .choice import LAST_FLOAT, only_float, sources_first
@@ -186,6 +187,18 @@ class GroupedQuantization(Compressor):
     def _auto_fit(self) -> Fit:
         """How grids are laid where damages are measured."""
         return "min_max"
+
+    def _remarks(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[Action]:
+        """Say for the plan what the products take in memory beside the packed weights."""
+        layers = {id(target.layer.weight): target.layer for target in targets if target.layer.kind != "embedding"}
+        if self.compute == "float" or not kernels.has_fbgemm(model.device):
+            return []
+        megabytes = sum(layer.weight.numel() for layer in layers.values()) / 1e6
+        reason = (
+            f"products run in int8 on this CPU, from a copy of about {megabytes:.3g} MB that is made when a layer is "
+            f"first used and never saved; compute='float' does without, and is slow"
+        )
+        return [Action(path="", reason=reason)]
 
     def _does(self, target: Target) -> str:
         """Say for the plan what becomes of a layer."""

@@ -101,9 +101,8 @@ class WeightOnlyQuantization(GroupedQuantization):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
         targets, left = self._choose(model)
-        return [
-            Action(path=target.layer.name, does=self._does(target), reason=target.remark) for target in targets
-        ] + left
+        actions = [Action(path=target.layer.name, does=self._does(target), reason=target.remark) for target in targets]
+        return actions + left + self._remarks(model, targets)
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Replace the layers by packed ones."""

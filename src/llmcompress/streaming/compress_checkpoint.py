@@ -174,6 +174,7 @@ def _run_step(
 ) -> StepRecord:
     model = residence.model
     context.told.clear()
+    context.corrected.clear()
     shapes = _shapes(model)
     start = time.perf_counter()
     set_keeper(model, stage)
@@ -190,7 +191,7 @@ def _run_step(
     if _shapes(model) != shapes:
         _mark(model, context)
     residence.rest()
-    found = [*actions, *context.told]
+    found = [*(action for action in actions if action.path not in context.corrected), *context.told]
     return StepRecord(
         step=step.to_dict(),
         seconds=seconds,
