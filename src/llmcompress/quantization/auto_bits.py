@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..compressor import Action, Context
 from ..errors import ConfigError
 from .measuring import measure
+from .remarks import joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def with_bits(step: Step, model: PreTrainedModel, context: Context) -> Step:
     for action in resolved.plan(model, context):
         if action.path in bits:
             alone = f"alone it moves the answers by {found.damage(owners[action.path], bits[action.path]):.2g} nats"
-            why = "; ".join(filter(None, (action.reason, alone)))
+            why = joined(action.reason, alone)
             context.tell(action.model_copy(update={"reason": why}), instead=True)
     context.tell(Action(path="", reason=_summary(found, chosen, step.target_bits)))
     return resolved

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -12,14 +11,15 @@ from pydantic import Field, model_validator
 from ..anatomy.layers import WeightLayer
 from ..anatomy.scaling import ScaleSite, fold, scale_sites
 from ..anatomy.stacks import find_stacks
-from ..anatomy.turns import in_turns
-from ..calibration import Statistic, block_by_block, calibration_batches, observe
-from ..compressor import Action, Context, Need
+from ..calibration import calibration_batches
+from ..compressor import Action, Context
 from ..errors import ConfigError
 from ..registry import register
+from .calibrated_grouping import CalibratedGrouping
 from .clipping import clipped
 from .grid import Coded, Grid, Range, encode, min_max
-from .grouped import GroupedQuantization, Target, finish
+from .grouped import Target, by_weight, finish
+from .remarks import joined
 from .scale_search import InputMoments, Reader, ScaleChoice, search_scales
 from .upright import upright
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @register("awq")
-class AWQ(GroupedQuantization):
+class AWQ(CalibratedGrouping):
     """Store weights in 2 to 8 bits, with scales and clipped ranges chosen by what texts make the layers compute.
 
     Channels with large inputs get larger weights, which are rounded more finely, and what makes these inputs is divided
@@ -37,7 +37,7 @@ class AWQ(GroupedQuantization):
     The folder is the one `WeightOnlyQuantization` writes.
 
     A layer is scaled where something before it can be divided that nothing else reads, which is found by trying; the
-    others are clipped only, and the plan and the report say which. 3-D experts, and by default embeddings and heads,
+    others are clipped only, and the report says which. 3-D experts, and by default embeddings and heads,
     stay in float; embeddings that `overrides` names are rounded plainly. Zeros of a pruned model stay zeros.
 
     Args:
@@ -86,9 +86,8 @@ class AWQ(GroupedQuantization):
         PackedLinear(64, 128, bias=False, bits=4, group_size=32, affine, compute='auto')
     """
 
-    samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
-    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
-    inputs: Literal["quantized", "dense"] = Field("quantized", description="calibrate on what quantized blocks put out")
+    _rounded: ClassVar[str] = "rounded plainly"
+
     scales: bool = Field(True, description="search scales of the input channels, and fold them")
     n_grid: int = Field(20, ge=1, le=1000, description="steps of the exponent of the scales")
     clip: bool = Field(True, description="search the range of each group")
@@ -103,25 +102,6 @@ class AWQ(GroupedQuantization):
             )
         return self
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Texts to calibrate on, and what makes tokens of them."""
-        return frozenset({"data", "tokenizer"})
-
-    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
-        """Name each layer that is packed, with its bits a weight, and why each other one is left.
-
-        Which layers can be scaled is found by running the model, so it is the report that tells it.
-        """
-        targets, left = self._choose(model)
-        tabled = {id(target.layer.weight) for target in targets} - {id(own.weight) for own in _heard(targets)}
-        actions = []
-        for target in targets:
-            plainly = _TABLE if id(target.layer.weight) in tabled else None
-            reason = "; ".join(filter(None, (target.remark, plainly))) or None
-            actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
-        return actions + left + self._remarks(model, targets)
-
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Scale, clip and round block after block, and replace the layers by packed ones."""
         if self.bits == "auto":
@@ -133,13 +113,12 @@ class AWQ(GroupedQuantization):
         sites = self._sites(model, targets)
         self._tell_sites(targets, sites, context)
         grids = {target.layer.name: target.grid for target in targets}
-        layers = {layer.name: layer for layer in _heard(targets)}
-        sharing: dict[int, list[Target]] = defaultdict(list)
-        for target in targets:
-            sharing[id(target.layer.weight)].append(target)
-        for statistics in self._turns(model, batches, list(layers.values()), context):
+        layers = {layer.name: layer for layer in self._heard(targets)}
+        sharing = by_weight(targets)
+        heard = list(layers.values())
+        for turn in self._turns(model, batches, heard, InputMoments.of, progress=context.progress):
             done: list[tuple[Target, Coded]] = []
-            seen = {name: cast(InputMoments, statistic) for name, [statistic] in statistics.items()}
+            seen = {name: cast(InputMoments, statistic) for name, [statistic] in turn.statistics.items()}
             for site in sites:
                 names = [name for name in site.consumers if name in seen and seen[name].count]
                 if names:
@@ -148,7 +127,7 @@ class AWQ(GroupedQuantization):
             for name, inputs in seen.items():
                 layer, grid = layers[name], grids[name]
                 if not inputs.count:
-                    context.tell(Action(path=name, does="rounded plainly", reason="no calibration token reached it"))
+                    context.tell(Action(path=name, does=self._rounded, reason="no calibration token reached it"))
                 coded = self._round(layer, grid, inputs)
                 done += [(target, coded) for target in sharing.pop(id(layer.weight))]
             self._replace(model, done)
@@ -163,23 +142,18 @@ class AWQ(GroupedQuantization):
     def _tell_sites(self, targets: Sequence[Target], sites: Sequence[ScaleSite], context: Context) -> None:
         """Say of each layer whether it is scaled, and with what."""
         scaled = {name: site for site in sites for name in site.consumers}
-        tabled = {id(target.layer.weight) for target in targets} - {id(own.weight) for own in _heard(targets)}
+        tables = self._tables(targets)
         for target in targets if self.scales else ():
             name = target.layer.name
-            if id(target.layer.weight) in tabled:
+            if target in tables:
                 continue
             how = f"scaled with {scaled[name].source}" if name in scaled else self._unscaled
-            reason = "; ".join(filter(None, (target.remark, how)))
-            context.tell(Action(path=name, does=str(target), reason=reason), instead=True)
+            context.tell(Action(path=name, does=str(target), reason=joined(target.remark, how)), instead=True)
 
     @property
     def _unscaled(self) -> str:
-        how = "clipped" if self.clip else "rounded plainly"
+        how = "clipped" if self.clip else self._rounded
         return f"{how}, not scaled: nothing before it can be divided that only it reads"
-
-    @property
-    def _fine_unasked(self) -> bool:
-        return True
 
     def _sites(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[ScaleSite]:
         """Return the places where scales of the targets' inputs can be folded, each within one block."""
@@ -194,24 +168,6 @@ class AWQ(GroupedQuantization):
             return any(all(path.startswith(f"{block}.") for path in paths) for block in blocks)
 
         return [site for site in scale_sites(model) if not names.isdisjoint(site.consumers) and is_within(site)]
-
-    def _turns(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[dict[str, torch.Tensor]],
-        layers: Sequence[WeightLayer],
-        context: Context,
-    ) -> Iterator[Mapping[str, list[Statistic]]]:
-        who = type(self).__name__
-        if not layers:
-            return
-        if self.inputs == "dense":
-            seen = observe(model, batches, layers, InputMoments.of, who=who, progress=context.progress)
-            for _, own in in_turns(model, layers):
-                yield {layer.name: seen.pop(layer.name) for layer in own}
-            return
-        for turn in block_by_block(model, batches, layers, InputMoments.of, who=who, progress=context.progress):
-            yield turn.statistics
 
     def _scale(
         self,
@@ -238,15 +194,6 @@ class AWQ(GroupedQuantization):
         weight = upright(layer)
         found = clipped(weight, grid, inputs.products / inputs.count) if self.clip and inputs.count else None
         return _on_grid(weight, grid, found)
-
-
-_TABLE = "rounded plainly: the inputs of a table are tokens"
-
-
-def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
-    """Return the layers whose inputs are looked at: all but tables, and of those that share a weight one."""
-    layers = [target.layer for target in targets if target.layer.kind != "embedding"]
-    return list({id(layer.weight): layer for layer in layers}.values())
 
 
 def _on_grid(weight: torch.Tensor, grid: Grid, found: Range | None) -> Coded:

@@ -178,12 +178,15 @@ def _why_float(layer: WeightLayer) -> str | None:
         rows, columns = layer.weight.shape[1:]
         return f"matrices of {rows} x {columns} are too small for a scale each row"
     module = layer.module
+    if isinstance(module, nn.Embedding) and module.embedding_dim < _NARROWEST:
+        return own_forward(module) or f"rows of {module.embedding_dim} numbers are too short for a scale each"
+    return own_forward(module)
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Say why the codes of an embedding cannot take its place, or None; all other modules can be replaced."""
     if not isinstance(module, nn.Embedding):
         return None
     if type(module) is not nn.Embedding:
         return f"{type(module).__name__} is an embedding with a forward of its own"
-    if module.max_norm is not None:
-        return "it renormalises its rows at each call (max_norm)"
-    if module.embedding_dim < _NARROWEST:
-        return f"rows of {module.embedding_dim} numbers are too short for a scale each"
-    return None
+    return "it renormalises its rows at each call (max_norm)" if module.max_norm is not None else None

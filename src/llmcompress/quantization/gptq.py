@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field
 
-from ..anatomy.layers import Kind, WeightLayer
-from ..anatomy.turns import in_turns
-from ..calibration import InputProducts, Statistic, block_by_block, calibration_batches, observe
+from ..anatomy.layers import Kind
+from ..calibration import InputProducts, Statistic, calibration_batches
 from ..calibration.hessian import damped_root, remark_on
-from ..compressor import Action, Context, Need
+from ..compressor import Action, Context
 from ..registry import register
+from .calibrated_grouping import CalibratedGrouping
 from .fitting import Fit, fit, quantize
 from .gptq_rounding import lay_again, round_again, round_with_feedback
 from .grid import Coded, Grid, decode
-from .grouped import PRUNED, GroupedQuantization, Target, finish
-from .upright import upright
+from .grouped import PRUNED, Target, by_weight, finish, share_of_zeros
+from .upright import as_stored, upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """What is known of the inputs of some layers of a block.
-
-    Attributes:
-        statistics: by layer name, as in `Turn`.
-        unseen: names of layers whose inputs cannot be told.
-        last: whether no other layer of the block is still to come.
-    """
-
-    statistics: dict[str, list[Statistic]]
-    unseen: tuple[str, ...] = ()
-    last: bool = True
-
-
 @register("gptq")
-class GPTQ(GroupedQuantization):
+class GPTQ(CalibratedGrouping):
     """Store weights in 2 to 8 bits, rounded so that the errors of a row make up for one another on real inputs.
 
     Goes block by block, each on what the quantized ones before it put out: sums of x x^T tell how much each weight's
@@ -111,32 +95,14 @@ class GPTQ(GroupedQuantization):
     """
 
     _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d", "experts")
+    _rounded: ClassVar[str] = "rounded to nearest"
 
-    samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
-    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
-    inputs: Literal["quantized", "dense"] = Field("quantized", description="calibrate on what quantized blocks put out")
     true_sequential: bool = Field(False, description="calibrate within a block, too, on what quantized layers put out")
     dampening: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the diagonal of x x^T")
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     block_size: int = Field(128, ge=1, description="columns after which the rest of a matrix is updated at once")
     fit: Fit = Field("mse", description="how the grid of a group is laid at first")
     refinements: int = Field(2, ge=0, le=100, description="how often scales and codes are fitted to each other again")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Texts to calibrate on, and what makes tokens of them."""
-        return frozenset({"data", "tokenizer"})
-
-    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
-        """Name each layer that is packed, with its bits a weight, and why each other one is left."""
-        targets, left = self._choose(model)
-        heard = {id(layer.weight) for layer in _heard(targets)}
-        actions = []
-        for target in targets:
-            plainly = None if id(target.layer.weight) in heard else _TABLE
-            reason = "; ".join(filter(None, (target.remark, plainly))) or None
-            actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
-        return actions + left + self._remarks(model, targets)
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Round block after block, and replace the layers by packed ones."""
@@ -146,20 +112,21 @@ class GPTQ(GroupedQuantization):
         targets, _ = self._choose(model)
         self._refuse_unstorable(targets)
         batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
-        sharing: dict[int, list[Target]] = defaultdict(list)
-        for target in targets:
-            sharing[id(target.layer.weight)].append(target)
-        layers = _heard(targets)
+        sharing = by_weight(targets)
+        layers = self._heard(targets)
         known = {target.layer.name: target for target in targets}
         done: list[tuple[Target, Coded]] = []
-        for heard in self._turns(model, batches, layers, context):
+        sequential = self.true_sequential
+        turns = self._turns(model, batches, layers, InputProducts.of, sequential=sequential, progress=context.progress)
+        for heard in turns:
             for name, statistics in heard.statistics.items():
                 target = known[name]
                 why = "its inputs cannot be seen" if name in heard.unseen else "no calibration token reached it"
                 coded = self._round_layer(target, statistics, why, context)
                 done += [(other, coded) for other in sharing.pop(id(target.layer.weight))]
                 if not heard.last:
-                    _put(target, coded)
+                    # The layers behind it are calibrated on what it will put out.
+                    target.layer.weight.detach().copy_(as_stored(target.layer, decode(coded, target.grid)))
             if heard.last:
                 self._replace(model, done)
                 done = []
@@ -175,37 +142,6 @@ class GPTQ(GroupedQuantization):
     def _auto_fit(self) -> Fit:
         return self.fit
 
-    @property
-    def _fine_unasked(self) -> bool:
-        return True
-
-    def _turns(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[dict[str, torch.Tensor]],
-        layers: Sequence[WeightLayer],
-        context: Context,
-    ) -> Iterator[_Heard]:
-        who = type(self).__name__
-        if not layers:
-            return
-        if self.inputs == "dense":
-            seen = observe(model, batches, layers, InputProducts.of, who=who, progress=context.progress)
-            for _, own in in_turns(model, layers):
-                yield _Heard({layer.name: seen.pop(layer.name) for layer in own})
-            return
-        turns = block_by_block(
-            model,
-            batches,
-            layers,
-            InputProducts.of,
-            who=who,
-            sequential=self.true_sequential,
-            progress=context.progress,
-        )
-        for turn in turns:
-            yield _Heard(turn.statistics, turn.unseen, turn.last)
-
     def _round_layer(self, target: Target, statistics: Sequence[Statistic], unknown: str, context: Context) -> Coded:
         """Round each matrix of a layer; `unknown` says why, where nothing was seen of its inputs."""
         remarks: dict[str, list[int]] = defaultdict(list)
@@ -215,7 +151,7 @@ class GPTQ(GroupedQuantization):
             products = cast(InputProducts, statistic).products
             if not statistic.count or not products.any():
                 why = "its inputs were zero on every calibration token" if statistic.count else unknown
-                remarks[f"rounded to nearest: {why}"].append(part)
+                remarks[f"{self._rounded}: {why}"].append(part)
                 parts.append(quantize(matrix, target.grid))
                 continue
             coded, found = self._round(matrix, products, target.grid)
@@ -236,10 +172,10 @@ class GPTQ(GroupedQuantization):
     def _round(self, weight: torch.Tensor, products: torch.Tensor, grid: Grid) -> tuple[Coded, list[str]]:
         """Round `weight` (rows, columns); return the codes, and remarks for the report."""
         remarks = []
-        zeros = weight == 0
-        zeros = zeros if float(zeros.float().mean()) > PRUNED else None
+        pruned = share_of_zeros(weight)
+        zeros = weight == 0 if pruned > PRUNED else None
         if zeros is not None:
-            remarks.append(f"its zeros stay, {float(zeros.float().mean()):.4g} of its weights")
+            remarks.append(f"its zeros stay, {pruned:.4g} of its weights")
         mean = float(products.diagonal().mean())
         order = torch.arange(len(products), device=products.device)
         if self.act_order:
@@ -256,23 +192,3 @@ class GPTQ(GroupedQuantization):
             coded = lay_again(weight, hessian, coded, grid, product=product)
             coded = round_again(weight, hessian, coded, grid, order=order, zeros=zeros, block_size=self.block_size)
         return coded, remarks
-
-
-_TABLE = "rounded to nearest: the inputs of a table are tokens"
-
-
-def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
-    """Return the layers whose inputs are looked at: all but tables, and of those that share a weight one."""
-    layers = [target.layer for target in targets if target.layer.kind != "embedding"]
-    return list({id(layer.weight): layer for layer in reversed(layers)}.values())[::-1]
-
-
-@torch.no_grad()
-def _put(target: Target, coded: Coded) -> None:
-    """Let the float layer be what it will be: the layers behind it are calibrated on what it puts out."""
-    layer, weight = target.layer, target.layer.weight
-    matrix = decode(coded, target.grid)
-    if layer.kind == "experts":
-        matrix = matrix.unflatten(0, (len(weight), -1))
-    transposed = layer.kind == "conv1d" or (layer.kind == "experts" and layer.input_axis == 1)
-    weight.copy_(matrix.mT if transposed else matrix)

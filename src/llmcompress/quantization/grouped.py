@@ -21,13 +21,14 @@ from ..errors import CompressionError, ConfigError, NothingToCompressError
 from . import kernels
 from .auto_bits import free_targets, with_bits
 from .checks import refuse_nonfinite, refuse_quantized
-from .choice import LAST_FLOAT, only_float, sources_first
+from .choice import LAST_FLOAT, only_float, own_forward, replace_experts, replace_layers
 from .fitting import Fit
 from .grid import Coded, Grid, laid
 from .hf import mark_quantized
-from .modules import QuantizedModule, replace_modules
+from .modules import QuantizedModule
 from .packed_experts import PackedExperts
 from .packed_modules import Compute, PackedEmbedding, PackedLinear
+from .remarks import joined
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 _MULTIPLE = 8
 # 3-D weights that are no experts (a mix of two tokens, a kernel) have such an axis.
 _NARROWEST = 16
-
-
 # Bits of a fine zero point.
 _FINE = 8
 PRUNED = 0.01
@@ -316,23 +315,23 @@ class GroupedQuantization(Compressor):
         """Fit the grid to a layer: its group size as `indivisible` says, its zero points to the zeros of a pruning."""
         grid = self._grid(bits)
         # A zero point between two levels would make every zero of a pruned layer a small number.
-        if grid.zero_parts > 1 and not layer.weight.is_meta and _is_pruned(layer.weight):
+        if grid.zero_parts > 1 and not layer.weight.is_meta and share_of_zeros(layer.weight) > PRUNED:
             grid = replace(grid, zero_bits=None)
-            remark = "; ".join(filter(None, (remark, "whole zero points, since it has weights that are zero")))
+            remark = joined(remark, "whole zero points, since it has weights that are zero")
         columns = layer.weight.shape[layer.input_axis]
         size = grid.group_size
         if size is None or columns % size == 0:
             return Target(layer, grid, remark)
         if self.indivisible == "pad":
             note = f"its last group has {columns % size} of {size} inputs"
-            return Target(layer, grid, "; ".join(filter(None, (remark, note))))
+            return Target(layer, grid, joined(remark, note))
         who = type(self).__name__
         if self.indivisible == "smaller_group":
             smaller = gcd(columns, size)
             if smaller % _MULTIPLE == 0:
                 note = f"{size} does not divide its {columns} inputs"
-                small = Grid(grid.bits, smaller, grid.symmetric, grid.codebook, grid.scale_dtype, grid.zero_bits)
-                return Target(layer, small, "; ".join(filter(None, (remark, note))))
+                small = replace(grid, group_size=smaller)
+                return Target(layer, small, joined(remark, note))
             raise ConfigError(
                 f"{who}.group_size must share a factor of {_MULTIPLE} with the inputs of every layer, and {layer.name} "
                 f"has {columns}; leave it out with skip=({layer.name!r},), or take indivisible='pad'."
@@ -344,13 +343,13 @@ class GroupedQuantization(Compressor):
 
     def _refuse_unstorable(self, targets: Sequence[Target]) -> None:
         """Raise `CompressionError` naming the first layer with NaN, infinity, or weights too large for the scales."""
-        refuse_nonfinite(target.layer for target in targets)
         for target in targets:
-            low, high = (float(end) for end in torch.aminmax(target.layer.weight.detach()))
+            low, high = torch.aminmax(target.layer.weight.detach())
             let_go(target.layer.weight)
-            if not torch.isfinite(
-                laid(torch.tensor([[min(low, 0.0)]]), torch.tensor([[max(high, 0.0)]]), target.grid)[0]
-            ):
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                refuse_nonfinite([target.layer])
+            lowest, highest = low.float().clamp_max(0.0).view(1, 1), high.float().clamp_min(0.0).view(1, 1)
+            if not torch.isfinite(laid(lowest, highest, target.grid)[0]):
                 self._refuse_scale(target)
 
     def _refuse_scale(self, target: Target) -> None:
@@ -369,29 +368,21 @@ class GroupedQuantization(Compressor):
         for target, codes in coded:
             if not torch.isfinite(codes.scale).all():
                 self._refuse_scale(target)
-        shared: dict[int, QuantizedModule] = {}
-        experts: dict[nn.Module, list[tuple[Target, Coded]]] = defaultdict(list)
-        found = {target.layer.name: (target, codes) for target, codes in coded}
-        for layer in sources_first(model, [target.layer for target, _ in coded]):
-            target, codes = found[layer.name]
-            module, key = layer.module, id(layer.weight)
-            if target.layer.kind == "experts":
-                experts[module].append((target, codes))
-                continue
-            replacement: QuantizedModule
-            if isinstance(module, nn.Embedding):
-                replacement = PackedEmbedding.from_coded(module, codes, target.grid)
-            else:
-                replacement = PackedLinear.from_coded(module, codes, target.grid, self.compute)
-            if key in shared:
-                replacement.tie(shared[key])
-            shared.setdefault(key, replacement)
-            replace_modules(model, {module: replacement})
-        for module, own in experts.items():
-            weights = {target.layer.parameter: (codes, target.grid) for target, codes in own}
-            transposed = own[0][0].layer.input_axis == 1
-            packed = PackedExperts.from_coded(module, weights, transposed=transposed, compute=self.compute)
-            replace_modules(model, {module: packed})
+        found = {(target.layer.module, target.layer.parameter): (codes, target.grid) for target, codes in coded}
+
+        def packed(layer: WeightLayer) -> QuantizedModule:
+            codes, grid = found[layer.module, layer.parameter]
+            if isinstance(layer.module, nn.Embedding):
+                return PackedEmbedding.from_coded(layer.module, codes, grid)
+            return PackedLinear.from_coded(layer.module, codes, grid, self.compute)
+
+        def packed_experts(module: nn.Module, parameters: Sequence[str], transposed: bool) -> QuantizedModule:
+            weights = {name: found[module, name] for name in parameters}
+            return PackedExperts.from_coded(module, weights, transposed=transposed, compute=self.compute)
+
+        layers = [target.layer for target, _ in coded]
+        replace_layers(model, [layer for layer in layers if layer.kind != "experts"], packed)
+        replace_experts(model, [layer for layer in layers if layer.kind == "experts"], packed_experts)
 
 
 def finish(model: PreTrainedModel) -> None:
@@ -402,20 +393,24 @@ def finish(model: PreTrainedModel) -> None:
     mark_quantized(model)
 
 
-def _is_pruned(weight: torch.Tensor) -> bool:
-    share = float((weight == 0).float().mean())
+def share_of_zeros(weight: torch.Tensor) -> float:
+    """Return the share of weights that are exactly 0."""
+    share = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
     let_go(weight)
-    return share > PRUNED
+    return share
+
+
+def by_weight(targets: Sequence[Target]) -> dict[int, list[Target]]:
+    """Return the targets that share a weight together, by its id."""
+    sharing: dict[int, list[Target]] = defaultdict(list)
+    for target in targets:
+        sharing[id(target.layer.weight)].append(target)
+    return sharing
 
 
 def _why_float(layer: WeightLayer) -> str | None:
     """Say why a layer cannot be packed, or None."""
-    module = layer.module
     if layer.kind == "experts" and min(layer.weight.shape[1:]) < _NARROWEST:
         rows, columns = layer.weight.shape[1:]
         return f"matrices of {rows} x {columns} are too small for groups of their own"
-    if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
-        return f"{type(module).__name__} is an embedding with a forward of its own"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "it renormalises its rows at each call (max_norm)"
-    return None
+    return own_forward(layer.module)

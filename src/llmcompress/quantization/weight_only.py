@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,7 +16,7 @@ from ..errors import ConfigError
 from ..registry import register
 from .fitting import Fit, quantize
 from .grid import Grid, decode
-from .grouped import GroupedQuantization, Target, finish
+from .grouped import GroupedQuantization, by_weight, finish
 from .row_wise import row_wise
 from .upright import upright
 
@@ -110,9 +109,7 @@ class WeightOnlyQuantization(GroupedQuantization):
             return self.resolved(model, context).compress(model, context)
         targets, _ = self._choose(model)
         self._refuse_unstorable(targets)
-        sharing: dict[int, list[Target]] = defaultdict(list)
-        for target in targets:
-            sharing[id(target.layer.weight)].append(target)
+        sharing = by_weight(targets)
         # Of those that share a weight the last, which is in no block: nothing outside of a turn is changed.
         for _, own in in_turns(model, [together[-1].layer for together in sharing.values()]):
             coded = []

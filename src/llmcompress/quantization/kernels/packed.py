@@ -21,7 +21,7 @@ from ..affine import quantize_rows
 from ..grid import Coded, decode, row_chunks
 from . import int4pack
 from .int8 import fbgemm_linear, torch_linear
-from .packing import has_fbgemm, identity, pack
+from .packing import copy_bytes, has_fbgemm, identity, pack
 
 if TYPE_CHECKING:
     from ..packed_matrix import PackedMatrix
@@ -97,8 +97,7 @@ class Int8Product:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._codes, self._scale = quantize_rows(weight)
-        # fbgemm adds for each output a scale, zero point, column sum and bias.
-        self.nbytes = self._codes.numel() + 16 * len(self._codes)
+        self.nbytes = copy_bytes(self._codes)
         self._packed: Any = None
         if has_fbgemm(weight.device):
             self._packed = pack(self._codes, self._scale, None, "token")

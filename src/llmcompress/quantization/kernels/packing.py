@@ -68,11 +68,13 @@ def forget_copy(weight: torch.Tensor) -> None:
 
 
 def packed_bytes(weight: torch.Tensor) -> int:
-    """Estimate the memory of the copy kept for `weight`, 0 before the first product.
+    """Estimate the memory of the copy kept for `weight`, 0 before the first product."""
+    return copy_bytes(weight) if weight in _COPIES else 0
 
-    It holds the codes; for each output a scale, zero point, column sum and bias.
-    """
-    return weight.numel() + 16 * weight.shape[0] if weight in _COPIES else 0
+
+def copy_bytes(weight: torch.Tensor) -> int:
+    """Estimate the memory of a copy: the codes; for each output a scale, zero point, column sum and bias."""
+    return weight.numel() + 16 * weight.shape[0]
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int]:

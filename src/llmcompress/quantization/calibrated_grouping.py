@@ -1,0 +1,100 @@
+"""What `GPTQ` and `AWQ` share: they look at the inputs of the layers, block after block or all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ..anatomy.layers import WeightLayer
+from ..anatomy.turns import in_turns
+from ..calibration import Statistic, block_by_block, observe
+from ..compressor import Action, Context, Need
+from .grouped import GroupedQuantization, Target
+from .remarks import joined
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What is known of the inputs of some layers of a block.
+
+    Attributes:
+        statistics: by layer name, as in `Turn`.
+        unseen: names of layers whose inputs cannot be told.
+        last: whether no other layer of the block is still to come.
+    """
+
+    statistics: dict[str, list[Statistic]]
+    unseen: tuple[str, ...] = ()
+    last: bool = True
+
+
+class CalibratedGrouping(GroupedQuantization):
+    """Base of the strategies that choose codes by statistics of a layer's inputs on calibration texts."""
+
+    _rounded: ClassVar[str]
+    """How a layer is rounded of whose inputs nothing is known, in words."""
+
+    samples: int = Field(128, ge=1, description="texts of the data to calibrate on at most")
+    max_length: int = Field(512, ge=1, description="tokens of a text to take at most")
+    inputs: Literal["quantized", "dense"] = Field("quantized", description="calibrate on what quantized blocks put out")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Texts to calibrate on, and what makes tokens of them."""
+        return frozenset({"data", "tokenizer"})
+
+    def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
+        """Name each layer that is packed, with its bits a weight, and why each other one is left."""
+        targets, left = self._choose(model)
+        tables = {id(target.layer.weight) for target in self._tables(targets)}
+        actions = []
+        for target in targets:
+            plainly = f"{self._rounded}: the inputs of a table are tokens"
+            reason = joined(target.remark, plainly if id(target.layer.weight) in tables else None)
+            actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
+        return actions + left + self._remarks(model, targets)
+
+    @property
+    def _fine_unasked(self) -> bool:
+        return True
+
+    @staticmethod
+    def _heard(targets: Sequence[Target]) -> list[WeightLayer]:
+        """Return the layers whose inputs are looked at: all but tables, and of those that share a weight the first."""
+        layers = [target.layer for target in targets if target.layer.kind != "embedding"]
+        return list({id(layer.weight): layer for layer in reversed(layers)}.values())[::-1]
+
+    def _tables(self, targets: Sequence[Target]) -> list[Target]:
+        """Return the targets whose weight no layer shares whose inputs are looked at."""
+        heard = {id(layer.weight) for layer in self._heard(targets)}
+        return [target for target in targets if id(target.layer.weight) not in heard]
+
+    def _turns(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[dict[str, torch.Tensor]],
+        layers: Sequence[WeightLayer],
+        statistic: Callable[[WeightLayer], Statistic],
+        *,
+        sequential: bool = False,
+        progress: bool,
+    ) -> Iterator[Heard]:
+        """Yield what is known of the inputs of `layers`, as `inputs` says; the layers are replaced in their turn."""
+        who = type(self).__name__
+        if not layers:
+            return
+        if self.inputs == "dense":
+            seen = observe(model, batches, layers, statistic, who=who, progress=progress)
+            for _, own in in_turns(model, layers):
+                yield Heard({layer.name: seen.pop(layer.name) for layer in own})
+            return
+        turns = block_by_block(model, batches, layers, statistic, who=who, sequential=sequential, progress=progress)
+        for turn in turns:
+            yield Heard(turn.statistics, turn.unseen, turn.last)
