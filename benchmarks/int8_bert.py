@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import random
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import llmcompress as lc
 from _machine import describe_machine
+from _turns import print_table, take_turns
 
 Engine = Callable[[dict[str, torch.Tensor]], object]
 
@@ -43,34 +41,17 @@ def main() -> None:
     print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
     print("Median milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
-    print("| engine | " + " | ".join(f"{batch}x{tokens}" for batch, tokens in shapes) + " |")
-    print("|---" * (len(shapes) + 1) + "|")
-    columns = [measure(engines, batch, tokens, arguments.rounds) for batch, tokens in shapes]
-    base = next(iter(engines))
-    for name in engines:
-        cells = []
-        for times in columns:
-            ratio = statistics.median(times[base]) / statistics.median(times[name])
-            low, *_, high = statistics.quantiles(times[name], n=10)
-            cells.append(f"{statistics.median(times[name]):.1f} [{low:.1f}, {high:.1f}] {ratio:.2f}x")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    print_table(
+        {
+            f"{batch}x{tokens}": take_turns(engines, inputs_of(batch, tokens), arguments.rounds)
+            for batch, tokens in shapes
+        }
+    )
 
 
-def measure(engines: dict[str, Engine], batch: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+def inputs_of(batch: int, tokens: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    order = random.Random(0)
-    for round_ in range(rounds + 2):
-        # By lot: in a fixed order each engine would always meet the caches and the clock that one other leaves behind.
-        for name in order.sample(list(engines), len(engines)):
-            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
-            engines[name](inputs)
-            start = time.perf_counter()
-            engines[name](inputs)
-            if round_ >= 2:  # the first two warm up
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
 def eager(model: torch.nn.Module) -> Engine:

@@ -9,9 +9,6 @@ medians. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -19,6 +16,7 @@ import torch
 from torch import nn
 
 from _machine import describe_machine
+from _turns import print_table, take_turns
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid
 from llmcompress.quantization.modules import Int8Linear
@@ -109,20 +107,6 @@ ENGINES: dict[str, Callable[[list[nn.Linear]], Engine]] = {
 }
 
 
-def measure(engines: dict[str, Engine], x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    order = random.Random(0)
-    for round_ in range(rounds + 1):
-        for name in order.sample(list(engines), len(engines)):
-            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
-            engines[name](x)
-            start = time.perf_counter()
-            engines[name](x)
-            if round_:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -142,17 +126,9 @@ def main() -> None:
     print(
         "Median milliseconds a pass [10th, 90th percentile]; speed relative to torch fp32; rows of the input on top.\n"
     )
-    print(f"| engine | {' | '.join(map(str, arguments.batches))} |\n{'|---' * (len(arguments.batches) + 1)}|")
     with torch.inference_mode():
-        columns = [measure(engines, torch.randn(batch, WIDTH), arguments.rounds) for batch in arguments.batches]
-    base = next(iter(engines))
-    for name in engines:
-        cells = []
-        for times in columns:
-            ratio = statistics.median(times[base]) / statistics.median(times[name])
-            low, *_, high = statistics.quantiles(times[name], n=10)
-            cells.append(f"{statistics.median(times[name]):.1f} [{low:.1f}, {high:.1f}] {ratio:.2f}x")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        inputs = {str(batch): torch.randn(batch, WIDTH) for batch in arguments.batches}
+        print_table({batch: take_turns(engines, x, arguments.rounds) for batch, x in inputs.items()})
 
 
 if __name__ == "__main__":

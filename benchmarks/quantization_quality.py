@@ -42,6 +42,7 @@ STRATEGIES = {
     "HQQ": (lc.WeightOnlyQuantization, {"fit": "hqq"}),
     "AWQ": (lc.AWQ, CALIBRATED),
     "GPTQ": (lc.GPTQ, CALIBRATED),
+    "GPTQ, whole zero points": (lc.GPTQ, {**CALIBRATED, "fine_zeros": False}),
     "GPTQ, symmetric": (lc.GPTQ, {**CALIBRATED, "symmetric": True}),
 }
 CODEBOOKS = ("nf4", "fp4")

@@ -1,0 +1,43 @@
+"""Engines timed in turns, so that a busy machine slows all of them alike; what counts is the ratio of the medians."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_WARM_UP = 2
+
+Times = dict[str, list[float]]
+"""Milliseconds of each round, by engine."""
+
+
+def take_turns(engines: Mapping[str, Callable[[Any], object]], given: Any, rounds: int) -> Times:
+    """Call every engine with `given` in each round."""
+    times: Times = {name: [] for name in engines}
+    order = random.Random(0)
+    for round_ in range(rounds + _WARM_UP):
+        # By lot: in a fixed order each engine would always meet the caches and the clock that one other leaves behind.
+        for name in order.sample(list(engines), len(engines)):
+            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
+            engines[name](given)
+            start = time.perf_counter()
+            engines[name](given)
+            if round_ >= _WARM_UP:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def print_table(columns: Mapping[str, Times]) -> None:
+    """Print a Markdown row for each engine: median [10th, 90th percentile] and speed relative to the first engine."""
+    engines: Sequence[str] = list(next(iter(columns.values())))
+    print(f"| engine | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    for name in engines:
+        cells = []
+        for times in columns.values():
+            ratio = statistics.median(times[engines[0]]) / statistics.median(times[name])
+            low, *_, high = statistics.quantiles(times[name], n=10)
+            cells.append(f"{statistics.median(times[name]):.1f} [{low:.1f}, {high:.1f}] {ratio:.2f}x")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
