@@ -64,6 +64,7 @@ def test_the_float_model_comes_back(family, scheme, tmp_path):
         assert {key for key in tied if tied[key] == tied[one]} == {key for key in again if again[key] == again[one]}
     for path, module in coded.named_modules():
         if isinstance(module, QuantizedModule):
+            assert module.zero_counts() == [int((weight == 0).sum()) for weight in module.float_weights().values()]
             for name, weight in module.float_weights().items():
                 found = getattr(plain.get_submodule(path), name)
                 assert torch.equal(found.T if isinstance(plain.get_submodule(path), Conv1D) else found, weight)

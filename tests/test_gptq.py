@@ -256,6 +256,19 @@ def test_zeros_of_a_pruned_model_stay(family, fields):
             assert any(a.path == layer.name and "its zeros stay, 0.5 of its weights" in a.reason for a in context.told)
 
 
+def test_the_report_counts_zeros_that_stay_and_each_layer_once():
+    model = tiny_model("llama")
+    steps = [lc.SparseGPTPruning(pattern="2:4"), lc.GPTQ(group_size=32)]
+    report = lc.compress(model, steps, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False).report
+    pruned, packed_ = report.steps
+    assert packed_.footprint.zeros >= pruned.footprint.zeros > 0.3
+    lines = [action for action in packed_.touched if action.path == "model.layers.0.mlp.up_proj"]
+    assert [(line.does, "its zeros stay" in line.reason) for line in lines] == [
+        ("int4, groups of 32: 4.62 bits a weight", True)
+    ]
+    assert len(packed_.touched) == 14
+
+
 def test_experts_that_no_token_reached_are_rounded_and_told():
     model = tiny_model("mixtral")
     for block in model.model.layers:

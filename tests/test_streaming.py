@@ -15,11 +15,13 @@ import torch
 import llmcompress as lc
 from llmcompress.anatomy.layers import weight_layers
 from llmcompress.anatomy.turns import in_turns, keeper_of, let_go
+from llmcompress.compressor import Action
 from llmcompress.errors import CheckpointError, CompressionError, ConfigError, UnsupportedModelError
 from llmcompress.streaming import residence, tensors
 from llmcompress.streaming.folder import open_folder
 from llmcompress.streaming.opening import open_empty, open_model
 from llmcompress.streaming.run import locked
+from llmcompress.streaming.stage import Stage
 from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
 
 CHAIN = [{"name": "sparsegpt_pruning", "block_size": 8}, "dynamic_quantization"]
@@ -283,6 +285,46 @@ def test_a_damaged_block_is_named(tmp_path, monkeypatch):
     block.write_bytes(block.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"block-00001\.safetensors must have \d+ bytes, got \d+; delete"):
         run(source, tmp_path / "out", "magnitude_pruning")
+
+
+class Corrects(lc.Compressor):
+    """Says in each block's turn something else than its plan."""
+
+    @property
+    def in_turns(self) -> bool:
+        return True
+
+    def plan(self, model, context):
+        layers = [layer.name for layer in weight_layers(model) if layer.place == "block"]
+        return [Action(path=name, does="planned") for name in layers]
+
+    def compress(self, model, context):
+        for _, own in in_turns(model, [layer for layer in weight_layers(model) if layer.place == "block"]):
+            context.tell(Action(path=own[0].name, does="corrected"), instead=True)
+        return model
+
+    def to_dict(self):
+        return {"name": "corrects"}
+
+
+def test_what_was_corrected_before_a_stop_stays_so(tmp_path, monkeypatch):
+    source = folder_of("llama", tmp_path / "in")
+    expected = run(source, tmp_path / "whole", Corrects()).steps[0].touched
+    assert [action.does for action in expected].count("corrected") == 2
+    assert len(expected) == 14
+    write, left = Stage._write, [1]
+
+    def stop_or_write(self, block, entry):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(self, block, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_write", stop_or_write)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", Corrects())
+    assert sorted(run(source, tmp_path / "out", Corrects()).steps[0].touched, key=str) == sorted(expected, key=str)
 
 
 class ChangesAfterwards(lc.Compressor):

@@ -127,6 +127,28 @@ class Context:
         if instead:
             self.corrected.add(action.path)
 
+    def findings(self, planned: Iterable[Action]) -> list[Action]:
+        """Return what a report says of the step: the plan where it held, and what was told.
+
+        A remark on something that is told already goes into the same line.
+
+        Example:
+            >>> context = Context()
+            >>> context.tell(Action(path="up", does="int4", reason="its zeros stay"))
+            >>> [(action.path, action.reason) for action in context.findings([Action(path="up", does="int4")])]
+            [('up', 'its zeros stay')]
+        """
+        lines: dict[object, Action] = {}
+        for action in (*(one for one in planned if one.path not in self.corrected), *self.told):
+            # What is said of the whole model is no part that could come twice.
+            key = (action.path, action.does) if action.path else len(lines)
+            known = lines.get(key)
+            if known is not None:
+                reasons = [known.reason, action.reason if action.reason != known.reason else None]
+                action = known.model_copy(update={"reason": "; ".join(filter(None, reasons)) or None})
+            lines[key] = action
+        return list(lines.values())
+
 
 @dataclass(frozen=True)
 class Rounding:

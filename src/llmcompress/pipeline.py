@@ -266,7 +266,7 @@ def _run(
     model.eval()
     if _shapes(model) != shapes:
         _mark(model, context)
-    found = [*(action for action in actions if action.path not in context.corrected), *context.told]
+    found = context.findings(actions)
     record = StepRecord(
         step=step.to_dict(),
         seconds=seconds,

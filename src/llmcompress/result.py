@@ -166,7 +166,7 @@ def _row(name: str, size: Footprint, record: StepRecord | None, score: TaskScore
         ratio_text(base.disk_bytes / size.disk_bytes),
         bytes_text(size.memory_bytes),
         f"{record.seconds:.1f}" if record and record.seconds is not None else "",
-        str(len(record.touched)) if record else "",
-        str(sum(action.path != "" for action in record.left)) if record else "",
+        str(len({action.path for action in record.touched})) if record else "",
+        str(len({action.path for action in record.left} - {""})) if record else "",
     ]
     return row if score is None else [*row, f"{score.metrics[score.primary]:.4f}"]

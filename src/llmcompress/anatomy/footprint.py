@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -39,12 +39,9 @@ class Footprint(BaseModel, frozen=True):
 def footprint(model: nn.Module | PreTrainedModel) -> Footprint:
     """Measure the size of `model`. Changes nothing, writes nothing."""
     parameters = nonzero = 0
-    for tensor, logical in _weights(model):
+    for _, logical, zeros in _weights(model):
         parameters += logical
-        stored = int(torch.count_nonzero(tensor)) if tensor.device.type != "meta" else tensor.numel()
-        # A packed or coded weight has no zeros to be counted one by one.
-        nonzero += stored if tensor.numel() == logical else logical
-        let_go(tensor)
+        nonzero += logical - zeros
     return Footprint(
         parameters=parameters,
         nonzero=nonzero,
@@ -64,37 +61,48 @@ def disk_bytes(model: nn.Module) -> int:
 def sparse_bytes(model: nn.Module) -> int:
     """Return the bytes of a file that leaves zeros out: for each weight one bit, and the value where it is not zero.
 
-    Theoretical: no file is written so and no kernel reads it. A tensor that would grow by it counts as it is, as do
-    packed ones, whose zeros cannot be told apart.
+    Theoretical: no file is written so and no kernel reads it. A tensor that would grow by it counts as it is.
     """
     saved = 0
-    for tensor, logical in _weights(model):
-        if tensor.numel() == logical and tensor.device.type != "meta":
-            zeros = tensor.numel() - int(torch.count_nonzero(tensor))
-            saved += max(0, zeros * tensor.element_size() - (tensor.numel() + 7) // 8)
+    for tensor, logical, zeros in _weights(model):
+        saved += max(0, zeros * tensor.nbytes // max(logical, 1) - (logical + 7) // 8)
     return disk_bytes(model) - saved
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yield each distinct weight tensor with the number of weights it stands for.
+def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Yield each distinct weight tensor, the number of weights it stands for, and how many of them are zero.
 
-    A module that stores a weight in another form says so by `coded_weights()`: a list of (tensor, weights it holds).
+    A module that stores a weight in another form says so by `coded_weights()`, a list of (tensor, weights it holds),
+    and `zero_counts()`. On the meta device nothing is zero.
     """
     seen: set[int] = set()
     for module in model.modules():
-        coded = {id(tensor): count for tensor, count in getattr(module, "coded_weights", list)()}
+        coded = {id(tensor): number for number, (tensor, _) in enumerate(getattr(module, "coded_weights", list)())}
+        counts: list[tuple[int, int]] = []
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None or id(tensor) in seen:
-                continue
-            if id(tensor) in coded:
-                yield tensor, coded[id(tensor)]
-            elif isinstance(tensor, nn.Parameter):
-                # bitsandbytes keeps the shape that its packed bytes stand for in the quantization state.
-                shape = getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape)
-                yield tensor, int(torch.Size(shape).numel())
-            else:
+            if tensor is None or id(tensor) in seen or not (id(tensor) in coded or isinstance(tensor, nn.Parameter)):
                 continue
             seen.add(id(tensor))
+            if id(tensor) not in coded:
+                # bitsandbytes keeps the shape that its packed bytes stand for in the quantization state.
+                shape = getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape)
+                logical = int(torch.Size(shape).numel())
+                yield tensor, logical, _zeros(tensor) if tensor.numel() == logical else 0
+            else:
+                counts = counts or _counts(module)
+                yield tensor, *counts[coded[id(tensor)]]
+            let_go(tensor)
+
+
+def _counts(module: Any) -> list[tuple[int, int]]:
+    """Return for each weight in codes how many there are and how many are zero."""
+    coded = module.coded_weights()
+    zeros = [0] * len(coded) if any(tensor.is_meta for tensor, _ in coded) else module.zero_counts()
+    return [(number, zero) for (_, number), zero in zip(coded, zeros, strict=True)]
+
+
+def _zeros(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.numel() - int(torch.count_nonzero(tensor))
 
 
 def _memory_bytes(model: nn.Module) -> int:

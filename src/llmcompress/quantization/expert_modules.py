@@ -178,6 +178,10 @@ class Int8Experts(QuantizedExperts):
         """Return the codes of each weight with their number."""
         return [(codes, codes.numel()) for codes in map(self._codes, self._layouts)]
 
+    def zero_counts(self) -> list[int]:
+        """Return for each weight how many codes are 0."""
+        return [codes.numel() - int(torch.count_nonzero(codes)) for codes in map(self._codes, self._layouts)]
+
     def derived_bytes(self) -> int:
         """Return the bytes of the copies made for kernels, of the experts called so far."""
         return sum(kernels.packed_bytes(codes) for _, parts in self._parts.values() for codes, _ in parts)

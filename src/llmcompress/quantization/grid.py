@@ -167,6 +167,22 @@ def decode(coded: Coded, grid: Grid) -> torch.Tensor:
     return (coded.codes.float() - middles(coded.zero, grid, columns).to(scale.device)) * scale
 
 
+def count_zeros(coded: Coded, grid: Grid) -> int:
+    """Return how many weights of `coded` stand for exactly 0.
+
+    Example:
+        >>> codes = torch.tensor([[0, 1, 1, 3]], dtype=torch.uint8)
+        >>> count_zeros(Coded(codes, torch.tensor([[0.5]]), torch.tensor([[1]], dtype=torch.uint8)), Grid(2, None))
+        2
+    """
+    columns = coded.codes.shape[1]
+    if grid.codebook:
+        return int((coded.codes == LEVELS[grid.codebook].index(0.0)).sum())
+    if coded.zero is None:
+        return int((coded.codes == 2 ** (grid.bits - 1)).sum())
+    return int((coded.codes * grid.zero_parts == spread(coded.zero, grid, columns)).sum())
+
+
 def spread(values: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor:
     """Repeat one value a group, (rows, groups), for each of its weights: (rows, columns)."""
     if values.shape[1] == 1:

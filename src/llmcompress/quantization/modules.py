@@ -78,6 +78,10 @@ class QuantizedModule(nn.Module, ABC):
     def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
         """Return each stored tensor with the number of weights it stands for."""
 
+    @abstractmethod
+    def zero_counts(self) -> list[int]:
+        """Return for each of `coded_weights()` how many of its weights stand for exactly 0."""
+
     def derived_bytes(self) -> int:
         """Return the bytes of copies made for a kernel, which are never saved."""
         return 0
@@ -132,6 +136,10 @@ class Int8Module(QuantizedModule):
     def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
         """Return the codes with their number."""
         return [(self.weight, self.weight.numel())]
+
+    def zero_counts(self) -> list[int]:
+        """Return how many codes are 0."""
+        return [self.weight.numel() - int(torch.count_nonzero(self.weight))]
 
 
 class Int8Linear(Int8Module):

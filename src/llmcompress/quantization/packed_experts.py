@@ -99,6 +99,10 @@ class PackedExperts(QuantizedExperts):
         numbers = {name: shape.numel() for name, (shape, _) in self._layouts.items()}
         return [(cast(torch.Tensor, self._parameters[f"{name}_codes"]), number) for name, number in numbers.items()]
 
+    def zero_counts(self) -> list[int]:
+        """Return for each weight how many codes of all experts stand for 0."""
+        return [sum(self._part(name, expert).zeros() for expert in range(self.sizes(name)[0])) for name in self.grids]
+
     def derived_bytes(self) -> int:
         """Return the bytes of the copies made for kernels, of the experts called so far."""
         return sum(product.nbytes for _, product in self._products.values())

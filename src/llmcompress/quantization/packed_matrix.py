@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .grid import Coded, Grid, decode
+from .grid import Coded, Grid, count_zeros, decode, row_chunks
 from .packing import unpack
 
 
@@ -33,6 +33,21 @@ class PackedMatrix:
         groups = self.scale.shape[1]
         zero = None if self.zero is None else unpack(self.zero, self.grid.zero_width, groups)
         return Coded(unpack(self.weight.view(torch.uint8), self.grid.bits, self.columns), self.scale, zero)
+
+    def zeros(self) -> int:
+        """Return how many weights stand for exactly 0."""
+        # Some rows at a time: unpacked, a large table would take several times its bytes.
+        parts = (
+            PackedMatrix(
+                self.weight[rows],
+                self.scale[rows],
+                None if self.zero is None else self.zero[rows],
+                self.grid,
+                self.columns,
+            )
+            for rows in row_chunks(self.weight)
+        )
+        return sum(count_zeros(part.coded(), self.grid) for part in parts)
 
     def dequantized(self) -> torch.Tensor:
         """Return the float32 weight (outputs, inputs)."""

@@ -93,6 +93,10 @@ class PackedModule(QuantizedModule):
         """Return the packed codes with the number of weights."""
         return [(self.weight, self.rows * self.columns)]
 
+    def zero_counts(self) -> list[int]:
+        """Return how many codes stand for 0."""
+        return [self.matrix().zeros()]
+
     def spec(self) -> dict[str, Any]:
         """Return the scheme and the grid."""
         return {"scheme": self.scheme, **grid_to_spec(self.grid)}

@@ -191,7 +191,7 @@ def _run_step(
     if _shapes(model) != shapes:
         _mark(model, context)
     residence.rest()
-    found = [*(action for action in actions if action.path not in context.corrected), *context.told]
+    found = context.findings(actions)
     return StepRecord(
         step=step.to_dict(),
         seconds=seconds,

@@ -37,6 +37,7 @@ class Stage:
         folder.mkdir(parents=True, exist_ok=True)
         self._numbers = {path: number for number, path in enumerate(residence.blocks)}
         self._told = 0
+        self._corrected: set[str] = set()
         self._states: dict[str, list[tuple[str, int, int]]] = {}
 
     def is_finished(self, block: str) -> bool:
@@ -46,6 +47,7 @@ class Stage:
     def begin(self, block: str) -> None:
         """Bring the block's weights into memory."""
         self._told = len(self._context.told)
+        self._corrected = set(self._context.corrected)
         self._residence.hold(block)
 
     def finish(self, block: str) -> None:
@@ -56,7 +58,8 @@ class Stage:
         """
         if not block:
             return
-        self._write(block, {"told": [action.model_dump() for action in self._context.told[self._told :]]})
+        told = [action.model_dump() for action in self._context.told[self._told :]]
+        self._write(block, {"told": told, "corrected": sorted(self._context.corrected - self._corrected)})
         self._residence.move(block, stored_in(self._file(block, "safetensors")))
         self._residence.release(block)
         self._states[block] = self._state(block)
@@ -81,6 +84,7 @@ class Stage:
             raise CheckpointError(f"{self._file(block, 'safetensors')} does not fit {block}: {min(missing)}.")
         self._residence.put(block, stored)
         self._context.told.extend(Action(**action) for action in entry["told"])
+        self._context.corrected.update(entry["corrected"])
         if block:
             self._states[block] = self._state(block)
 
@@ -102,7 +106,7 @@ class Stage:
                     f"the step changed {block} after its turn, and cannot be streamed; use lc.compress on the model in "
                     f"memory."
                 )
-        self._write("", {"told": []})
+        self._write("", {"told": [], "corrected": []})
 
     def restore_all(self) -> None:
         """Put everything in its place that a closed stage holds."""
@@ -140,7 +144,7 @@ class Stage:
         file = self._file(block, "json")
         try:
             entry: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return {key: entry[key] for key in ("bytes", "modules", "told")}
+            return {key: entry[key] for key in ("bytes", "modules", "told", "corrected")}
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file} is damaged ({error!r}); delete it to do its block again.") from error
 
