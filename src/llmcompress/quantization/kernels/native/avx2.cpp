@@ -1,0 +1,9 @@
+#include "avx2.hpp"
+
+#include "kernels.hpp"
+
+namespace llmc {
+
+const Table avx2_table = kernels_of<Avx2>();
+
+}  // namespace llmc

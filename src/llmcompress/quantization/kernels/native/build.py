@@ -1,0 +1,124 @@
+"""Builds the native kernels: `python -m llmcompress.quantization.kernels.native.build`, and the wheel's build hook.
+
+Each instruction set is a translation unit with flags of its own; a compiler that does not know one leaves it out. The
+library lies beside its sources and knows what it was built of. Imports nothing of the package: the hook loads it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / ("llmcompress_native.dll" if sys.platform == "win32" else "llmcompress_native.so")
+
+_Flags = dict[str, tuple[list[str], list[str]]]
+_NO_WARNING = ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
+# By machine, the flags of each set that is no part of its baseline: as GCC and Clang write them, and as MSVC does.
+_X86: _Flags = {
+    "avx2": (["-mavx2", "-mfma", "-mf16c"], ["/arch:AVX2"]),
+    "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mavxvnni"], ["/arch:AVX2"]),
+    "avx512_vnni": (
+        # GCC 12 takes the undefined registers of its own headers for a mistake.
+        ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", *_NO_WARNING],
+        ["/arch:AVX512"],
+    ),
+}
+_ARM: _Flags = {"neon_dot": (["-march=armv8.2-a+dotprod"], [])}
+_SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+_COMMON = (["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"], ["/std:c++17", "/O2"])
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
+def sources_hash() -> str:
+    """Return what tells one state of the sources from another."""
+    found = hashlib.sha256()
+    for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.hpp")]):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
+    """Compile and link the library.
+
+    Args:
+        sanitize: with the address and undefined-behaviour sanitizers, and without optimization.
+        quiet: whether to keep to oneself which sets are left out.
+
+    Returns:
+        The library.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    try:
+        compiler, errors = _compiler()
+    except ImportError as error:
+        raise RuntimeError("the native kernels need setuptools, which knows the compilers; install it") from error
+    kind = compiler.compiler_type == "msvc"
+    common, link = list(_COMMON[kind]), []
+    if sanitize:
+        common, link = [*common, *_SANITIZE], _SANITIZE[:1]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compiled(name: str, flags: Sequence[str]) -> str:
+            made = compiler.compile([str(FOLDER / f"{name}.cpp")], output_dir=folder, extra_postargs=[*common, *flags])
+            return str(made[0])
+
+        try:
+            objects, known = [compiled(name, []) for name in ("portable", "cpu", "parallel")], []
+            for name, flags in _SETS.get(platform.machine(), {}).items():
+                try:
+                    objects.append(compiled(name, flags[kind]))
+                    known.append(f"-DLLMC_{name.upper()}=1")
+                except errors as error:
+                    if not quiet:
+                        print(f"llmcompress: without {name}: {error}", file=sys.stderr)  # noqa: T201
+            objects.append(compiled("library", [*known, f'-DLLMC_SOURCES="{sources_hash()}"']))
+            # Made beside and moved: a process that has the old library open keeps it.
+            made = Path(folder) / LIBRARY.name
+            compiler.link_shared_object(objects, str(made), target_lang="c++", extra_postargs=link)
+            os.replace(_moved(made), LIBRARY)
+        except errors as error:
+            raise RuntimeError(f"the native kernels did not compile: {error}") from error
+    return LIBRARY
+
+
+def _moved(made: Path) -> Path:
+    """Bring a file to the file system of the sources, under a name that nobody reads."""
+    beside = LIBRARY.with_suffix(f".{os.getpid()}")
+    beside.write_bytes(made.read_bytes())
+    return beside
+
+
+def _compiler() -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return setuptools' compiler of this machine, and what it raises."""
+    import setuptools  # noqa: F401, I001  (first: it brings distutils)
+    from distutils.ccompiler import new_compiler
+    from distutils.errors import CCompilerError, DistutilsError
+    from distutils.sysconfig import customize_compiler
+
+    if sys.platform == "darwin":
+        # Python may be built for two machines at once; the flags of an instruction set are for one.
+        os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    return compiler, (CCompilerError, DistutilsError)
+
+
+def main() -> None:
+    """Build at the command line."""
+    parser = argparse.ArgumentParser(description="Build the native kernels beside their sources.")
+    parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
+    print(build(sanitize=parser.parse_args().sanitize))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+// The plain C functions that the loader calls. A kernel takes the table of the instruction set that it shall run with.
+#include <cstring>
+
+#include "cpu.hpp"
+#include "export.hpp"
+#include "table.hpp"
+
+using llmc::Table;
+
+// What the library was built of; the loader takes no other than that of the sources beside it.
+LLMC_EXPORT const char* llmc_sources() { return LLMC_SOURCES; }
+
+// The kernels of an instruction set, or null where the compiler or the processor lacks it.
+LLMC_EXPORT const Table* llmc_table(const char* set) {
+  const auto is = [set](const char* name) { return std::strcmp(set, name) == 0; };
+  if (is("portable")) return &llmc::portable_table;
+#if defined(LLMC_AVX2)
+  if (is("avx2") && llmc::cpu::has_avx2()) return &llmc::avx2_table;
+#endif
+#if defined(LLMC_AVX_VNNI)
+  if (is("avx_vnni") && llmc::cpu::has_avx_vnni()) return &llmc::avx_vnni_table;
+#endif
+#if defined(LLMC_AVX512_VNNI)
+  if (is("avx512_vnni") && llmc::cpu::has_avx512_vnni()) return &llmc::avx512_vnni_table;
+#endif
+#if defined(LLMC_NEON_DOT)
+  if (is("neon_dot") && llmc::cpu::has_neon_dot()) return &llmc::neon_dot_table;
+#endif
+  return nullptr;
+}
+
+LLMC_EXPORT void llmc_code_rows(const Table* table, const float* x, int64_t rows, int64_t columns, int64_t limit,
+                                int8_t* codes, float* unit, int64_t threads) {
+  table->code_rows(x, rows, columns, limit, codes, unit, threads);
+}

@@ -1,0 +1,9 @@
+#include "neon_dot.hpp"
+
+#include "kernels.hpp"
+
+namespace llmc {
+
+const Table neon_dot_table = kernels_of<NeonDot>();
+
+}  // namespace llmc

@@ -1,0 +1,22 @@
+// Loops over the threads that torch has: the OpenMP runtime is the one torch has loaded, told once by the loader.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace llmc {
+
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+
+// Calls body on ranges of at most `grain` items that together are [0, items), on at most `threads` threads: the runtime
+// is asked for either all of them or none, since libgomp ends the threads that a smaller team leaves out.
+void parallel_ranges(int64_t items, int64_t grain, int64_t threads, Body body, void* context);
+
+template <class F>
+void parallel_for(int64_t items, int64_t grain, int64_t threads, F&& f) {
+  using Plain = std::remove_reference_t<F>;
+  const Body body = [](void* context, int64_t begin, int64_t end) { (*static_cast<Plain*>(context))(begin, end); };
+  parallel_ranges(items, grain, threads, body, const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace llmc

@@ -1,0 +1,17 @@
+// The kernels of one instruction set. Each set is a translation unit of its own, compiled with its own flags; what it
+// includes lies in an unnamed namespace or is a template over its trait, so that the linker never takes one set's code
+// for another's. For the same reason it calls nothing inline of the standard library.
+#pragma once
+
+#include <cstdint>
+
+namespace llmc {
+
+struct Table {
+  void (*code_rows)(const float* x, int64_t rows, int64_t columns, int64_t limit, int8_t* codes, float* unit,
+                    int64_t threads);
+};
+
+extern const Table portable_table, avx2_table, avx_vnni_table, avx512_vnni_table, neon_dot_table;
+
+}  // namespace llmc

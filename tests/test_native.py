@@ -1,0 +1,133 @@
+"""The native kernels: how they are built, loaded and threaded, and what they compute, with every set there is here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import llmcompress as lc
+from llmcompress.quantization.kernels import int8, native
+
+HERE = []
+for name in native.SETS:
+    try:
+        HERE.append(native.load(name))
+    except native.NotBuilt:
+        continue
+built = pytest.mark.skipif(not HERE, reason="native kernels are not built: no C++ compiler at installation")
+every_set = pytest.mark.parametrize("kernels", HERE, ids=lambda kernels: kernels.name)
+
+
+def in_a_new_process(code, **environment):
+    given = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=120)
+
+
+@built
+@every_set
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 5),
+    columns=st.integers(0, 70),
+    limit=st.sampled_from([63, 127]),
+    exponent=st.integers(-44, 38),
+    seed=st.integers(0, 99),
+)
+@example(rows=1, columns=33, limit=127, exponent=-44, seed=0)
+def test_rows_are_coded_as_the_reference_codes_them(kernels, rows, columns, limit, exponent, seed):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    x = x.clamp(torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)
+    codes, unit = native.code_rows(x, limit, kernels)
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) if columns else x.sum(-1, True)
+    if columns:
+        assert torch.equal(codes.float(), torch.round(x / largest * limit))
+        assert torch.equal(unit[:, None], largest / limit)
+
+
+@built
+@every_set
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_a_row_that_is_not_finite_is_told_by_its_unit_and_spoils_no_other(kernels, value):
+    x = torch.randn(4, 21)
+    for row, place in ((0, 3), (2, 20)):
+        x[row, place] = value
+    codes, unit = native.code_rows(x, 127, kernels)
+    assert unit.isnan().tolist() == [True, False, True, False]
+    assert not codes[[0, 2]].any()
+    # As the reference: there too a row that is not finite is NaN all over.
+    coded = int8.rounded_activations(x, "token")
+    assert coded.isnan().any(-1).tolist() == [True, False, True, False]
+
+
+@built
+@every_set
+def test_many_threads_give_what_one_gives(kernels):
+    x = torch.randn(300, 257)
+    one = native.code_rows(x, 127, kernels)
+    torch.set_num_threads(3)
+    many = native.code_rows(x, 127, kernels)
+    assert all(map(torch.equal, one, many))
+
+
+THREADS = """
+import os, torch
+from llmcompress.quantization.kernels import native
+x = torch.randn(600, 400)
+torch.set_num_threads(2)
+kernels = native.native()
+assert kernels.parallel
+def tasks(): return len(os.listdir("/proc/self/task"))
+x @ x.T[:400]  # torch has its threads now
+before = tasks()
+# Compared as bytes: torch's own loops do hang in a forked child.
+def codes(): return native.code_rows(x, 127, kernels)[0].numpy().tobytes()
+expected = codes()
+assert tasks() == before, "the kernels brought threads of their own"
+child = os.fork()
+if child == 0:
+    os._exit(0 if codes() == expected else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@built
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_torchs_own_threads_are_used_and_a_forked_child_does_not_wait_for_them():
+    done = in_a_new_process(THREADS, LLMCOMPRESS_NATIVE="")
+    assert done.returncode == 0, done.stderr
+
+
+CHOICE = "import llmcompress as lc; print(lc.kernels().machine['native kernels'])"
+
+
+@built
+def test_the_environment_chooses_the_set():
+    code = "from llmcompress.quantization.kernels.native import native, why_absent as why; print(native() or why())"
+    done = in_a_new_process(code, LLMCOMPRESS_NATIVE="portable")
+    assert "name='portable'" in done.stdout, done.stderr
+    done = in_a_new_process(CHOICE, LLMCOMPRESS_NATIVE="off")
+    assert "LLMCOMPRESS_NATIVE other than 'off'" in done.stdout, done.stderr
+    done = in_a_new_process(CHOICE, LLMCOMPRESS_NATIVE="sse")
+    assert "LLMCOMPRESS_NATIVE must be one of avx512_vnni" in done.stderr
+
+
+def test_kernels_tells_which_set_runs():
+    told = lc.kernels().machine["native kernels"]
+    assert told == HERE[0].name if HERE else told.startswith("no: needs")
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):
+    from llmcompress.quantization.kernels.native import build, library
+
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "none.so")
+    with pytest.raises(native.NotBuilt, match="compiler at installation"):
+        library._library.__wrapped__()
+    if HERE:
+        monkeypatch.undo()
+        monkeypatch.setattr(build, "sources_hash", lambda: "other")
+        with pytest.warns(UserWarning, match="built of other sources"), pytest.raises(native.NotBuilt):
+            library._library.__wrapped__()
