@@ -180,7 +180,34 @@ class Rounds(Protocol):
         """Return one entry a layer that the step would quantize in `model`."""
 
 
-class Compressor(BaseModel, ABC):
+class Settings(BaseModel):
+    """Base of hyper-parameters: immutable, comparable, written to and read from plain dicts.
+
+    Raises:
+        ConfigError: on construction, where a field is out of range, unknown, or contradicts another one.
+
+    Example:
+        >>> class Dropout(Settings):
+        ...     share: float = 0.1
+        >>> Dropout(rate=0.2)
+        Traceback (most recent call last):
+        llmcompress.errors.ConfigError: Dropout has no field 'rate'. Fields: share.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    def __str__(self) -> str:
+        changed = {key: value for key, value in self if value != type(self).model_fields[key].get_default()}
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
+
+
+class Compressor(Settings, ABC):
     """Base of all strategies.
 
     A subclass declares its hyper-parameters as pydantic fields and implements `compress`. Instances are immutable,
@@ -195,14 +222,6 @@ class Compressor(BaseModel, ABC):
         Traceback (most recent call last):
         llmcompress.errors.ConfigError: MagnitudePruning.sparsity must be in (0, 1), got 1.5.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    def __init__(self, /, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -234,10 +253,6 @@ class Compressor(BaseModel, ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return `{"name": registry name, **fields}`, which `lc.compressors.create` turns back into an equal step."""
         return {"name": compressors.name_of(type(self)), **self.model_dump(mode="json")}
-
-    def __str__(self) -> str:
-        changed = {key: value for key, value in self if value != type(self).model_fields[key].get_default()}
-        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
