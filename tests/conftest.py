@@ -1,20 +1,27 @@
-"""What every test needs: one thread, since the models are tiny, and the tokenizer that fits them."""
+"""What tests share: the tokenizer of the tiny models, and one fresh process that reloads what they saved."""
 
 import sys
 
 import pytest
-import torch
 
 import llmcompress as lc
-from llmcompress.testing import tiny_tokenizer
+from llmcompress.testing import check_reloads, tiny_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="session")
+def reloads():
+    """Collects folders for `check_reloads`: all that a worker's tests saved are read at its end, in one process."""
+    folders = []
+    yield folders
+    check_reloads(folders)
+
+
+@pytest.fixture(scope="session")
+def plain_reloads():
+    """The same for folders that load without llmcompress."""
+    folders = []
+    yield folders
+    check_reloads(folders, plain=True)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -26,7 +25,7 @@ from llmcompress.anatomy.module_sizes import module_sizes, quantized_by, resize
 from llmcompress.anatomy.sizes import matches_config
 from llmcompress.anatomy.surgery import keep_channels, keep_features, keep_inputs, keep_outputs, keep_rows
 from llmcompress.quantization.hf import mark
-from llmcompress.testing import FAMILIES, check_reloads, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
+from llmcompress.testing import FAMILIES, save_expected, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
 
 
 def without(count, *gone, width=16):
@@ -171,7 +170,7 @@ def test_a_running_count_of_a_module_is_no_size():
     assert not any("layer.1" in path or path.endswith("layer.0") for path in module_sizes(model))
 
 
-def test_every_folder_loads_in_a_fresh_process_cut_and_then_quantized(tmp_path):
+def test_every_folder_loads_in_a_fresh_process_cut_and_then_quantized(reloads, tmp_path):
     models = {family: cut(family) for family in CUTS}
     cut_resnet(convolutions := resnet())
     mark(convolutions)
@@ -185,10 +184,7 @@ def test_every_folder_loads_in_a_fresh_process_cut_and_then_quantized(tmp_path):
         inputs = image if name == "resnet" else tiny_inputs(model)
         expected = logits(model, inputs)
         model.save_pretrained(tmp_path / name)
-        (tmp_path / name / "expected").mkdir()
-        save_file(
-            {**inputs, "logits": expected.float().contiguous()}, tmp_path / name / "expected" / "expected.safetensors"
-        )
+        save_expected(model, tmp_path / name, inputs)
         again = lc.load(tmp_path / name)
         assert torch.equal(logits(again, inputs), expected)
         assert as_json(again) == as_json(model)
@@ -196,7 +192,7 @@ def test_every_folder_loads_in_a_fresh_process_cut_and_then_quantized(tmp_path):
         assert again.dtype == model.dtype
         assert (quantized_by(again) == "llmcompress") == name.endswith("int8")
         assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
-    check_reloads([tmp_path / name for name in models])
+    reloads.extend(tmp_path / name for name in models)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "t5"])

@@ -72,20 +72,22 @@ def solve_config(
         reference = build(model, values)
         return reference is not None and shapes_of(reference) == target and agrees(reference)
 
-    def brings_a_part(values: Values, path: str, new: Any) -> bool:
-        reference, without = build(model, {**values, path: new}), build(model, values)
-        if reference is None or without is None:
-            return False
-        shapes, others = shapes_of(reference), shapes_of(without)
+    def shapes_if(values: Values) -> Shapes | None:
+        reference = build(model, values)
+        return None if reference is None else shapes_of(reference)
+
+    def brings_a_part(others: Shapes, shapes: Shapes) -> bool:
         changed = {name for name in others.keys() | shapes.keys() if shapes.get(name) != others.get(name)}
         return bool(changed) and all(shapes.get(name) == target.get(name) for name in changed)
 
     chosen: Values = {}
     for start in ({}, fixed) if fixed else ({},):
         chosen = dict(start)
+        others = shapes_if(chosen)
         for path, new in candidates:
-            if brings_a_part(chosen, path, new):
-                chosen[path] = new
+            shapes = shapes_if({**chosen, path: new})
+            if shapes is not None and others is not None and brings_a_part(others, shapes):
+                chosen[path], others = new, shapes
         if len(chosen) > len(start) and fits(chosen):
             return chosen
     # What no attribute brings by itself, a few together may.

@@ -7,7 +7,7 @@ A plug-in's test is three lines:
         check_compression(MyPruning(), family)
 """
 
-from .contract import check_compression, check_declaration, check_refusal, check_reloads
+from .contract import check_compression, check_declaration, check_refusal, check_reloads, save_expected
 from .families import FAMILIES, IMAGE_FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_declaration",
     "check_refusal",
     "check_reloads",
+    "save_expected",
     "tiny_data",
     "tiny_inputs",
     "tiny_model",
