@@ -201,9 +201,8 @@ class Int8Experts(QuantizedExperts):
         """Map `x` (..., inputs), at least 2-D, to (..., outputs), in the dtype of `x`."""
         exact = x if x.dtype == torch.float32 else x.float()
         codes, scale = self._part(name, expert)
-        if kernels.has_fbgemm(codes.device):
-            packed = kernels.packed_copy(codes, scale, None, self.activations)[1]
-            y = kernels.fbgemm_linear(exact, packed, None, self.activations)
+        if kernels.takes_copy(codes):
+            y = kernels.packed_copy(codes, scale, None, self.activations)[1](exact, None, self.activations)
         else:
             y = kernels.unpacked_linear(exact, codes, scale, None, self.activations)
         return y if x.dtype == torch.float32 else y.to(x.dtype)

@@ -177,7 +177,7 @@ class Int8Linear(Int8Module):
         self.activations: Activations | Stored = activations
         added = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", added)
-        self._packed: tuple[Any, Any] | None = None
+        self._packed: tuple[Any, kernels.PackedCopy] | None = None
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Linear:
@@ -221,7 +221,7 @@ class Int8Linear(Int8Module):
         return self._product(x)
 
     def derived_bytes(self) -> int:
-        """Return the bytes of fbgemm's packed copy, 0 before the first call."""
+        """Return the bytes of the kernel's packed copy, 0 before the first call."""
         return kernels.packed_bytes(self.weight)
 
     def extra_repr(self) -> str:
@@ -236,18 +236,18 @@ class Int8Linear(Int8Module):
         weight, bias = cast(nn.Parameter, self._parameters["weight"]), self._parameters["bias"]
         scale = self.scale if self._partner is not None else cast(torch.Tensor, self._buffers["scale"])
         exact = x if x.dtype == torch.float32 else x.float()
-        packed = self._pack(weight, scale, bias)
-        if packed is not None:
-            y = kernels.fbgemm_linear(exact, packed, bias, self.activations)
+        copy = self._copy(weight, scale, bias)
+        if copy is not None:
+            y = copy(exact, bias, self.activations)
         else:
             y = kernels.unpacked_linear(exact, weight, scale, bias, self.activations)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
-    def _pack(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        """Return the packed copy, made anew whenever a tensor was replaced or written to; None without fbgemm."""
+    def _copy(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> kernels.PackedCopy | None:
+        """Return the packed copy, made anew whenever a tensor was replaced or written to; None where none is taken."""
         known = self._packed
         if known is None or known[0] != kernels.copy_state(weight, scale, bias, self.activations):
-            if not kernels.has_fbgemm(weight.device):
+            if not kernels.takes_copy(weight):
                 return None
             # One assignment: another thread sees the old copy or the new one, whole.
             known = self._packed = kernels.packed_copy(weight, scale, bias, self.activations)

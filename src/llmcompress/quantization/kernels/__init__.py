@@ -10,13 +10,26 @@ from .int8 import (
     rounded_activations,
     torch_linear,
 )
+from .int8_native import Int8Weight
 from .int8_ops import int8_linear, int8_static_linear, unpacked_linear
 from .packed import Product, forget_product, packed_product, product_of, product_state
 from .packed_ops import packed_linear
-from .packing import copy_state, forget_copy, has_fbgemm, identity, pack, packed_bytes, packed_copy
+from .packing import (
+    PackedCopy,
+    copy_state,
+    forget_copy,
+    has_fbgemm,
+    identity,
+    pack,
+    packed_bytes,
+    packed_copy,
+    takes_copy,
+)
 
 __all__ = [
     "Activations",
+    "Int8Weight",
+    "PackedCopy",
     "Product",
     "Stored",
     "activation_bits",
@@ -38,6 +51,7 @@ __all__ = [
     "product_of",
     "product_state",
     "rounded_activations",
+    "takes_copy",
     "torch_linear",
     "unpacked_linear",
 ]

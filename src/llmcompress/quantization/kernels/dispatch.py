@@ -101,9 +101,14 @@ _INT4 = "compute capability 8.0, groups of 32 to 256, inputs in multiples of 128
 _FBGEMM = "a torch built with fbgemm, and torch.backends.quantized.engine 'x86' or 'fbgemm'"
 
 
-def _int8(scheme: str, fbgemm: str) -> list[Kernel]:
+def _native(device: torch.device) -> bool:
+    return device.type == "cpu" and native() is not None
+
+
+def _int8(scheme: str, fbgemm: str, calls: str = "") -> list[Kernel]:
     return [
-        Kernel(scheme, "cpu", "any", f"fbgemm {fbgemm}", has_fbgemm, _FBGEMM),
+        Kernel(scheme, "cpu", "any", f"native int8{calls}", _native, "the native kernels: see above"),
+        Kernel(scheme, "cpu", "any", f"fbgemm {fbgemm}{calls}", has_fbgemm, _FBGEMM),
         Kernel(scheme, "cpu", "any", "torch._int_mm (oneDNN)", has_int_mm, "a CPU with VNNI and oneDNN"),
         Kernel(scheme, "cpu", "any", "codes multiplied as float32", _always, "nothing"),
         Kernel(scheme, "cuda", "any", "torch._int_mm (cuBLAS)", has_int_mm, "compute capability 7.5"),
@@ -122,7 +127,7 @@ def _packed(scheme: str) -> list[Kernel]:
 
 TABLE: list[Kernel] = [
     *_int8("int8_linear", "linear_dynamic"),
-    *_int8("int8_experts", "linear_dynamic, one call an expert"),
+    *_int8("int8_experts", "linear_dynamic", ", one call an expert"),
     *_packed("packed_linear"),
     *_packed("packed_experts"),
     *_int8("int8_static_linear", "linear_with_input_q_dq"),
@@ -162,13 +167,13 @@ def _machine() -> dict[str, str]:
         "VNNI": f"{vnni} (activations in {activation_bits()} bits)",
         "threads": str(torch.get_num_threads()),
         "int8 engine": torch.backends.quantized.engine,
-        "native kernels": _native(),
+        "native kernels": _native_set(),
         "oneDNN": "yes" if torch.backends.mkldnn.is_available() else "no",
         "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "no",
     }
 
 
-def _native() -> str:
+def _native_set() -> str:
     found = native()
     if found is None:
         return f"no: needs {why_absent()}"

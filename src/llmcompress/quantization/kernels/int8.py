@@ -1,4 +1,4 @@
-"""The int8 matrix product: by fbgemm, by `torch._int_mm`, or in plain torch; all of them round alike.
+"""The int8 matrix product: by fbgemm, by `torch._int_mm`, or in plain torch; `int8_native` has the one in C++.
 
 Activations are coded as they come (`Activations`: one scale for all of them, or one a row), or with a `Stored` scale
 that was calibrated. fbgemm's operators live in torch itself (`torch.ops.quantized`), not in `torch.ao.quantization`,
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..affine import activation_range
+from .native import native
 
 Activations = Literal["tensor", "token"]
 """What shares one scale: the whole input of a layer (`tensor`), or each row of it (`token`)."""
@@ -27,8 +28,13 @@ _FEWEST_ROWS, _MULTIPLE = 17, 8
 
 @cache
 def activation_bits() -> int:
-    """Return 8, or 7 on x86 CPUs without VNNI, where fbgemm adds pairs of products in 16 bits: 8 would overflow."""
-    return 8 if torch.cpu._is_vnni_supported() else 7
+    """Return how many bits of an activation this machine multiplies: 8, or 7 where products are added in 16 bits.
+
+    That is so on x86 CPUs without VNNI, in fbgemm as in the native kernels: 8 bits would overflow there.
+    """
+    kernels = native()
+    exact = kernels is not None and kernels.name in {"avx_vnni", "avx512_vnni", "neon_dot"}
+    return 8 if exact or torch.cpu._is_vnni_supported() else 7
 
 
 @dataclass(frozen=True)
@@ -157,4 +163,4 @@ def _code(x: torch.Tensor, activations: Activations | Stored) -> tuple[torch.Ten
         return torch.round(x / largest * limit), zero, largest / limit
     levels = 2 ** activation_bits() - 1
     unit, zero = activation_range(x, levels)
-    return torch.round(x / unit).add_(zero).clamp_(0, levels), zero, unit
+    return torch.round(x * unit.reciprocal()).add_(zero).clamp_(0, levels), zero, unit

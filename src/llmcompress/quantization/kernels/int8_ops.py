@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 
 from ...errors import CompressionError
-from .int8 import Activations, Stored, fbgemm_linear, has_int_mm, int_mm_linear, torch_linear
-from .packing import has_fbgemm, packed_copy
+from .int8 import Activations, Stored, has_int_mm, int_mm_linear, torch_linear
+from .packing import packed_copy, takes_copy
 
 
 def unpacked_linear(
@@ -22,7 +22,7 @@ def unpacked_linear(
     bias: torch.Tensor | None,
     activations: Activations | Stored,
 ) -> torch.Tensor:
-    """Multiply float32 `x` (..., in) by int8 `weight` where there is no fbgemm: the fastest way left."""
+    """Multiply float32 `x` (..., in) by int8 `weight` where no kernel takes a copy: the fastest way left."""
     product = int_mm_linear if has_int_mm(weight.device) else torch_linear
     return product(x, weight, scale, bias, activations)
 
@@ -79,9 +79,8 @@ def _linear(
     activations: Activations | Stored,
 ) -> torch.Tensor:
     exact = x.to(torch.float32) if x.dim() > 1 else x.to(torch.float32).unsqueeze(0)
-    if has_fbgemm(weight.device):
-        copy = packed_copy(weight, scale, bias, activations)[1]
-        y = fbgemm_linear(exact, copy, bias, activations)
+    if takes_copy(weight):
+        y = packed_copy(weight, scale, bias, activations)[1](exact, bias, activations)
     else:
         y = unpacked_linear(exact, weight, scale, bias, activations)
     return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)

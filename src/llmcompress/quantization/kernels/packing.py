@@ -1,25 +1,65 @@
-"""fbgemm's own copy of an int8 weight: made on demand, kept as long as the weight lives, never saved."""
+"""The copy of an int8 weight that a kernel multiplies by: made on demand, kept as long as the weight, never saved."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .int8 import Activations, Stored
+from .int8 import Activations, Stored, fbgemm_linear
+from .int8_native import Int8Weight, multiplies
+from .native import native
 
-Copy = tuple[Any, Any]
+
+class PackedCopy(Protocol):
+    """A weight as a kernel wants it, with its scale and, if it has one, its bias.
+
+    Attributes:
+        nbytes: of memory.
+    """
+
+    nbytes: int
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored) -> torch.Tensor:
+        """Multiply float32 `x` (..., in), at least 2-D; returns float32 (..., out).
+
+        Args:
+            x: the input.
+            bias: the one that the copy was made of.
+            activations: what the copy was made for.
+        """
+
+
+Copy = tuple[Any, PackedCopy]
 """What the copy was made of, and the copy."""
 
 # By the weight itself, so that a compiled graph, which knows tensors and no modules, finds the copy of the module.
 _COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+@dataclass
+class FbgemmCopy:
+    """The copy of fbgemm."""
+
+    packed: Any
+    nbytes: int
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored) -> torch.Tensor:
+        """Multiply."""
+        return fbgemm_linear(x, self.packed, bias, activations)
+
+
 def has_fbgemm(device: torch.device) -> bool:
     """Tell whether the fbgemm operators run on `device` in this build of torch, with the engine now chosen."""
     return device.type == "cpu" and torch.backends.quantized.engine in {"x86", "fbgemm"}
+
+
+def takes_copy(weight: torch.Tensor) -> bool:
+    """Tell whether the product with `weight` (out, in) is computed from a copy on this machine."""
+    return multiplies(weight) if native() is not None else has_fbgemm(weight.device)
 
 
 def pack(
@@ -43,6 +83,16 @@ def pack(
     return torch.ops.quantized.linear_prepack(coded, bias.detach().float() if inside and bias is not None else None)
 
 
+def make_copy(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
+) -> PackedCopy:
+    """Return a new copy for the fastest kernel; for a weight that `takes_copy`, arguments as those of `pack`."""
+    kernels = native()
+    if kernels is not None:
+        return Int8Weight(weight, scale, bias, kernels)
+    return FbgemmCopy(pack(weight, scale, bias, activations), copy_bytes(weight))
+
+
 def packed_copy(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
 ) -> Copy:
@@ -50,7 +100,7 @@ def packed_copy(
     state = copy_state(weight, scale, bias, activations)
     known: Copy | None = _COPIES.get(weight)
     if known is None or known[0] != state:
-        known = (state, pack(weight, scale, bias, activations))
+        known = (state, make_copy(weight, scale, bias, activations))
         _COPIES[weight] = known
     return known
 
@@ -68,12 +118,13 @@ def forget_copy(weight: torch.Tensor) -> None:
 
 
 def packed_bytes(weight: torch.Tensor) -> int:
-    """Estimate the memory of the copy kept for `weight`, 0 before the first product."""
-    return copy_bytes(weight) if weight in _COPIES else 0
+    """Return the memory of the copy kept for `weight`, 0 before the first product."""
+    known: Copy | None = _COPIES.get(weight)
+    return known[1].nbytes if known is not None else 0
 
 
 def copy_bytes(weight: torch.Tensor) -> int:
-    """Estimate the memory of a copy: the codes; for each output a scale, zero point, column sum and bias."""
+    """Estimate the memory of fbgemm's copy: the codes; for each output a scale, zero point, column sum and bias."""
     return weight.numel() + 16 * weight.shape[0]
 
 

@@ -1,9 +1,8 @@
-#include "avx2.hpp"
-
+#include "int8_avx2.hpp"
 #include "kernels.hpp"
 
 namespace llmc {
 
-const Table avx2_table = kernels_of<Avx2>();
+const Table avx2_table = kernels_of<Avx2, Int8Avx2>();
 
 }  // namespace llmc

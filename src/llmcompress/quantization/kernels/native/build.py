@@ -73,7 +73,7 @@ def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
             return str(made[0])
 
         try:
-            objects, known = [compiled(name, []) for name in ("portable", "cpu", "parallel")], []
+            objects, known = [compiled(name, []) for name in ("portable", "cpu", "parallel", "int8_weight")], []
             for name, flags in _SETS.get(platform.machine(), {}).items():
                 try:
                     objects.append(compiled(name, flags[kind]))

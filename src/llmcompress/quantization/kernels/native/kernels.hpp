@@ -1,15 +1,17 @@
-// All kernels of one trait, as a table.
+// All kernels of one instruction set, as a table.
 #pragma once
 
 #include "activations.hpp"
+#include "int8_pack.hpp"
+#include "int8_product.hpp"
 #include "table.hpp"
 
 namespace llmc {
 namespace {
 
-template <class Set>
+template <class Set, class Int8>
 constexpr Table kernels_of() {
-  return {code_rows<Set>};
+  return {code_rows<Set>, pack_int8<Int8>, multiply_int8<Int8>};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "cpu.hpp"
 #include "export.hpp"
+#include "int8_weight.hpp"
 #include "table.hpp"
 
 using llmc::Table;
@@ -32,4 +33,22 @@ LLMC_EXPORT const Table* llmc_table(const char* set) {
 LLMC_EXPORT void llmc_code_rows(const Table* table, const float* x, int64_t rows, int64_t columns, int64_t limit,
                                 int8_t* codes, float* unit, int64_t threads) {
   table->code_rows(x, rows, columns, limit, codes, unit, threads);
+}
+
+LLMC_EXPORT llmc::Int8Weight* llmc_int8_pack(const Table* table, const int8_t* codes, const float* scale,
+                                             const float* bias, int64_t outputs, int64_t inputs, int64_t threads) {
+  return table->pack_int8(codes, scale, bias, outputs, inputs, threads);
+}
+
+LLMC_EXPORT void llmc_int8_free(llmc::Int8Weight* weight) { llmc::free_int8(weight); }
+
+LLMC_EXPORT int64_t llmc_int8_bytes(const llmc::Int8Weight* weight) { return weight->bytes; }
+
+// Returns 0, or 1 where memory is short.
+LLMC_EXPORT int32_t llmc_int8_linear(const Table* table, const llmc::Int8Weight* weight, const float* x, int64_t rows,
+                                     float* y, int64_t grain, int64_t levels, int64_t zero, float unit,
+                                     int64_t threads) {
+  const llmc::Coding coding{static_cast<llmc::Grain>(grain), static_cast<int32_t>(levels), static_cast<int32_t>(zero),
+                            unit};
+  return !table->multiply_int8(*weight, x, rows, y, coding, threads);
 }

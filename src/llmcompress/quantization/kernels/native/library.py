@@ -28,6 +28,13 @@ _PROTOTYPES = {
     "llmc_table": (_POINTER, [ctypes.c_char_p]),
     "llmc_use_openmp": (None, [_POINTER]),
     "llmc_code_rows": (None, [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE]),
+    "llmc_int8_pack": (_POINTER, [*[_POINTER] * 4, _SIZE, _SIZE, _SIZE]),
+    "llmc_int8_free": (None, [_POINTER]),
+    "llmc_int8_bytes": (_SIZE, [_POINTER]),
+    "llmc_int8_linear": (
+        ctypes.c_int32,
+        [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_float, _SIZE],
+    ),
 }
 
 

@@ -1,9 +1,8 @@
-#include "portable.hpp"
-
+#include "int8_portable.hpp"
 #include "kernels.hpp"
 
 namespace llmc {
 
-const Table portable_table = kernels_of<Portable>();
+const Table portable_table = kernels_of<Portable, Int8Portable>();
 
 }  // namespace llmc

@@ -7,9 +7,16 @@
 
 namespace llmc {
 
+struct Int8Weight;
+struct Coding;
+
 struct Table {
   void (*code_rows)(const float* x, int64_t rows, int64_t columns, int64_t limit, int8_t* codes, float* unit,
                     int64_t threads);
+  Int8Weight* (*pack_int8)(const int8_t* codes, const float* scale, const float* bias, int64_t outputs, int64_t inputs,
+                           int64_t threads);
+  bool (*multiply_int8)(const Int8Weight& weight, const float* x, int64_t rows, float* y, Coding coding,
+                        int64_t threads);
 };
 
 extern const Table portable_table, avx2_table, avx_vnni_table, avx512_vnni_table, neon_dot_table;
