@@ -648,6 +648,38 @@ def test_a_part_stops_at_its_last_layer():
     before = dict(calls)  # the survey's
     for _ in range(3):
         next(turns)
-    # o_proj's own turn stops before it runs; those of gate and up, and of down, run it.
+    # o_proj's own turn stops before it runs; those of gate and up, and of down, run it. What down puts out nobody needs.
     assert calls["o_proj"] - before["o_proj"] == 2 * len(batches)
-    assert calls["down_proj"] - before["down_proj"] == len(batches)
+    assert calls["down_proj"] == before["down_proj"]
+
+
+def test_a_pass_goes_on_until_the_last_layer_has_seen_all_chunks():
+    model = tiny_model("bert")
+    for block in model.bert.encoder.layer:
+        block.chunk_size_feed_forward = 16  # one chunk of the short row that is looked at first, two of these
+    batches, layers = [probe_inputs(model, rows=3, tokens=32)], _layers(model)
+    for turn in block_by_block(model, batches, layers, Rows, who="test"):
+        expected = _by_hand(model, batches)
+        assert all(len(one.rows) == 96 for [one] in turn.statistics.values())
+        assert all(torch.equal(one.rows, expected[name]) for name, [one] in turn.statistics.items())
+        _halve([layer for layer in layers if layer.name in turn.statistics])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_layers_that_get_the_same_tensor_share_its_sums(changed, monkeypatch):
+    model = tiny_model("llama")
+    if changed:
+        # Within the very tensor: k and v get other inputs than q.
+        model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda _, args: _double(args[0]))
+    batches, layers = _batches(model), _layers(model)
+    sums, calls = InputProducts.sums.__func__, []
+    monkeypatch.setattr(InputProducts, "sums", classmethod(lambda cls, inputs: calls.append(1) or sums(cls, inputs)))
+    found = observe(model, batches, layers, InputProducts.of, who="test")
+    assert len(calls) == (8 + changed) * len(batches)
+    expected = _by_hand(model, batches)
+    for name, [one] in found.items():
+        torch.testing.assert_close(one.products, expected[name].T @ expected[name], rtol=1e-4, atol=1e-4)
+
+
+def _double(tensor):
+    tensor.mul_(2)

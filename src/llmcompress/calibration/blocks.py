@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from ..anatomy.turns import keeper_of
 from ..errors import MissingInputError, UnsupportedModelError
 from .listening import listen
-from .replay import Batch, Forward, Replay, replaced, stopping, stopping_at_once
+from .replay import Batch, Forward, Replay, replaced, stopping, stopping_once
 from .states import States
 from .statistics import Ignored, Statistic, parts_of
 from .survey import Part, prove, survey
@@ -173,7 +174,8 @@ def _turns(
     found.inputs.clear()
     if doubt:
         _LOG.warning("%s: each block takes a pass through the whole of %s: %s", who, type(model).__name__, doubt)
-    turns = found.parts if sequential else {block: [Part(own, None)] for block, own in found.turns.items()}
+    whole = {block: [Part(own, found.latest[block])] for block, own in found.turns.items()}
+    turns = found.parts if sequential else whole
     total = sum(map(len, turns.values()))
     keeper = keeper_of(model)
     places = {place.path: number for number, place in enumerate(found.order)}
@@ -188,7 +190,8 @@ def _turns(
             for number, part in enumerate([Part(found.turns[block], None)] if done else parts):
                 last = done or number == len(parts) - 1
                 statistics = _empty(part.layers, Ignored if done else statistic)
-                ending = {part.until: stopping_at_once} if part.until is not None and not last else {}
+                # What the layer that is called last puts out is not needed yet.
+                ending = {part.until: stopping_once(partial(_is_complete, statistics))} if part.until else {}
                 with listen(part.layers, statistics, who=who), replaced(model, ending):
                     if doubt:
                         for batch in batches if not done else ():
@@ -210,6 +213,11 @@ def _turns(
                 keeper.restore(block)
             else:
                 keeper.finish(block)
+
+
+def _is_complete(statistics: Mapping[str, Sequence[Statistic]]) -> bool:
+    """Whether all have seen equally many tokens: the layer called last may take them in several calls."""
+    return len({one.count for parts in statistics.values() for one in parts}) == 1
 
 
 def _empty(layers: Sequence[WeightLayer], statistic: Callable[[WeightLayer], Statistic]) -> dict[str, list[Statistic]]:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..anatomy.reads import PRODUCTS, one_expert_at_a_time
 from ..errors import CompressionError
-from .statistics import parts_of
+from .statistics import SummedInputs, parts_of
 
 if TYPE_CHECKING:
     from ..anatomy.layers import WeightLayer
@@ -38,10 +38,11 @@ def listen(layers: Sequence[WeightLayer], statistics: Mapping[str, Sequence[Stat
         CompressionError: an input is NaN or infinite; the message names the layer.
     """
     used = [layer for layer in layers if is_watched(layer)]
+    latest = _Latest()
     with ExitStack() as stack:
         for layer in layers:
             if layer.kind in _CALLED:
-                hook = _Hook(layer, statistics[layer.name][0], who)
+                hook = _Hook(layer, statistics[layer.name][0], who, latest)
                 stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if used:
             stack.enter_context(one_expert_at_a_time(used))
@@ -54,13 +55,33 @@ def is_watched(layer: WeightLayer) -> bool:
     return layer.kind not in _CALLED
 
 
+class _Latest:
+    """What the layer called last got, and what was added up of it: the next one may get the same (q, k and v)."""
+
+    def __init__(self) -> None:
+        self._inputs: torch.Tensor | None = None
+        self._version = 0
+        self._sums: dict[type, tuple[torch.Tensor, ...]] = {}
+
+    def sums(self, statistic: SummedInputs, inputs: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the sums of `rows`, which are those of `inputs`."""
+        # Where torch does not tell whether a tensor was changed, nothing is taken for the same.
+        version = -1 if inputs.is_inference() else inputs._version
+        if self._inputs is not inputs or self._version != version or version < 0:
+            self._inputs, self._version, self._sums = inputs, version, {}
+        kind = type(statistic)
+        if kind not in self._sums:
+            self._sums[kind] = statistic.sums(rows)
+        return self._sums[kind]
+
+
 class _Hook:
-    def __init__(self, layer: WeightLayer, statistic: Statistic, who: str) -> None:
-        self._layer, self._statistic, self._who = layer, statistic, who
+    def __init__(self, layer: WeightLayer, statistic: Statistic, who: str, latest: _Latest) -> None:
+        self._layer, self._statistic, self._who, self._latest = layer, statistic, who, latest
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        _feed(self._statistic, inputs, self._layer, self._layer.name, self._who)
+        _feed(self._statistic, inputs, self._layer, self._layer.name, self._who, self._latest)
 
 
 class _Watched:
@@ -115,7 +136,15 @@ class _Products(TorchFunctionMode):
         return False
 
 
-def _feed(statistic: Statistic, inputs: torch.Tensor, layer: WeightLayer, name: str, who: str) -> None:
+@torch.no_grad()
+def _feed(
+    statistic: Statistic,
+    inputs: torch.Tensor,
+    layer: WeightLayer,
+    name: str,
+    who: str,
+    latest: _Latest | None = None,
+) -> None:
     rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(layer.weight.device)
     if not len(rows):
         return
@@ -125,4 +154,7 @@ def _feed(statistic: Statistic, inputs: torch.Tensor, layer: WeightLayer, name: 
             f"{who}: NaN or infinite activations enter {name}; check the weights before it and the model's dtype "
             f"(float16 overflows where float32 and bfloat16 do not)."
         )
-    statistic.update(rows)
+    if latest is not None and isinstance(statistic, SummedInputs):
+        statistic.add(len(rows), latest.sums(statistic, inputs, rows))
+    else:
+        statistic.update(rows)

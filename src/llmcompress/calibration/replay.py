@@ -182,13 +182,21 @@ def stopping(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def stopping_at_once(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `forward` that ends the pass before `own` has computed anything; its hooks have seen the inputs."""
+def stopping_once(complete: Callable[[], bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what makes of a `forward` one that ends the pass as soon as `complete()`, before it computes anything.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        raise Stopped
+    The hooks of its module have seen the inputs by then.
+    """
 
-    return forward
+    def made(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if complete():
+                raise Stopped
+            return own(*args, **kwargs)
+
+        return forward
+
+    return made
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:

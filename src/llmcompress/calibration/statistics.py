@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from ..anatomy.layers import WeightLayer
+
+# Columns of a symmetric product that are computed at a time.
+_COLUMNS = 384
 
 
 class Statistic(Protocol):
@@ -21,6 +25,31 @@ class Statistic(Protocol):
 
     def update(self, inputs: torch.Tensor) -> None:
         """Take in `inputs` of shape (tokens, features), in the layer's dtype and on its device; no token is padding."""
+
+
+class SummedInputs(ABC):
+    """A statistic that is a sum over batches: of layers that get the same inputs only the first needs computing it.
+
+    Attributes:
+        count: tokens seen so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @classmethod
+    @abstractmethod
+    def sums(cls, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what a batch (tokens, features) adds; nobody changes it."""
+
+    @abstractmethod
+    def add(self, tokens: int, sums: tuple[torch.Tensor, ...]) -> None:
+        """Add what `sums` returned for a batch of so many tokens."""
+
+    @torch.no_grad()
+    def update(self, inputs: torch.Tensor) -> None:
+        """Add a batch (tokens, features)."""
+        self.add(len(inputs), self.sums(inputs))
 
 
 class Ignored:
@@ -75,7 +104,7 @@ class InputNorms:
         return self.squares.sqrt()
 
 
-class InputProducts:
+class InputProducts(SummedInputs):
     """The sum over all tokens of x x^T, half the Hessian of a layer's squared error (OBC, arXiv 2208.11580).
 
     Args:
@@ -94,7 +123,7 @@ class InputProducts:
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        super().__init__()
         self.products = torch.zeros(features, features, device=device)
 
     @classmethod
@@ -102,12 +131,26 @@ class InputProducts:
         """Return an empty one for `layer`, on its device."""
         return cls(layer.weight.shape[layer.input_axis], layer.weight.device)
 
-    @torch.no_grad()
-    def update(self, inputs: torch.Tensor) -> None:
-        """Add the products of `inputs` (tokens, features)."""
-        self.count += len(inputs)
-        tokens = inputs.float()
-        self.products.addmm_(tokens.t(), tokens)
+    @classmethod
+    def sums(cls, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return x x^T, summed over `inputs` (tokens, features)."""
+        return (_products(inputs.float()),)
+
+    def add(self, tokens: int, sums: tuple[torch.Tensor, ...]) -> None:
+        """Add the products of a batch."""
+        self.count += tokens
+        self.products += sums[0]
+
+
+def _products(tokens: torch.Tensor) -> torch.Tensor:
+    """Return `tokens.T @ tokens`, of which half is enough to know the other one."""
+    features = tokens.shape[1]
+    found = tokens.new_empty(features, features)
+    for start in range(0, features, _COLUMNS):
+        own, behind = slice(start, start + _COLUMNS), slice(start + _COLUMNS, features)
+        torch.mm(tokens[:, own].t(), tokens[:, start:], out=found[own, start:])
+        found[behind, own] = found[own, behind].t()
+    return found
 
 
 def parts_of(layer: WeightLayer) -> int:

@@ -47,6 +47,7 @@ class Survey:
         doubt: why the blocks cannot be run one at a time, or None.
         parts: the same layers in the order of the run, with those of a block divided: what the layers of a part put out
             decides the inputs of the parts behind it.
+        latest: by the same paths, which of the turn's layers is called last, if each is called once; else None.
         ends: whether no layer is used behind the last block.
         unseen: names of layers that are no linear modules, and whose weight no matrix product was seen to use.
     """
@@ -55,6 +56,7 @@ class Survey:
     inputs: list[list[torch.Tensor]]
     turns: dict[str, list[WeightLayer]]
     parts: dict[str, list[Part]]
+    latest: dict[str, str | None]
     doubt: str | None
     ends: bool
     unseen: tuple[str, ...]
@@ -128,7 +130,8 @@ def survey(forward: Forward, batches: Sequence[Batch], layers: Sequence[WeightLa
     unseen = tuple(layer.name for layer in layers if is_watched(layer) and not witness[layer.name].seen)
     calls_of = {name: one.places for name, one in witness.items()}
     parts = {block: _parts(own, calls_of) for block, own in turns.items()}
-    return Survey(order, inputs, turns, parts, _doubt(calls, seen), ends, unseen)
+    latest = {block: _latest(own, calls_of) for block, own in turns.items()}
+    return Survey(order, inputs, turns, parts, latest, _doubt(calls, seen), ends, unseen)
 
 
 def prove(forward: Forward, batches: Sequence[Batch], found: Survey) -> str | None:

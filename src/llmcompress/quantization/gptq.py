@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -119,14 +120,16 @@ class GPTQ(CalibratedGrouping):
         sequential = self.true_sequential
         turns = self._turns(model, batches, layers, InputProducts.of, sequential=sequential, progress=context.progress)
         for heard in turns:
+            curvatures = _Curvatures(self.dampening, self.act_order)
             for name, statistics in heard.statistics.items():
                 target = known[name]
                 why = "its inputs cannot be seen" if name in heard.unseen else "no calibration token reached it"
-                coded = self._round_layer(target, statistics, why, context)
+                coded = self._round_layer(target, statistics, curvatures, why, context)
                 done += [(other, coded) for other in sharing.pop(id(target.layer.weight))]
                 if not heard.last:
                     # The layers behind it are calibrated on what it will put out.
                     target.layer.weight.detach().copy_(as_stored(target.layer, decode(coded, target.grid)))
+            del curvatures  # as large as a block, and not needed while the next one is in memory
             if heard.last:
                 self._replace(model, done)
                 done = []
@@ -142,7 +145,14 @@ class GPTQ(CalibratedGrouping):
     def _auto_fit(self) -> Fit:
         return self.fit
 
-    def _round_layer(self, target: Target, statistics: Sequence[Statistic], unknown: str, context: Context) -> Coded:
+    def _round_layer(
+        self,
+        target: Target,
+        statistics: Sequence[Statistic],
+        curvatures: _Curvatures,
+        unknown: str,
+        context: Context,
+    ) -> Coded:
         """Round each matrix of a layer; `unknown` says why, where nothing was seen of its inputs."""
         remarks: dict[str, list[int]] = defaultdict(list)
         parts = []
@@ -154,7 +164,7 @@ class GPTQ(CalibratedGrouping):
                 remarks[f"{self._rounded}: {why}"].append(part)
                 parts.append(quantize(matrix, target.grid))
                 continue
-            coded, found = self._round(matrix, products, target.grid)
+            coded, found = self._round(matrix, curvatures.of(products), target.grid)
             parts.append(coded)
             for remark in found:
                 remarks[remark].append(part)
@@ -169,26 +179,64 @@ class GPTQ(CalibratedGrouping):
         )
 
     @torch.no_grad()
-    def _round(self, weight: torch.Tensor, products: torch.Tensor, grid: Grid) -> tuple[Coded, list[str]]:
+    def _round(self, weight: torch.Tensor, curvature: _Curvature, grid: Grid) -> tuple[Coded, list[str]]:
         """Round `weight` (rows, columns); return the codes, and remarks for the report."""
         remarks = []
         pruned = share_of_zeros(weight)
         zeros = weight == 0 if pruned > PRUNED else None
         if zeros is not None:
             remarks.append(f"its zeros stay, {pruned:.4g} of its weights")
-        mean = float(products.diagonal().mean())
-        order = torch.arange(len(products), device=products.device)
-        if self.act_order:
-            order = products.diagonal().argsort(descending=True, stable=True)
-        root, share = damped_root(products[order][:, order], self.dampening, who=type(self).__name__)
-        grown = remark_on(self.dampening, share)
+        grown = remark_on(self.dampening, curvature.dampening)
         remarks += [grown] if grown else []
-        hessian = products / mean  # near 1, so that nothing here overflows
-        hessian.diagonal().add_(share)
+        hessian, order = curvature.hessian, curvature.order
         laid = fit(weight, grid, self.fit, hessian.diagonal() if self.fit == "mse" else None)
-        coded = round_with_feedback(weight, root, laid, grid, order=order, zeros=zeros, block_size=self.block_size)
+        coded = round_with_feedback(
+            weight, curvature.root, laid, grid, order=order, zeros=zeros, block_size=self.block_size
+        )
         product = weight @ hessian if self.refinements else None
         for _ in range(self.refinements):
             coded = lay_again(weight, hessian, coded, grid, product=product)
             coded = round_again(weight, hessian, coded, grid, order=order, zeros=zeros, block_size=self.block_size)
         return coded, remarks
+
+
+@dataclass(frozen=True)
+class _Curvature:
+    """What the inputs of a layer say of its errors.
+
+    Attributes:
+        products: sums of x x^T.
+        order: the columns in the order in which they are rounded.
+        root: see `damped_root`, in that order.
+        dampening: what it took.
+        hessian: the products, dampened, near 1 so that nothing overflows, in the order of the columns.
+    """
+
+    products: torch.Tensor
+    order: torch.Tensor
+    root: torch.Tensor
+    dampening: float
+    hessian: torch.Tensor
+
+
+class _Curvatures:
+    """The curvatures of the layers of a block: for those with the same inputs (q, k and v) one is computed."""
+
+    def __init__(self, dampening: float, act_order: bool) -> None:
+        self._dampening, self._act_order = dampening, act_order
+        self._latest: _Curvature | None = None
+
+    @torch.no_grad()
+    def of(self, products: torch.Tensor) -> _Curvature:
+        """Return the curvature of a layer whose inputs have these sums of x x^T."""
+        known = self._latest
+        if known is not None and torch.equal(known.products, products):
+            return known
+        order = torch.arange(len(products), device=products.device)
+        if self._act_order:
+            order = products.diagonal().argsort(descending=True, stable=True)
+        root, share = damped_root(products[order][:, order], self._dampening, who=GPTQ.__name__)
+        hessian = products / float(products.diagonal().mean())
+        hessian.diagonal().add_(share)
+        self._latest = _Curvature(products, order, root, share, hessian)
+        return self._latest

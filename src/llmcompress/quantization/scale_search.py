@@ -53,11 +53,15 @@ class InputMoments(InputProducts):
         """Return an empty one for `layer`, on its device."""
         return cls(layer.weight.shape[layer.input_axis], layer.weight.device)
 
-    @torch.no_grad()
-    def update(self, inputs: torch.Tensor) -> None:
-        """Add `inputs` (tokens, features)."""
-        super().update(inputs)
-        self.magnitudes += inputs.float().abs().sum(0)
+    @classmethod
+    def sums(cls, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return both sums over `inputs` (tokens, features)."""
+        return *super().sums(inputs), inputs.float().abs().sum(0)
+
+    def add(self, tokens: int, sums: tuple[torch.Tensor, ...]) -> None:
+        """Add both sums of a batch."""
+        super().add(tokens, sums)
+        self.magnitudes += sums[1]
 
     def divide(self, factors: torch.Tensor) -> None:
         """Make of the sums those of inputs that are divided by `factors`, shape (features,)."""
