@@ -648,7 +648,7 @@ def test_a_part_stops_at_its_last_layer():
     before = dict(calls)  # the survey's
     for _ in range(3):
         next(turns)
-    # o_proj's own turn stops before it runs; those of gate and up, and of down, run it. What down puts out nobody needs.
+    # o_proj's own turn stops before it runs; those of gate and up, and of down, run it; nobody needs down's outputs.
     assert calls["o_proj"] - before["o_proj"] == 2 * len(batches)
     assert calls["down_proj"] == before["down_proj"]
 
