@@ -24,7 +24,8 @@ from llmcompress.evaluation.tasks.overlap import bleu, chrf
 from llmcompress.evaluation.tasks.prompts import read_prompts
 from llmcompress.evaluation.tasks.question_answering import best_spans
 from llmcompress.evaluation.tasks.repetition import collapse_warnings, loops
-from llmcompress.evaluation.tasks.squad import exact_match, f1, read_questions
+from llmcompress.evaluation.tasks.squad import exact_match, f1
+from llmcompress.questions import read_questions
 from llmcompress.testing import tiny_model
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"

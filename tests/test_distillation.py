@@ -13,7 +13,8 @@ import llmcompress as lc
 from llmcompress.anatomy.stacks import find_stacks
 from llmcompress.compressor import Context, Cut
 from llmcompress.data import Example
-from llmcompress.distillation.batches import collate, head_of, make_rows
+from llmcompress.distillation.batches import collate, make_rows
+from llmcompress.distillation.heads import head_of, model_inputs
 from llmcompress.distillation.objective import Objective
 from llmcompress.distillation.student import layer_map, make_student
 from llmcompress.distillation.zeros import pruned_weights
@@ -71,7 +72,7 @@ def test_the_parts_of_an_accumulated_batch_add_up_to_one_big_batch(family):
         batches = [collate(head, part, pad=0, decoder_start=0) for part in split]
         counts = torch.stack([objective.counts(batch) for batch in batches]).sum(0)
         for batch in batches:
-            fed = {key: value for key, value in batch.items() if key != "labels"}
+            fed = model_inputs(batch)
             outputs = [model(**fed, output_hidden_states=True) for model in (student, teacher)]
             yield objective(*outputs, batch, counts).detach()
 
@@ -114,7 +115,7 @@ def kl_to(teacher, student, data, labelled=True):
     head = head_of(teacher)
     rows = make_rows(head, teacher, tiny_tokenizer(), data, max_length=24, labelled=labelled)
     batch = collate(head, rows, pad=0, decoder_start=0)
-    fed = {key: value for key, value in batch.items() if key != "labels"}
+    fed = model_inputs(batch)
     objective = Objective(head=head)
     with torch.no_grad():
         return float(objective(student(**fed), teacher(**fed), batch, objective.counts(batch)))
@@ -347,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_leaves_no_trace():
     with torch.no_grad():
         student.classifier.bias.fill_(math.nan)
     attributes = set(vars(student))
-    with pytest.raises(lc.CompressionError, match=r"must be finite, got nan at step 1 of 3"):
+    with pytest.raises(lc.CompressionError, match=r"must be finite, got nan at step 1 of 3 on the rows \d+, "):
         distil(teacher, step_of(), student=student)
     assert set(vars(student)) == attributes
     assert all(not parameter._backward_hooks for parameter in student.parameters())

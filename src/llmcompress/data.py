@@ -14,11 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingInputError
+from .questions import read_questions, unfold
+from .sentences import Sentence, class_names, read_sentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Label = int | float | str
+
+@dataclass(frozen=True)
+class Span:
+    """Where an answer stands in a text: from character `start` up to, not including, `end`; empty where none does."""
+
+    start: int
+    end: int
+
+
+Label = int | float | str | tuple[int | str, ...] | Span
 
 _TEXT = ("text", "sentence", "sentence1", "question1", "premise", "content", "review")
 _PAIR = ("pair", "text_pair", "sentence2", "question2", "hypothesis")
@@ -32,14 +43,18 @@ class Example:
     """One text (or pair of texts) with its label, if it has one.
 
     Attributes:
-        text: the text, or the first of a pair.
-        pair: the second text of a pair, or None.
-        label: a class index, a class name, a real-valued score, or None.
+        text: the text, or the first of a pair; a question.
+        pair: the second text of a pair, or None; what a text is to be rewritten as; the context of a question.
+        label: a class index, a class name, a real-valued score, or None; a tuple for a set of classes (indices or
+            names, or 0 and 1 for every class) and for tags (one a word); for a question its answer, a text or a `Span`
+            of the context.
+        words: the words of the text where it comes cut into them, as it does where each has a tag.
     """
 
     text: str
     pair: str | None = None
     label: Label | None = None
+    words: tuple[str, ...] | None = None
 
 
 def load_examples(source: Any, *, split: str = "train", name: str = "data") -> list[Example]:
@@ -47,8 +62,9 @@ def load_examples(source: Any, *, split: str = "train", name: str = "data") -> l
 
     Args:
         source: a sequence of strings, of `(text, label)` tuples, of `Example`, of dicts (columns `text`/`sentence`/...,
-            `text_pair`/`sentence2`/..., `label`); a `datasets.Dataset`; a path to `.csv`, `.tsv`, `.jsonl` or `.txt`
-            (tables may lack a header: text first, label last); or the name of a hub data set.
+            `text_pair`/`sentence2`/..., `label`; or `tokens`/`words` and `tags`/`ner_tags`/...; or `question`,
+            `context` and `answers`, nested as SQuAD is or not); a `datasets.Dataset`; a path to `.csv`, `.tsv`,
+            `.jsonl` or `.txt` (tables may lack a header: text first, label last); or the name of a hub data set.
         split: which split of a hub data set or a `DatasetDict`.
         name: what to call the argument in messages.
 
@@ -58,9 +74,16 @@ def load_examples(source: Any, *, split: str = "train", name: str = "data") -> l
 
     Example:
         >>> load_examples([("good", 1), {"sentence": "bad", "label": 0}])[1]
-        Example(text='bad', pair=None, label=0)
+        Example(text='bad', pair=None, label=0, words=None)
     """
-    return [_example(row, index, name) for index, row in enumerate(load_rows(source, split=split, name=name))]
+    rows = load_rows(source, split=split, name=name)
+    table = source[split] if isinstance(source, Mapping) and split in source else source
+    if isinstance(rows[0], Mapping) and (
+        {"question", "context"} <= set(rows[0]) or {"paragraphs", "data"} & set(rows[0])
+    ):
+        return _questions(rows, name)
+    tags = class_names(getattr(table, "features", None))
+    return [_example(row, index, name, tags) for index, row in enumerate(rows)]
 
 
 def load_rows(source: Any, *, split: str = "train", name: str = "data") -> list[Any]:
@@ -140,7 +163,7 @@ def read_labels(model: PreTrainedModel, examples: Sequence[Example], *, regressi
             labels.append(float(label))
             continue
         number = names.get(label) if isinstance(label, str) else label
-        if number is None or number != int(number) or not 0 <= number < model.config.num_labels:
+        if not isinstance(number, (int, float)) or number != int(number) or not 0 <= number < model.config.num_labels:
             raise ConfigError(
                 f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, "
                 f"or one of {', '.join(list(names)[:8])}), got {label!r}."
@@ -185,7 +208,7 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return min(limits) if limits else None
 
 
-def _example(row: Any, index: int, name: str) -> Example:
+def _example(row: Any, index: int, name: str, tags: tuple[str, ...] | None) -> Example:
     if isinstance(row, Example):
         return row
     if isinstance(row, str):
@@ -193,16 +216,49 @@ def _example(row: Any, index: int, name: str) -> Example:
     if isinstance(row, Mapping):
         text, pair, label = (_first(row, columns) for columns in (_TEXT, _PAIR, _LABEL))
         if isinstance(text, str):
-            return Example(text, pair if isinstance(pair, str) else None, label)
+            return Example(text, pair if isinstance(pair, str) else None, _label(label))
+        words = row.get("tokens", row.get("words"))
+        if words is not None and label is None and not {"tags", "ner_tags", "pos_tags"} & set(row):
+            return Example(" ".join(words), words=tuple(words))
+        if words is not None:
+            return _tagged(read_sentence(row, f"{name}[{index}]", tags))
         raise ConfigError(
             f"{name}[{index}] must have a text in one of the columns {', '.join(_TEXT)}, got {sorted(row)}."
         )
     if isinstance(row, Sequence) and row and isinstance(row[0], str):
         if len(row) == 2:
-            return Example(row[0], None, row[1])
+            return Example(row[0], None, _label(row[1]))
         if len(row) == 3:
-            return Example(row[0], row[1], row[2])
+            return Example(row[0], row[1], _label(row[2]))
+    if isinstance(row, Sequence) and len(row) == 2 and isinstance(row[0], Sequence):
+        return _tagged(read_sentence(row, f"{name}[{index}]", tags))
     raise ConfigError(f"{name}[{index}] must be a text, (text, label), (text, pair, label) or a dict, got {row!r:.80}.")
+
+
+def _label(label: Any) -> Any:
+    return tuple(label) if isinstance(label, Sequence) and not isinstance(label, str) else label
+
+
+def _tagged(sentence: Sentence) -> Example:
+    return Example(" ".join(sentence.words), None, sentence.tags, sentence.words)
+
+
+def _questions(rows: Sequence[Any], name: str) -> list[Example]:
+    """Read questions with their contexts; those without a column of answers have no label."""
+    flat = list(unfold(rows))
+    bare = [isinstance(row, Mapping) and not {"answer", "answers"} & set(row) for row in flat]
+    questions = read_questions(
+        [{**row, "answers": []} if no else row for row, no in zip(flat, bare, strict=True)], name
+    )
+    examples = []
+    for index, (question, no) in enumerate(zip(questions, bare, strict=True)):
+        first = question.answers[0] if question.answers else ""
+        start = question.start if question.start is not None else question.context.find(first)
+        if question.context[start : start + len(first)] != first or start < 0:
+            raise ConfigError(f"{name}[{index}] must have an answer that stands in its context, got {first!r:.80}.")
+        label = None if no else Span(start, start + len(first)) if first else Span(0, 0)
+        examples.append(Example(question.question, question.context, label))
+    return examples
 
 
 def _first(row: Mapping[str, Any], columns: Iterable[str]) -> Any:

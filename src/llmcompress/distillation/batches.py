@@ -1,52 +1,30 @@
 """Examples to training batches, by the kind of head the model has: what its inputs, targets and counted positions are.
 
-Classifiers read text (pairs) with a label each. Causal LMs read windows cut from all the texts joined. Encoder-decoder
-models read the text and write the pair's second text.
+Classifiers read text (pairs) with a label each, taggers words with a tag each, readers of questions windows of their
+contexts. Masked LMs read the texts one by one. Causal LMs read windows cut from all the texts joined, or a text and its
+second one as what follows it. Encoder-decoder models read the text and write the pair's second text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data import Example, encode, longest_input, read_labels, token_stream
-from ..errors import MissingInputError, UnsupportedModelError
+from ..data import Example, Span, encode, longest_input, token_stream
+from ..errors import ConfigError, MissingInputError
+from .heads import IGNORED, Head
+from .labels import labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Head = Literal["classification", "regression", "causal_lm", "seq2seq_lm"]
 Row = dict[str, Any]
 
-IGNORED = -100
-"""The label of positions that do not count, as everywhere in transformers."""
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """Return which kind of head the model has.
-
-    Raises:
-        UnsupportedModelError: none of those that can be distilled.
-
-    Example:
-        >>> from llmcompress.testing import tiny_model
-        >>> head_of(tiny_model("bert")), head_of(tiny_model("llama")), head_of(tiny_model("t5"))
-        ('classification', 'causal_lm', 'seq2seq_lm')
-    """
-    config = model.config
-    if model.can_generate() and model.get_output_embeddings() is not None:
-        return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
-    if getattr(model, "loss_type", None) == "ForSequenceClassification" and not config.is_encoder_decoder:
-        kind = getattr(config, "problem_type", None)
-        if kind != "multi_label_classification":
-            return "regression" if config.num_labels == 1 or kind == "regression" else "classification"
-    raise UnsupportedModelError(
-        f"KnowledgeDistillation works on models with a single-label classification, regression, causal or seq2seq "
-        f"language-model head, got {type(model).__name__}; load it with AutoModelForSequenceClassification, "
-        f"AutoModelForCausalLM or AutoModelForSeq2SeqLM."
-    )
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Neighbouring windows of a long context share this part of their length, so that few answers are cut in two.
+_OVERLAP = 4
 
 
 def make_rows(
@@ -58,63 +36,41 @@ def make_rows(
     max_length: int,
     labelled: bool,
 ) -> list[Row]:
-    """Tokenise the examples into unpadded training rows, each with `input_ids` and what its head needs.
+    """Tokenise the examples into unpadded training rows, each with `input_ids`, its number, and what its head needs.
 
     Args:
         head: from `head_of`.
         model: gives the label names and the longest input.
         tokenizer: for the texts.
-        examples: at least one.
+        examples: at least one; those without a label get rows that no hard loss counts.
         max_length: tokens a row, cut to what the model can take.
-        labelled: whether labels (for seq2seq: target texts) are wanted.
+        labelled: whether labels are wanted; language models always have them.
 
     Raises:
-        MissingInputError: labels are wanted and missing, or the texts hold fewer than two tokens.
-        ConfigError: a label is not one of the model's classes.
+        MissingInputError: the texts hold fewer than two tokens.
+        ConfigError: a label is not one of the model's classes, or a question leaves no room for its context.
     """
     longest = longest_input(model, tokenizer)
     length = min(max_length, longest) if longest is not None else max_length
-    if labelled:
-        check_labels(head, model, examples)
     if head == "causal_lm":
-        return _windows(tokenizer, examples, length)
-    if head == "seq2seq_lm":
-        return _pairs(tokenizer, examples, length)
-    rows: list[Row] = [dict(row) for row in encode(examples, tokenizer, max_length=length)]
-    if labelled:
-        for row, label in zip(rows, _read_labels(head, model, examples), strict=True):
-            row["labels"] = label
-    return rows
-
-
-def check_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Refuse examples that have no target for the hard loss of this head; the tokens of a causal LM are theirs.
-
-    Raises:
-        MissingInputError: an example has no label (for seq2seq: no second text).
-        ConfigError: a label is not one of the model's classes, or for regression no number.
-    """
-    if head in {"classification", "regression"}:
-        _read_labels(head, model, examples)
+        paired = any(example.pair is not None for example in examples)
+        rows = _continuations(tokenizer, examples, length) if paired else _windows(tokenizer, examples, length)
     elif head == "seq2seq_lm":
-        bare = next((index for index, example in enumerate(examples) if example.pair is None), None)
-        if bare is not None:
-            raise MissingInputError(
-                f"KnowledgeDistillation needs target texts for the hard loss of {type(model).__name__}, and "
-                f"data[{bare}] has none; pass rows with 'text' and 'text_pair', or alpha=1.0 to learn from the teacher "
-                f"alone."
-            )
-
-
-def _read_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> list[int | float]:
-    """Return the label of each example as the head wants it: a class index, or for regression a real number."""
-    bare = next((index for index, example in enumerate(examples) if example.label is None), None)
-    if bare is not None:
-        raise MissingInputError(
-            f"KnowledgeDistillation needs labels for its hard loss, and data[{bare}] has none; pass (text, label) "
-            f"pairs, or alpha=1.0 to learn from the teacher alone."
-        )
-    return read_labels(model, examples, regression=head == "regression")
+        rows = _pairs(tokenizer, examples, length)
+    elif head == "masked_lm":
+        rows = list(_texts(tokenizer, examples, length))
+    else:
+        labels = labels_of(head, model, examples) if labelled else [None] * len(examples)
+        if head == "token_classification":
+            rows = list(_tagged(tokenizer, examples, labels, length))
+        elif head == "question_answering":
+            rows = list(_excerpts(tokenizer, examples, labels, length))
+        else:
+            rows = [dict(row) for row in encode(examples, tokenizer, max_length=length)]
+            missing = {"regression": float("nan"), "multi_label": [IGNORED] * model.config.num_labels}
+            for row, label in zip(rows, labels, strict=True):
+                row["labels"] = missing.get(head, IGNORED) if label is None else label
+    return [{**row, "row": number} for number, row in enumerate(rows)]
 
 
 def collate(head: Head, rows: Sequence[Row], *, pad: int, decoder_start: int | None = None) -> dict[str, torch.Tensor]:
@@ -128,9 +84,10 @@ def collate(head: Head, rows: Sequence[Row], *, pad: int, decoder_start: int | N
 
     Returns:
         `input_ids`, `attention_mask`, `token_type_ids` if the rows have them, `decoder_input_ids` for a seq2seq model,
-        and `labels` if the rows have them (language models always do; `IGNORED` where padded).
+        `labels` (`IGNORED` where padded or missing), `counted` for heads that answer at some tokens only, and `row`,
+        the numbers of the rows.
     """
-    fills = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+    fills = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED, "counted": 0, "row": 0}
     batch = {
         key: _padded([row[key] for row in rows], fills[key])
         if isinstance(rows[0][key], list)
@@ -159,6 +116,29 @@ def _windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], le
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)} for ids in windows]
 
 
+def _continuations(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> list[Row]:
+    """Put the second text behind the first, which counts only where it is alone, and loses its start if it is long."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    for example in examples:
+        prompt = _without_end(tokenizer(example.text, verbose=False)["input_ids"], tokenizer)
+        if example.pair is None:
+            ids = (prompt + end)[:length]
+            labels = list(ids)
+        else:
+            answer = (list(tokenizer(example.pair, add_special_tokens=False, verbose=False)["input_ids"]) + end)[
+                : length - 1
+            ]
+            prompt = prompt[-(length - len(answer)) :]
+            ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return [row for row in rows if len(row["input_ids"]) >= 2]
+
+
+def _without_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+
+
 def _pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> list[Row]:
     sources = encode([Example(example.text) for example in examples], tokenizer, max_length=length)
     # Without a target the teacher is asked about the text itself; no hard loss is taken there.
@@ -168,6 +148,101 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], leng
         for source, target in zip(sources, targets, strict=True)
         if target["input_ids"]
     ]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> Iterator[Row]:
+    """Cut long texts into several rows; what may be masked is `counted`, and the labels are the tokens."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    texts = [text for example in examples for text in (example.text, example.pair) if text is not None]
+    encoded = _cut(tokenizer, texts, length)
+    for number in range(len(encoded["input_ids"])):
+        row = _inputs(encoded, number)
+        maskable = [int(token not in special) for token in row["input_ids"]]
+        if any(maskable):
+            yield {**row, "counted": maskable, "labels": list(row["input_ids"])}
+
+
+def _tagged(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], tags: Sequence[Any], length: int
+) -> Iterator[Row]:
+    """The first piece of each word answers for it; sentences that are too long become several rows."""
+    words = [list(example.words) if example.words is not None else example.text.split() for example in examples]
+    encoded = _cut(tokenizer, words, length, is_split_into_words=True)
+    seen: set[tuple[int, int]] = set()
+    for number, sentence in enumerate(encoded["overflow_to_sample_mapping"]):
+        row, word_of = _inputs(encoded, number), encoded.word_ids(number)
+        counted = [0] * len(word_of)
+        for place, word in enumerate(word_of):
+            if word is not None and (sentence, word) not in seen:
+                seen.add((sentence, word))
+                counted[place] = 1
+        of = tags[sentence]
+        labels = [
+            of[word] if first and of is not None else IGNORED for first, word in zip(counted, word_of, strict=True)
+        ]
+        # A tag of IGNORED is a word that nobody is asked about.
+        if of is not None:
+            counted = [int(first and label != IGNORED) for first, label in zip(counted, labels, strict=True)]
+        if any(counted):
+            yield {**row, "counted": counted, "labels": labels}
+
+
+def _excerpts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], spans: Sequence[Span | None], length: int
+) -> Iterator[Row]:
+    """Read each context in windows; where a window lacks the answer its first token (CLS) is the answer."""
+    questions, contexts = [example.text for example in examples], [example.pair or "" for example in examples]
+    encoded = _cut(tokenizer, questions, length, contexts, stride=length // _OVERLAP, return_offsets_mapping=True)
+    marks = {tokenizer.cls_token_id, tokenizer.bos_token_id} - {None}
+    for number, example in enumerate(encoded["overflow_to_sample_mapping"]):
+        row, span = _inputs(encoded, number), spans[example]
+        counted = [int(part == 1) for part in encoded.sequence_ids(number)]
+        null = 0 if row["input_ids"][0] in marks else None
+        places = [place for place, inside in enumerate(counted) if inside]
+        if null is not None:
+            counted[null] = 1
+        ends = None
+        if span is not None and span.end > span.start:
+            offsets = encoded["offset_mapping"][number]
+            held = [place for place in places if offsets[place][0] < span.end and offsets[place][1] > span.start]
+            if held and offsets[held[0]][0] <= span.start and offsets[held[-1]][1] >= span.end:
+                ends = [held[0], held[-1]]
+        if span is not None and ends is None and null is not None:
+            ends = [null, null]
+        if places:
+            yield {**row, "counted": counted, "labels": ends or [IGNORED, IGNORED]}
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, texts: Any, length: int, pairs: Any = None, **more: Any) -> Any:
+    """Tokenise, and cut what is too long into several rows, each with the special tokens."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"KnowledgeDistillation needs a fast tokenizer for this head, which cuts long texts and tells the pieces "
+            f"of a word, got {type(tokenizer).__name__}; load it with AutoTokenizer."
+        )
+    stride = more.get("stride", 0)
+    if pairs is not None:
+        for index, question in enumerate(texts):
+            asked = len(tokenizer(question, "", verbose=False)["input_ids"])
+            if asked + stride >= length:
+                raise ConfigError(
+                    f"KnowledgeDistillation.max_length must leave room for the context, got {length}: the question of "
+                    f"data[{index}] has {asked} tokens; raise it, or remove the row."
+                )
+    return tokenizer(
+        texts,
+        pairs,
+        truncation=True if pairs is None else "only_second",
+        max_length=length,
+        return_overflowing_tokens=True,
+        padding=False,
+        verbose=False,
+        **more,
+    )
+
+
+def _inputs(encoded: Any, number: int) -> Row:
+    return {key: list(encoded[key][number]) for key in _INPUTS if key in encoded}
 
 
 def _padded(sequences: list[list[int]], fill: int) -> torch.Tensor:

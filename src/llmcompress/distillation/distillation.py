@@ -14,7 +14,10 @@ from ..anatomy.vocabulary import vocabulary_size
 from ..compressor import Action, Compressor, Context, Need, Rounding, Rounds, still_there
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 from ..registry import compressors, register
-from .batches import Head, check_labels, head_of, make_rows
+from .batches import make_rows
+from .heads import LANGUAGE_MODELS, Head, head_of
+from .labels import check_labels
+from .masking import Masking
 from .objective import Objective
 from .student import choose_blocks, layer_map, make_student, parse_student
 from .trainer import Precision, train
@@ -32,8 +35,10 @@ class KnowledgeDistillation(Compressor):
 
     The model is the student: as it arrives (then this recovers what an earlier step lost), or with some of its blocks
     (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108). The teacher is the model as it was before any step.
-    Weights that an earlier step set to zero stay zero. Classifiers learn from the texts (and labels) one by one,
-    causal language models from windows cut out of all texts joined, encoder-decoder models from text to second text.
+    Weights that an earlier step set to zero stay zero. Classifiers (of one class, a set of classes or a score), taggers
+    of words and readers of questions learn from their texts (and labels) one by one; masked language models from what
+    is masked in each text; causal ones from windows cut out of all texts joined, or from each text's second one as its
+    continuation; encoder-decoder models from text to second text.
 
     The loss is `alpha` x KL(teacher || student) at the `temperature` + (1 - `alpha`) x cross-entropy of the labels (of
     the next tokens for language models) + `hidden` x the relative squared error of the hidden states. A regression head
@@ -207,6 +212,7 @@ class KnowledgeDistillation(Compressor):
             seed=context.seed,
             progress=context.progress,
             roundings=roundings,
+            remake=_masking(model, tokenizer) if head == "masked_lm" else None,
         )
         course = " -> ".join(f"{loss:.4g}" for loss in losses)
         context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
@@ -264,7 +270,7 @@ def _refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedMo
             f"teacher and student must have the same kind of head, got {theirs} ({type(teacher).__name__}) and {head} "
             f"({type(student).__name__})."
         )
-    if head in {"classification", "regression"} and teacher.config.num_labels != student.config.num_labels:
+    if head not in LANGUAGE_MODELS and teacher.config.num_labels != student.config.num_labels:
         raise UnsupportedModelError(
             f"teacher and student must have the same classes, got {teacher.config.num_labels} and "
             f"{student.config.num_labels} labels; give the student the teacher's head."
@@ -306,7 +312,16 @@ def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedMod
             f"teacher and student must share the tokenizer's {real} tokens, got vocabularies of {theirs} and {ours}; "
             f"use a student with the teacher's tokenizer."
         )
-    return real if head in {"causal_lm", "seq2seq_lm"} else None
+    return real if head in LANGUAGE_MODELS else None
+
+
+def _masking(model: PreTrainedModel, tokenizer: Any) -> Masking:
+    if tokenizer.mask_token_id is None:
+        raise MissingInputError(
+            f"KnowledgeDistillation needs a tokenizer with a mask token for {type(model).__name__}, got "
+            f"{type(tokenizer).__name__} without one; pass the tokenizer that the model was trained with."
+        )
+    return Masking(tokenizer.mask_token_id, vocabulary_size(model))
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: Any) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .batches import IGNORED, Head
+from .heads import IGNORED, LANGUAGE_MODELS, Batch, Head, counted, labelled, logits_of, targets
 from .losses import cross_entropy, forward_kl, hidden_state_error, squared_error
-
-Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,13 @@ class Objective:
         }
 
     def counts(self, batch: Batch) -> torch.Tensor:
-        """Return how many targets, input tokens and decoder tokens of `batch` count: what the parts are divided by.
+        """Return how many answers, labels, input and decoder tokens of `batch` count: what the parts are divided by.
 
         The counts of the batches that make one optimizer step are added, over accumulation steps and processes.
         """
-        target = self._target_mask(batch)
-        masks = self._token_masks(batch)
-        return torch.stack([target.sum(), masks[0].sum(), masks[-1].sum()])
+        masks = [counted(self.head, batch), labelled(self.head, batch)]
+        tokens = self._token_masks(batch)
+        return torch.stack([mask.sum() for mask in (*masks, tokens[0], tokens[-1])])
 
     def __call__(self, student: Any, teacher: Any, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
         """Return the loss, a scalar.
@@ -73,31 +71,23 @@ class Objective:
             batch: from `collate`.
             counts: from `counts`, added up over the global batch.
         """
-        mask, count = self._target_mask(batch), counts[0]
-        ours = self._logits(student)
+        ours = self._logits(student, batch)
         loss = ours.new_zeros((), dtype=torch.float32)
         if self.alpha > 0:
-            loss = loss + self.alpha * self._soft(ours, self._logits(teacher, self.tokens), mask, count)
+            theirs = self._logits(teacher, batch, self.tokens)
+            loss = loss + self.alpha * self._soft(ours, theirs, counted(self.head, batch), counts[0])
         if self.alpha < 1:
-            loss = loss + (1 - self.alpha) * self._hard(ours, batch["labels"], mask, count)
+            labels = targets(self.head, batch)
+            loss = loss + (1 - self.alpha) * self._hard(ours, labels, labelled(self.head, batch), counts[1])
         if self.hidden > 0:
             loss = loss + self.hidden * self._hidden(student, teacher, batch, counts)
         return loss
 
-    def _logits(self, outputs: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        logits = outputs.logits[..., : self.classes]
-        if tokens is not None and self.head in {"causal_lm", "seq2seq_lm"}:
-            logits = logits[..., tokens.to(logits.device)]
-        return logits[:, :-1] if self.head == "causal_lm" else logits
-
-    def _target_mask(self, batch: Batch) -> torch.Tensor:
-        if self.head == "causal_lm":
-            # Position i is asked for token i + 1, so the first token is no target and the last position asks nothing.
-            return batch["labels"][:, 1:] != IGNORED
-        if self.head == "seq2seq_lm":
-            return batch["labels"] != IGNORED
-        ids = batch["input_ids"]
-        return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    def _logits(self, outputs: Any, batch: Batch, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        logits = logits_of(self.head, outputs, batch)
+        if self.head not in LANGUAGE_MODELS:
+            return logits
+        return logits[..., : self.classes] if tokens is None else logits[..., tokens.to(logits.device)]
 
     def _token_masks(self, batch: Batch) -> list[torch.Tensor]:
         inputs = batch["attention_mask"].bool()
@@ -111,13 +101,12 @@ class Objective:
     def _hard(self, ours: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         if self.head == "regression":
             return squared_error(ours.squeeze(-1), labels, mask=mask, count=count)
-        labels = labels[:, 1:] if self.head == "causal_lm" else labels
         return cross_entropy(ours, labels, mask=mask, count=count)
 
     def _hidden(self, student: Any, teacher: Any, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
         names = ["encoder_hidden_states", "decoder_hidden_states"] if self.head == "seq2seq_lm" else ["hidden_states"]
         errors = []
-        for name, mask, count, layers in zip(names, self._token_masks(batch), counts[1:], self.layers, strict=False):
+        for name, mask, count, layers in zip(names, self._token_masks(batch), counts[2:], self.layers, strict=False):
             ours, theirs = getattr(student, name)[1:], getattr(teacher, name)
             errors += [
                 hidden_state_error(state, self._features(theirs[layer]), mask=mask, count=count)

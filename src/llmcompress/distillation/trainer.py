@@ -6,9 +6,10 @@ loss, counts over the global batch, and gives model and caller back everything t
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from ..compressor import Rounding
 from ..errors import CompressionError
 from .batches import Row, collate
 from .fake_quantization import fake_quantized
+from .heads import Batch, model_inputs
 from .objective import Objective
 from .zeros import HeldZeros
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Precision = Literal["auto", "fp32", "bf16"]
+Remake = Callable[[Batch, torch.Generator], dict[str, torch.Tensor]]
 
 
 class DistillationTrainer(Trainer):
@@ -40,13 +43,18 @@ class DistillationTrainer(Trainer):
     Args:
         teacher: in eval mode; it gets no gradient and is not wrapped by accelerate. None where the objective asks none.
         objective: the loss.
+        remake: what is done to each batch when its turn comes (masking, generation); its generator is the same however
+            often a run was interrupted.
         more: what `Trainer` takes: `model`, `args`, `train_dataset`, `data_collator`, `callbacks`.
     """
 
-    def __init__(self, *, teacher: PreTrainedModel | None, objective: Objective, **more: Any) -> None:
+    def __init__(
+        self, *, teacher: PreTrainedModel | None, objective: Objective, remake: Remake | None = None, **more: Any
+    ) -> None:
         super().__init__(**more)
         self.teacher = teacher
         self.objective = objective
+        self.remake = remake
         # The loss is divided by the counts of the whole accumulated batch; Trainer must not divide once more. Releases
         # before the second attribute look at the first one.
         self.model_accepts_loss_kwargs = True
@@ -62,14 +70,21 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        if self.remake is not None:
+            batches = [self.remake(batch, self._generator(part)) for part, batch in enumerate(batches)]
         counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum").clamp(min=1)
+
+    def _generator(self, part: int) -> torch.Generator:
+        """Return the source of chance of one batch: by seed, step, process and place in the step."""
+        place = f"{self.args.seed} {self.state.global_step} {self.args.process_index} {part}"
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big"))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of one batch, and the student's outputs if asked."""
-        fed = {key: value for key, value in inputs.items() if key != "labels"}
+        fed = model_inputs(inputs)
         # Fake quantization rounds a weight once a pass, though models may read it several times (each of the experts).
         with parametrize.cached():
             outputs = model(**fed, **self._asked)
@@ -83,8 +98,9 @@ class DistillationTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             raise CompressionError(
                 f"the loss of KnowledgeDistillation must be finite, got {loss.item()} at step "
-                f"{self.state.global_step + 1} of {self.state.max_steps}; lower learning_rate, add warmup, or use "
-                f"precision='fp32'."
+                f"{self.state.global_step + 1} of {self.state.max_steps} on the rows "
+                f"{', '.join(map(str, inputs['row'].tolist()))}; lower learning_rate, add warmup, or use "
+                f"precision='fp32'; if it is always these rows, look at their texts and labels."
             )
         # Gradients are averaged over the processes, and the counts are already those of all of them.
         loss = loss * self.accelerator.num_processes
@@ -130,6 +146,7 @@ def train(
     seed: int,
     progress: bool,
     roundings: Sequence[Rounding] = (),
+    remake: Remake | None = None,
 ) -> list[float]:
     """Train `model` in place and return the losses: of the first step, then the mean of each epoch.
 
@@ -178,6 +195,7 @@ def train(
             model=model,
             teacher=teacher,
             objective=objective,
+            remake=remake,
             args=arguments,
             train_dataset=list(rows),
             data_collator=partial(collate, objective.head, pad=pad, decoder_start=decoder_start),

@@ -12,9 +12,10 @@ import torch
 
 from ...data import load_rows, longest_input
 from ...errors import ConfigError, UnsupportedModelError
+from ...questions import Question, read_questions
 from ...registry import tasks
 from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
-from .squad import Question, exact_match, f1, read_questions
+from .squad import exact_match, f1
 from .task import ExampleResult, TaskScore, check_positive, check_vocabulary, not_finite, unfit
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import torch
 from ...data import load_rows, longest_input
 from ...errors import ConfigError, UnsupportedModelError, did_you_mean
 from ...registry import tasks
+from ...sentences import Sentence, class_names, read_sentence
 from ..resampling import Floats, Metrics
 from .entities import OUTSIDE, entities, is_scheme
 from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
 from .measures import spans
-from .sentences import Sentence, class_names, read_sentence
 from .task import ExampleResult, TaskScore, check_positive, check_vocabulary, means, not_finite, unfit
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import ConfigError, MissingInputError
+from .errors import ConfigError, MissingInputError
 
 _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "labels", "pos_tags")

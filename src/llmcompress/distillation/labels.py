@@ -1,0 +1,121 @@
+"""Labels of examples as each head wants them, and the refusal of those that it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..data import Example, Span, read_labels
+from ..errors import ConfigError, MissingInputError, did_you_mean
+from .heads import IGNORED, Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Refuse examples that have no target for the hard loss of this head; the tokens of a text are theirs.
+
+    Raises:
+        MissingInputError: an example has no label (for seq2seq: no second text).
+        ConfigError: a label is not one of the model's classes, for regression no number, for tags not one a word, for a
+            question no text of its context.
+    """
+    if head in {"causal_lm", "masked_lm"}:
+        return
+    if head == "seq2seq_lm":
+        bare = next((index for index, example in enumerate(examples) if example.pair is None), None)
+        if bare is not None:
+            raise MissingInputError(
+                f"KnowledgeDistillation needs target texts for the hard loss of {type(model).__name__}, and "
+                f"data[{bare}] has none; pass rows with 'text' and 'text_pair', or alpha=1.0 to learn from the teacher "
+                f"alone."
+            )
+        return
+    bare = next((index for index, example in enumerate(examples) if example.label is None), None)
+    if bare is not None:
+        raise MissingInputError(
+            f"KnowledgeDistillation needs labels for its hard loss, and data[{bare}] has none; pass (text, label) "
+            f"pairs, or alpha=1.0 to learn from the teacher alone."
+        )
+    labels_of(head, model, examples)
+
+
+def labels_of(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -> list[Any]:
+    """Return the label of each example as the head wants it, None where it has none.
+
+    A class index; for regression a number; for multi-label 0 or 1 of each class; for tokens a class index a word; for a
+    question a `Span` of the context.
+
+    Raises:
+        ConfigError: as `check_labels`.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> labels_of("multi_label", tiny_model("bert"), [Example("a", label=("LABEL_1",)), Example("b", label=())])
+        [[0, 1], [0, 0]]
+    """
+    if head == "question_answering":
+        return [None if one.label is None else _span(f"data[{i}]", one) for i, one in enumerate(examples)]
+    if head in {"multi_label", "token_classification"}:
+        read = _set if head == "multi_label" else _tags
+        return [None if one.label is None else read(f"data[{i}]", one, model) for i, one in enumerate(examples)]
+    known = [index for index, example in enumerate(examples) if example.label is not None]
+    if len(known) == len(examples):
+        return list(read_labels(model, examples, regression=head == "regression"))
+    labels: list[Any] = [None] * len(examples)
+    for index, label in zip(
+        known, read_labels(model, [examples[i] for i in known], regression=head == "regression"), strict=True
+    ):
+        labels[index] = label
+    return labels
+
+
+def _set(where: str, example: Example, model: PreTrainedModel) -> list[int]:
+    given, classes = example.label, model.config.num_labels
+    if not isinstance(given, tuple):
+        raise ConfigError(
+            f"{where}.label must be a list of classes for the multi-label {type(model).__name__}, got {given!r}; pass "
+            f"for instance ['toxic', 'threat'] or [0, 1, 1]."
+        )
+    if len(given) == classes and all(one in (0, 1) for one in given):
+        return [int(one) for one in given]
+    chosen = {_class(where, one, model) for one in given}
+    return [int(index in chosen) for index in range(classes)]
+
+
+def _tags(where: str, example: Example, model: PreTrainedModel) -> list[int]:
+    given = example.label
+    if not isinstance(given, tuple) or example.words is None or len(given) != len(example.words):
+        raise ConfigError(
+            f"{where} must have words and one tag a word for {type(model).__name__}, got {given!r:.80}; pass rows with "
+            f"'tokens' and 'tags'."
+        )
+    return [IGNORED if tag == IGNORED else _class(where, tag, model) for tag in given]
+
+
+def _class(where: str, label: int | str, model: PreTrainedModel) -> int:
+    names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
+    number = names.get(label) if isinstance(label, str) else label
+    if number is None or not 0 <= number < model.config.num_labels:
+        hint = did_you_mean(label, names) if isinstance(label, str) else ""
+        raise ConfigError(
+            f"{where}.label must be of the classes of {type(model).__name__} (0 to {model.config.num_labels - 1}, or "
+            f"{', '.join(list(names)[:8])}), got {label!r}{hint or '.'}"
+        )
+    return number
+
+
+def _span(where: str, example: Example) -> Span:
+    given, context = example.label, example.pair
+    if context is None:
+        raise ConfigError(f"{where} must have a context for its question; pass rows with 'question' and 'context'.")
+    if isinstance(given, Span):
+        return given
+    text = given[0] if isinstance(given, tuple) and given else given
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}.label must be an answer, a text or a Span of the context, got {given!r:.80}.")
+    start = context.find(text)
+    if start < 0:
+        raise ConfigError(f"{where}.label must be a text that stands in its context, got {text!r:.80}.")
+    return Span(start, start + len(text))
