@@ -78,7 +78,7 @@ def test_two_classes_of_zeros_and_ones_are_read_as_such(tokenizer) -> None:
         ("multi_label_classification", 3, "class 1", r"data\[1\] must have a list of classes"),
         ("multi_label_classification", 3, [3], r"data\[1\] must have a label in \[0, 3\), got 3"),
         ("multi_label_classification", 3, ["clas 1"], r"data\[1\] has the label 'clas 1'.*did you mean 'class 1'"),
-        ("single_label_classification", 3, [0, 1], r"data\[1\] must have a label in \[0, 3\), got \[0, 1\]"),
+        ("single_label_classification", 3, [0, 1], r"data\[1\] must have a label in \[0, 3\), got \(0, 1\)"),
         ("single_label_classification", 3, -1, "-1 marks the unlabelled test splits"),
         ("regression", 1, "high", r"data\[1\] must have a number as label .* got 'high'"),
         ("regression", 1, math.nan, r"data\[1\] must have a number as label .* got nan"),
