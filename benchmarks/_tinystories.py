@@ -1,5 +1,6 @@
 """The protocol of the quality tables: what trained Llamas are calibrated on, and how their loss is counted."""
 
+import statistics
 from pathlib import Path
 
 import torch
@@ -16,13 +17,23 @@ def token_ids(tokenizer: object, text: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
 
 
+def training_texts(assets: Path, *, length: int = 2000) -> list[str]:
+    """Return the stories behind those that are scored on, in texts of `length` characters."""
+    story = next((assets / "tinystories").glob("*.txt")).read_text(encoding="utf-8").replace("\n\n", "\n")
+    return [story[at : at + length] for at in range(110_000, len(story), length)]
+
+
 @torch.inference_mode()
-def loss(model: torch.nn.Module, ids: torch.Tensor, *, window: int = 256, windows: int = 60) -> float:
-    """Return the mean negative log-likelihood of the first non-overlapping windows, in nats a token."""
-    total, count = 0.0, 0
+def window_losses(model: torch.nn.Module, ids: torch.Tensor, *, window: int = 256, windows: int = 60) -> list[float]:
+    """Return the negative log-likelihood of each of the first non-overlapping windows, in nats a token."""
+    losses = []
     for at in range(0, min(len(ids) - window, window * windows), window):
         tokens = ids[at : at + window][None]
         logits = model(input_ids=tokens).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-        count += window - 1
-    return total / count
+        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))
+    return losses
+
+
+def loss(model: torch.nn.Module, ids: torch.Tensor, *, window: int = 256, windows: int = 60) -> float:
+    """Return the mean of `window_losses`, which is that of all tokens: windows are equally long."""
+    return statistics.fmean(window_losses(model, ids, window=window, windows=windows))

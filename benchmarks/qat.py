@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from _machine import describe_machine
-from _tinystories import loss, texts_of, token_ids
+from _tinystories import loss, texts_of, token_ids, training_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,8 +37,7 @@ def main() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     text, _ = texts_of(arguments.assets)
     ids = token_ids(tokenizer, text)
-    story = next((arguments.assets / "tinystories").glob("*.txt")).read_text(encoding="utf-8").replace("\n\n", "\n")
-    data = [story[at : at + 2000] for at in range(110_000, len(story), 2000)]
+    data = training_texts(arguments.assets)
     rate = arguments.learning_rate
     print(f"- {arguments.steps} steps of {arguments.batch} windows of 256 tokens, learning rate {rate:g}\n")
     print(f"| bits | rounded | trained for it | dense {loss(model, ids):.4f}, minutes of training |")
