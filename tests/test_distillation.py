@@ -132,7 +132,7 @@ def test_distillation_brings_the_student_nearer_to_the_teacher(family, student):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     teacher_before = state_of(teacher)
     bare = copy.deepcopy(start)
-    make_student(bare, student)
+    make_student(bare, student, Context())
     step = step_of(steps=60, student=student, alpha=1.0, hidden=0.5, learning_rate=3e-3, batch_size=16)
     data = texts(labels=False)
     distilled, _ = distil(teacher, step, student=start, data=data)

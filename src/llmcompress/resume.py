@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from .anatomy.digest import model_digest
 from .checkpoint import load, read_metadata, save
 from .compressor import Compressor, Cut
 from .data import find_tokenizer
@@ -39,7 +38,7 @@ class Stages:
     def __init__(self, folder: str | Path, model: PreTrainedModel, data: Sequence[Example] | None, seed: int) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._digest = hashlib.sha256(_fingerprint(model))
+        self._digest = hashlib.sha256(model_digest(model).encode())
         self._digest.update(json.dumps([asdict(example) for example in data or ()]).encode())
         self._digest.update(json.dumps([seed, library_versions()]).encode())
         self._count = 0
@@ -87,15 +86,3 @@ class Stages:
         self._stage = self._folder / f"{self._count:02d}-{name}-{self._digest.hexdigest()[:16]}"
         self._count += 1
         return self._stage
-
-
-def _fingerprint(model: PreTrainedModel) -> bytes:
-    """Hash the config and every weight of the model."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    # Where a model was read from is no part of what it is: a stage read back must lead to the same next ones.
-    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()

@@ -26,6 +26,11 @@ def empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
         >>> empty_model(model, model.config).device
         device(type='meta')
     """
+    return empty_of_class(type(model), config)
+
+
+def empty_of_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model class from `config` on the meta device, as `empty_model` does."""
     loaded = type(config).from_dict(copy.deepcopy(config).to_dict())
     if getattr(loaded, "quantization_config", None) is not None:
         loaded.quantization_config = None
@@ -33,4 +38,4 @@ def empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     if isinstance(loaded.dtype, str):
         loaded.dtype = getattr(torch, loaded.dtype)
     with torch.device("meta"):
-        return type(model)(loaded)
+        return model_class(loaded)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializeAsAny,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from ..anatomy.depth import plan_depth
 from ..anatomy.module_sizes import quantized_by
 from ..anatomy.vocabulary import vocabulary_size
 from ..compressor import Action, Compressor, Context, Need, Rounding, Rounds, still_there
@@ -19,7 +26,8 @@ from .heads import LANGUAGE_MODELS, Head, head_of
 from .labels import check_labels
 from .masking import Masking
 from .objective import Objective
-from .student import choose_blocks, layer_map, make_student, parse_student
+from .sources import told
+from .student import PlannedStudent, Student, layer_map, make_student, plan_student, read_student
 from .trainer import Precision, train
 from .zeros import pruned_weights
 
@@ -33,8 +41,9 @@ _DEFAULT_EPOCHS = 3.0
 class KnowledgeDistillation(Compressor):
     """Train the model to put out what the original puts out (arXiv 1503.02531), on the data given.
 
-    The model is the student: as it arrives (then this recovers what an earlier step lost), or with some of its blocks
-    (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108). The teacher is the model as it was before any step.
+    The model is the student: as it arrives (then this recovers what an earlier step lost), with some of its blocks
+    (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108), or narrower (`"width:0.5"`). A student may also be a
+    model of its own, from a config or a folder. The teacher is the model as it was before any step.
     Weights that an earlier step set to zero stay zero. Classifiers (of one class, a set of classes or a score), taggers
     of words and readers of questions learn from their texts (and labels) one by one; masked language models from what
     is masked in each text; causal ones from windows cut out of all texts joined, or from each text's second one as its
@@ -53,7 +62,11 @@ class KnowledgeDistillation(Compressor):
         temperature: softens teacher and student alike; above 0.
         alpha: weight of the teacher against the labels, in [0, 1]; 1 needs no labels.
         hidden: weight of the hidden states' error (after arXiv 1909.10351); 0 leaves it out.
-        student: None, `"layers:3"` (3 blocks evenly spaced, first and last among them), or `"layers:0,2,5"`.
+        student: None: the model as it arrives. Parts of it: `"layers:3"` (3 blocks evenly spaced, first and last among
+            them), `"layers:0,2,5"`, or `"width:0.5"` (that share of hidden features, heads and feed-forward channels,
+            the dearest by their gradients; what cannot be narrower is told in the plan). From scratch: a config, as a
+            dict or a `.json` file; without `model_type` the model's own with those fields changed. From elsewhere: a
+            folder, a name on the hub or a model; its tokenizer comes with it.
         learning_rate: of AdamW, falling linearly to 0.
         batch_size: rows a step and process; a row is a text, or a window of `max_length` tokens.
         max_length: tokens a row, cut to what the model can take.
@@ -80,7 +93,9 @@ class KnowledgeDistillation(Compressor):
     temperature: float = Field(2.0, gt=0, description="divides the logits of teacher and student in the soft loss")
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the soft loss; the hard loss has the rest")
     hidden: float = Field(0.0, ge=0, description="weight of the hidden states' relative squared error")
-    student: str | None = Field(None, description="'layers:3' or 'layers:0,2,5'; None: the model as it arrives")
+    student: Annotated[Student, PlainValidator(read_student), PlainSerializer(told)] = Field(
+        None, description="part of the model, a config, or another model; None: the model as it arrives"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     batch_size: int = Field(32, gt=0, description="rows a step and process")
     max_length: int = Field(256, gt=1, description="tokens a row")
@@ -102,13 +117,6 @@ class KnowledgeDistillation(Compressor):
             if epochs is None and steps is None:
                 return {**fields, "epochs": _DEFAULT_EPOCHS}
         return fields
-
-    @field_validator("student")
-    @classmethod
-    def _known_student(cls, student: str | None) -> str | None:
-        if student is not None:
-            parse_student(student)
-        return student
 
     @field_validator("quantize_for", mode="before")
     @classmethod
@@ -142,20 +150,15 @@ class KnowledgeDistillation(Compressor):
             MissingInputError: labels are needed and missing.
             UnsupportedModelError: no head that can be distilled, a quantized student, a teacher that does not match.
         """
-        self._check(model, context)
-        kept = choose_blocks(model, self.student) if self.student is not None else {}
-        actions = [
-            Action(
-                path=path,
-                does=f"keep {len(indices)} of {len(model.get_submodule(path))} blocks: {', '.join(map(str, indices))}",
-            )
-            for path, indices in kept.items()
-        ]
+        _, planned = self._check(model, context)
+        actions, kept = list(planned.actions), planned.kept
         span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         does = f"distil for {span}" if "teacher" in self.needs else f"fine-tune for {span}"
         actions.append(Action(path="", does=does, reason="all trainable weights"))
         if self.quantize_for is not None:
-            actions.append(self._rounding_action(model))
+            actions.append(self._rounding_action(planned.model))
+        if planned.model is not model:
+            return actions
         stay = tuple(f"{path}.{index}." for path, indices in kept.items() for index in indices)
         held = [
             int(zero.sum())
@@ -180,9 +183,10 @@ class KnowledgeDistillation(Compressor):
                 "KnowledgeDistillation needs a teacher that is not the student itself; pass the original as "
                 "Context.teacher (lc.compress does, without inplace=True)."
             )
-        head = self._check(model, context)
-        rows = make_rows(head, model, tokenizer, data, max_length=self.max_length, labelled=self.alpha < 1)
-        context.history.extend(make_student(model, self.student))
+        head, planned = self._check(model, context)
+        tokenizer = planned.tokenizer or tokenizer
+        rows = make_rows(head, planned.model, tokenizer, data, max_length=self.max_length, labelled=self.alpha < 1)
+        model = make_student(model, self.student, context)
         objective = Objective(
             head=head,
             temperature=self.temperature,
@@ -231,12 +235,12 @@ class KnowledgeDistillation(Compressor):
             reason="put that step behind this one",
         )
 
-    def _check(self, model: PreTrainedModel, context: Context) -> Head:
-        """Refuse all that cannot work, and return the head; reads no weights."""
-        _refuse_untrainable(model)
+    def _check(self, model: PreTrainedModel, context: Context) -> tuple[Head, PlannedStudent]:
+        """Refuse all that cannot work; return the head and what the student will be. Reads no weights."""
         head = head_of(model)
-        if self.student is not None:
-            plan_depth(model, choose_blocks(model, self.student))
+        planned = plan_student(model, self.student, context)
+        model = planned.model
+        _refuse_untrainable(model)
         if context.data is not None and self.alpha < 1:
             check_labels(head, model, context.data)
         teacher = context.teacher if "teacher" in self.needs else None
@@ -245,7 +249,7 @@ class KnowledgeDistillation(Compressor):
             if self.hidden > 0:
                 _refuse_widths(model, teacher, context)
                 layer_map(model, teacher, context.history)
-        return head
+        return head, planned
 
 
 def _refuse_untrainable(model: PreTrainedModel) -> None:

@@ -1,29 +1,193 @@
-"""Students made from their teacher: which blocks stay, and which teacher layers each student layer answers for."""
+"""Students: parts of their teacher, models of their own from a config, or smaller siblings from elsewhere."""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
-from ..anatomy.depth import evenly_spaced, keep_blocks, origins
+import torch
+import transformers
+
+from ..anatomy.depth import evenly_spaced, keep_blocks, origins, plan_depth
+from ..anatomy.empty import empty_of_class
+from ..anatomy.footprint import footprint
 from ..anatomy.stacks import Stack, find_stacks
-from ..compressor import Cut
+from ..anatomy.vocabulary import vocabulary_size
+from ..compressor import Action, Context, Cut
 from ..errors import ConfigError, UnsupportedModelError
+from .narrow import narrowing, parse_width
+from .sibling import class_from, config_fields, empty_sibling
+from .sources import InMemory, Source, load_with_head, read_source, reads_alike, tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Student: TypeAlias = str | InMemory | dict[str, Any] | None
+"""What the field may hold: part of the model, another model, the fields of a config."""
+
+_WHO = "KnowledgeDistillation.student"
+_FORMS = (
+    "'layers:3' (how many blocks, evenly spaced), 'layers:0,2,5' (which blocks), 'width:0.5' (share of each width), a "
+    "config (a dict or a .json file), a folder, a name on the hub, or a model"
+)
 
 
-def parse_student(spec: str) -> int | tuple[int, ...]:
+def read_student(value: Any) -> Student:
+    """Return what the field `student` holds, checked as far as it can be without the model.
+
+    Raises:
+        ConfigError: it is none of the forms, or a malformed one.
+
+    Example:
+        >>> read_student("layers:3"), read_student({"num_hidden_layers": 2})
+        ('layers:3', {'num_hidden_layers': 2})
+    """
+    if value is None:
+        return None
+    if isinstance(value, transformers.PreTrainedConfig):
+        return {**value.to_diff_dict(), "model_type": value.model_type}
+    if isinstance(value, Mapping) and "in_memory" not in value:
+        if not value or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{_WHO} must be {_FORMS}, got {value!r}.")
+        return dict(value)
+    if isinstance(value, str):
+        if value.lstrip().startswith("width"):
+            parse_width(value)
+        elif value.lstrip().startswith("layer"):
+            parse_blocks(value)
+        elif not value.strip() or (":" in value and not Path(value).exists()):
+            raise ConfigError(f"{_WHO} must be {_FORMS}, got {value!r}.")
+        return value
+    return read_source(value, _WHO)
+
+
+@dataclass(frozen=True)
+class PlannedStudent:
+    """What `make_student` is about to do.
+
+    Attributes:
+        model: the student, where it is another model without its weights; the model itself where it is a part of it.
+        actions: for the plan.
+        kept: block indices that stay, by path of the stack, where some go.
+        tokenizer: the student's own where it brings one that reads differently, or None.
+    """
+
+    model: PreTrainedModel
+    actions: list[Action]
+    kept: dict[str, tuple[int, ...]]
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def plan_student(model: PreTrainedModel, student: Student, context: Context) -> PlannedStudent:
+    """Tell what the student will be; reads no weight of it and changes nothing.
+
+    Raises:
+        ConfigError: it asks for blocks that are not there; there is no such folder; a config of it cannot be built; an
+            earlier step changed the model whose place it takes.
+        UnsupportedModelError: blocks that cannot stand alone, no width that can be cut, a vocabulary that does not hold
+            the tokens.
+    """
+    if student is None:
+        return PlannedStudent(model, [], {})
+    if _keeps_blocks(student):
+        kept = choose_blocks(model, student)
+        plan_depth(model, kept)
+        numbers = {path: ", ".join(map(str, indices)) for path, indices in kept.items()}
+        actions = [
+            Action(path=path, does=f"keep {len(kept[path])} of {len(model.get_submodule(path))} blocks: {told}")
+            for path, told in numbers.items()
+        ]
+        return PlannedStudent(model, actions, kept)
+    if _narrows(student):
+        return PlannedStudent(model, narrowing(model, student, context)[1], {})
+    if context.history:
+        raise ConfigError(
+            f"{_WHO} takes the place of the whole model, got {student!r} behind a step that cut the model; put it "
+            f"first, and cut the student afterwards."
+        )
+    fields = config_fields(student, _WHO)
+    if fields is not None:
+        built = empty_of_class(*class_from(model, fields, _WHO))
+        does, tokenizer = "draw the weights of a new", None
+    else:
+        assert not isinstance(student, dict)
+        built = empty_sibling(model, student, _WHO)
+        does, tokenizer = f"begin from {student!r}:", _own_tokenizer(student, context)
+    if tokenizer is not None:
+        raise UnsupportedModelError(f"{_WHO} must have the teacher's tokenizer, and {student!r} has another one.")
+    known = tokenizer or context.tokenizer
+    if known is not None and vocabulary_size(built) < len(known):
+        raise UnsupportedModelError(
+            f"{_WHO} must have an embedding for each of the {len(known)} tokens of its tokenizer, got "
+            f"{vocabulary_size(built)} in {type(built).__name__}; choose a student with the tokenizer's vocabulary."
+        )
+    size = f"{type(built).__name__} of {footprint(built).parameters / 1e6:.3g} M parameters"
+    reason = "its own tokenizer goes with it" if tokenizer is not None else None
+    return PlannedStudent(built, [Action(path="", does=f"{does} {size}", reason=reason)], {}, tokenizer)
+
+
+def make_student(model: PreTrainedModel, student: Student, context: Context) -> PreTrainedModel:
+    """Return the student, with its weights, in eval mode and where `model` is.
+
+    Args:
+        model: a copy of the teacher, or what earlier steps left of it; a student that is part of it is cut out of it in
+            place.
+        student: None leaves the model as it is; else as `read_student` returned it.
+        context: its `history` is told what was cut; its `seed` draws what is random; a student from elsewhere brings
+            its tokenizer.
+
+    Raises:
+        ConfigError: as `plan_student`.
+        UnsupportedModelError: as `plan_student`.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> context = Context()
+        >>> make_student(tiny_model("bert"), "layers:1", context).config.num_hidden_layers
+        1
+        >>> context.history
+        [Cut(path='bert.encoder.layer', axis='layers', kept=(0,), of=2)]
+    """
+    if student is None:
+        return model
+    if _keeps_blocks(student):
+        context.history.extend(keep_blocks(model, choose_blocks(model, student)))
+        return model
+    if _narrows(student):
+        return narrowing(model, student, context)[0].compress(model, context)
+    planned = plan_student(model, student, context)
+    fields = config_fields(student, _WHO)
+    drawn: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(context.seed)
+        if fields is not None:
+            cls, config = class_from(model, fields, _WHO)
+            made = cls(config).float().eval()
+        elif isinstance(student, InMemory):
+            made = copy.deepcopy(student.model).eval()
+        else:
+            made, drawn = load_with_head(str(student), _WHO, like=model)
+    if drawn:
+        modules = ", ".join(sorted({name.rpartition(".")[0] for name in drawn}))
+        context.tell(Action(path=modules, does="draw at random", reason=f"{student!r} has no weights for it"))
+    if planned.tokenizer is not None:
+        context.replace_tokenizer(planned.tokenizer)
+    return made.to(model.device)
+
+
+def parse_blocks(spec: str) -> int | tuple[int, ...]:
     """Return how many blocks `"layers:3"` keeps, or which ones `"layers:0,2,5"` names.
 
     Raises:
         ConfigError: `spec` is of neither form, keeps nothing, or its indices do not ascend.
 
     Example:
-        >>> parse_student("layers:3"), parse_student("layers:0,2,5")
+        >>> parse_blocks("layers:3"), parse_blocks("layers:0,2,5")
         (3, (0, 2, 5))
     """
     form = "'layers:3' (how many blocks, evenly spaced) or 'layers:0,2,5' (which blocks)"
@@ -49,7 +213,7 @@ def choose_blocks(model: PreTrainedModel, spec: str) -> dict[str, tuple[int, ...
         ConfigError: `spec` is malformed, or asks for more blocks than there are, or for one outside the model.
         UnsupportedModelError: the model has no stack of blocks.
     """
-    wanted = parse_student(spec)
+    wanted = parse_blocks(spec)
     kept = {}
     for stack in stacks_of(model):
         where = f"{stack.path} of {type(model).__name__} has {len(stack)} blocks"
@@ -62,32 +226,6 @@ def choose_blocks(model: PreTrainedModel, spec: str) -> dict[str, tuple[int, ...
                 raise ConfigError(f"KnowledgeDistillation.student must name its blocks, got {spec!r}; {where}.")
             kept[stack.path] = wanted
     return kept
-
-
-def make_student(model: PreTrainedModel, spec: str | None) -> list[Cut]:
-    """Turn `model` into the student that `spec` describes, in place, its weights being those of the kept blocks.
-
-    Args:
-        model: a copy of the teacher, or what earlier steps left of it.
-        spec: None leaves the model as it is; `"layers:3"` keeps 3 blocks evenly spaced, the first and the last among
-            them; `"layers:0,2,5"` keeps those.
-
-    Returns:
-        One `Cut` a stack, for `context.history`; none where `spec` is None.
-
-    Raises:
-        ConfigError: as `choose_blocks`.
-        UnsupportedModelError: the blocks kept cannot stand alone, or no plain config can tell of them.
-
-    Example:
-        >>> from llmcompress.testing import tiny_model
-        >>> student = tiny_model("bert")
-        >>> make_student(student, "layers:1")
-        [Cut(path='bert.encoder.layer', axis='layers', kept=(0,), of=2)]
-        >>> student.config.num_hidden_layers
-        1
-    """
-    return keep_blocks(model, choose_blocks(model, spec)) if spec is not None else []
 
 
 def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, history: Sequence[Cut]) -> list[tuple[int, ...]]:
@@ -125,3 +263,19 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
             f"and hidden=0."
         )
     return stacks
+
+
+def _keeps_blocks(student: Student) -> TypeGuard[str]:
+    return isinstance(student, str) and student.lstrip().startswith("layers")
+
+
+def _narrows(student: Student) -> TypeGuard[str]:
+    return isinstance(student, str) and student.lstrip().startswith("width")
+
+
+def _own_tokenizer(source: Source, context: Context) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that lies beside the student, where it does not read as the one at hand."""
+    found = tokenizer_of(source)
+    if found is None or context.tokenizer is None or reads_alike(found, context.tokenizer):
+        return None
+    return found
