@@ -18,21 +18,22 @@ from pydantic import Field, SerializeAsAny, field_validator
 from tqdm.auto import tqdm
 
 from .anatomy.footprint import Footprint, footprint
-from .anatomy.module_sizes import quantized_by
 from .anatomy.probe import probe_inputs, probe_outputs
 from .checkpoint import load
 from .compressor import Action, Compressor, Context, Need
-from .data import Example, find_tokenizer, load_examples, longest_input
+from .data import longest_input
+from .distillation.distillation import KnowledgeDistillation
 from .errors import (
     ConfigError,
-    MissingInputError,
     NothingToCompressError,
     PipelineOrderError,
     UnsupportedModelError,
     VerificationError,
 )
 from .evaluation.latency import Speedup, measure_latencies, speedup
+from .inputs import check_inputs, refuse_quantized
 from .quantization.hf import mark
+from .recovery import read_recovery, unrecovered, with_recovery
 from .registry import compressors, register
 from .result import TOLD_ZEROS, Report, Result, StepRecord, library_versions
 from .resume import Stages
@@ -54,6 +55,9 @@ class Pipeline(Compressor):
 
     Args:
         steps: compressors, their dicts (`{"name": "magnitude_pruning", "sparsity": 0.5}`), or their names.
+        recover: a `KnowledgeDistillation` that is run behind every step that changes weights, so that each gives back
+            what it lost; zeros stay zero. Before a quantization that it can be trained for (`quantize_for`), it is;
+            behind one there are no weights to train. Beside a distillation of the chain none is added.
 
     Example:
         >>> import llmcompress as lc
@@ -65,6 +69,7 @@ class Pipeline(Compressor):
     """
 
     steps: tuple[SerializeAsAny[Compressor], ...] = Field((), description="the steps, first to last")
+    recover: KnowledgeDistillation | None = Field(None, description="distillation behind each step, or None")
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -75,10 +80,15 @@ class Pipeline(Compressor):
             raise ConfigError(f"Pipeline.steps must be a list of compressors, got {steps!r}.")
         return tuple(step if isinstance(step, Compressor) else compressors.create(step) for step in steps)
 
+    @field_validator("recover", mode="before")
+    @classmethod
+    def _read_recovery(cls, recover: Any) -> KnowledgeDistillation | None:
+        return read_recovery(recover)
+
     @property
     def needs(self) -> frozenset[Need]:
         """Everything that any step needs."""
-        return frozenset().union(*(step.needs for step in self.steps))
+        return frozenset().union(*(step.needs for step in self.flatten()))
 
     @property
     def terminal(self) -> bool:
@@ -86,7 +96,7 @@ class Pipeline(Compressor):
         return any(step.terminal for step in self.steps)
 
     def flatten(self) -> list[Compressor]:
-        """Return the steps with nested pipelines unrolled.
+        """Return the steps with nested pipelines unrolled, and with the recoveries.
 
         Raises:
             PipelineOrderError: a step follows a terminal one.
@@ -100,11 +110,11 @@ class Pipeline(Compressor):
                     f"{type(later).__name__} cannot follow {type(earlier).__name__}, whose weights are no longer "
                     f"float; put {type(earlier).__name__} last."
                 )
-        return flat
+        return flat if self.recover is None else list(with_recovery(flat, self.recover))
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Concatenate the plans of the steps, each made on the model as it arrives."""
-        return [action for step in self.flatten() for action in step.plan(model, context)]
+        return [action for step in self.flatten() for action in (*step.plan(model, context), *self._remarks(step))]
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Run the steps in order, unrecorded; `lc.compress` is the way that checks, measures and records."""
@@ -114,7 +124,11 @@ class Pipeline(Compressor):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as a plain dict."""
-        return {"name": compressors.name_of(type(self)), "steps": [step.to_dict() for step in self.steps]}
+        recovery = {} if self.recover is None else {"recover": self.recover.to_dict()}
+        return {"name": compressors.name_of(type(self)), "steps": [step.to_dict() for step in self.steps], **recovery}
+
+    def _remarks(self, step: Compressor) -> list[Action]:
+        return [] if self.recover is None else unrecovered(step)
 
     @classmethod
     def from_dict(cls, recipe: Mapping[str, Any]) -> Pipeline:
@@ -152,6 +166,7 @@ def compress(
     data: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: Task | None = None,
+    recover: Step | None = None,
     seed: int = 0,
     inplace: bool = False,
     resume_dir: str | Path | None = None,
@@ -166,6 +181,7 @@ def compress(
         data: training or calibration examples; anything that `load_examples` takes.
         tokenizer: for the texts of `data` and `task`; found in the model's folder if it came from one.
         task: evaluated before the first and after each step, if given.
+        recover: a `KnowledgeDistillation` that is run behind every step that changes weights; see `Pipeline`.
         seed: seeds every step; the caller's random state is not touched.
         inplace: compress `model` itself, without a copy; then there is no teacher.
         resume_dir: folder where each finished stage is kept; a rerun with the same model, data, steps and seed
@@ -188,14 +204,14 @@ def compress(
     """
     if isinstance(model, (str, Path)):
         model = load(model)
-    chain = Pipeline(steps=steps)
+    chain = Pipeline(steps=steps, recover=recover)
     flat = chain.flatten()
     if not flat:
         raise ConfigError("compress() must have at least one step, got none; pass steps=[lc.DynamicQuantization()].")
-    _refuse_quantized(model)
+    refuse_quantized(model)
     if resume_dir is not None and inplace:
         raise ConfigError("compress() must have resume_dir or inplace=True, not both: a resumed stage is a new model.")
-    examples, tokenizer = _check_inputs(model, flat, data, tokenizer, task, inplace)
+    examples, tokenizer = check_inputs(model, flat, data, tokenizer, task, inplace)
     context = Context(
         data=examples,
         tokenizer=tokenizer,
@@ -233,6 +249,7 @@ def compress(
         cuts_before, tokenizer_before = len(context.history), context.tokenizer
         # What stands before a later step is another model than was planned on before all work.
         actions = plans[0] if index == 0 else _plan(step, current, context)
+        actions = [*actions, *chain._remarks(step)]
         current, record = _run(step, current, actions, context, task)
         if finite and not _is_finite(current):
             raise VerificationError(
@@ -299,50 +316,6 @@ def _plan(step: Compressor, model: PreTrainedModel, context: Context) -> list[Ac
             f"{'; '.join(reasons) or 'its plan is empty'}."
         )
     return actions
-
-
-def _refuse_quantized(model: PreTrainedModel) -> None:
-    method = quantized_by(model)
-    if method is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is already quantized ({method}); start from the float model and put quantization "
-            f"last."
-        )
-
-
-def _check_inputs(
-    model: PreTrainedModel,
-    steps: Sequence[Compressor],
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    task: Task | None,
-    inplace: bool,
-) -> tuple[list[Example] | None, PreTrainedTokenizerBase | None]:
-    """Collect what the steps need, or say which step misses what."""
-    examples = load_examples(data) if data is not None else None
-    for step in steps:
-        who = type(step).__name__
-        if "data" in step.needs and examples is None:
-            raise MissingInputError(f"{who} needs data; pass data=[...], for instance 128 texts and a tokenizer.")
-        if "labels" in step.needs and examples is not None:
-            bare = next((index for index, example in enumerate(examples) if example.label is None), None)
-            if bare is not None:
-                raise MissingInputError(f"{who} needs labels, and data[{bare}] has none; pass (text, label) pairs.")
-        if "teacher" in step.needs and inplace:
-            raise MissingInputError(
-                f"{who} needs the original as teacher, which inplace=True overwrites; drop inplace."
-            )
-        if "tokenizer" in step.needs:
-            tokenizer = find_tokenizer(model, tokenizer, who=who)
-    if task is not None and getattr(task, "tokenizer", None) is None:
-        tokenizer = find_tokenizer(model, tokenizer, who=type(task).__name__)
-    if tokenizer is None:
-        # Nobody needs it now, but the saved folder is more useful with the tokenizer in it.
-        try:
-            tokenizer = find_tokenizer(model, who="save_pretrained")
-        except MissingInputError:
-            tokenizer = None
-    return examples, tokenizer
 
 
 def _score(task: Task | None, model: PreTrainedModel, tokenizer: Any, progress: bool) -> Any:

@@ -16,7 +16,8 @@ from ..anatomy.turns import set_keeper
 from ..checkpoint import read_metadata
 from ..compressor import Action, Compressor, Context
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError, VerificationError
-from ..pipeline import Pipeline, Step, _check_inputs, _is_finite, _mark, _plan, _seeded, _shapes
+from ..inputs import check_inputs
+from ..pipeline import Pipeline, Step, _is_finite, _mark, _plan, _seeded, _shapes
 from ..result import Report, StepRecord, library_versions
 from .assembly import assemble
 from .folder import open_folder
@@ -91,7 +92,7 @@ def compress_checkpoint(
         raise ConfigError(f"folder_out must be another folder than folder_in, got {str(out)!r} for both.")
     folder = open_folder(folder_in)
     empty = open_empty(folder)
-    examples, tokenizer = _check_inputs(empty, flat, data, tokenizer, None, True)
+    examples, tokenizer = check_inputs(empty, flat, data, tokenizer, None, True)
     with locked(work):
         run = describe(folder, chain.to_dict(), seed, examples, tokenizer, known_run(work))
         if is_done(out, run):
