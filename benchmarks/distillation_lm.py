@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 WAYS = {
     "trained without a teacher": {"alpha": 0.0},
-    "distilled": {"alpha": 1.0, "temperature": 1.0, "hidden": 1.0},
+    "distilled": {"alpha": 1.0, "temperature": 1.0, "features": {"hidden": 1.0}},
     "distilled, logits only": {"alpha": 1.0, "temperature": 1.0},
 }
 

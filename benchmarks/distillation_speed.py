@@ -162,7 +162,7 @@ def main() -> None:
     library = {
         "llmcompress, fine-tuning": training(alpha=0.0),
         "llmcompress, distillation": training(alpha=0.5),
-        "llmcompress, distillation, hidden states": training(alpha=0.5, hidden=1.0),
+        "llmcompress, distillation, hidden states": training(alpha=0.5, features={"hidden": 1.0}),
     }
     engines: dict[str, Callable[[Any], object]] = {
         "teacher's forward pass": ask,

@@ -40,7 +40,7 @@ class Student:
 
     def steps(self, way: str, epochs: float | None) -> list[lc.Compressor]:
         """Return the cut and its training: `"distilled"`, or `"fine-tuned"` without the teacher."""
-        taught = {"alpha": 0.5, "hidden": 1.0} if way == "distilled" else {"alpha": 0.0}
+        taught = {"alpha": 0.5, "features": {"hidden": 1.0}} if way == "distilled" else {"alpha": 0.0}
         train = lc.KnowledgeDistillation(
             student=self.layers,
             epochs=epochs or self.epochs,

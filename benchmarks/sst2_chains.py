@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def chains(epochs: float, tokens: int) -> dict[str, list[lc.Compressor]]:
     """Return the chains by name; pruning first, then recovery by distillation, quantization last."""
-    distil = lc.KnowledgeDistillation(epochs=epochs, hidden=1.0, learning_rate=2e-4, max_length=64)
+    distil = lc.KnowledgeDistillation(epochs=epochs, features={"hidden": 1.0}, learning_rate=2e-4, max_length=64)
     vocabulary = lc.VocabularyPruning(keep=tokens, alphabet="seen")
     half, three = lc.StructuredPruning(ffn=0.5), lc.DepthPruning(layers=(0, 2, 5))
     int8 = lc.DynamicQuantization()

@@ -13,7 +13,9 @@ result = lc.compress(
     model,
     [
         lc.StructuredPruning(ffn=0.5),
-        lc.KnowledgeDistillation(epochs=2, hidden=1.0, max_length=16),  # the teacher is the untouched `model`
+        lc.KnowledgeDistillation(
+            epochs=2, features={"hidden": 1.0}, max_length=16
+        ),  # the teacher is the untouched `model`
         lc.DynamicQuantization(),
     ],
     data=train,

@@ -13,7 +13,7 @@ from llmcompress.anatomy.probe import probe_inputs, probe_outputs, relative_erro
 from llmcompress.anatomy.sizes import shapes_of
 from llmcompress.anatomy.stacks import find_stacks
 from llmcompress.compressor import Context
-from llmcompress.distillation.student import layer_map
+from llmcompress.distillation.layer_map import layer_map
 from llmcompress.pruning.block_choice import legal_choice
 from llmcompress.pruning.block_criteria import lowest_loss
 from llmcompress.pruning.block_importance import losses_without, turning
@@ -271,15 +271,15 @@ def test_where_the_place_decides_the_kind_the_choice_keeps_the_pattern():
 def test_distillation_afterwards_maps_the_layers_by_itself(model, monkeypatch):
     maps = []
 
-    def spy(*args):
-        maps.append(layer_map(*args))
+    def spy(*args, **planned):
+        maps.append(layer_map(*args, **planned))
         return maps[-1]
 
     monkeypatch.setattr("llmcompress.distillation.distillation.layer_map", spy)
     model = model()
-    distil = lc.KnowledgeDistillation(steps=2, batch_size=4, max_length=16, hidden=1.0, precision="fp32")
+    distil = lc.KnowledgeDistillation(steps=2, batch_size=4, max_length=16, features={"hidden": 1.0}, precision="fp32")
     result = _compress(model, [lc.DepthPruning(layers=(0, 2)), distil])
-    assert maps[-1] == [(2, 4)]  # block 0 answers for the teacher's 0 and 1, block 2 for 2 and 3
+    assert maps[-1] == [((0, 1), (1, 3))]  # block 0 answers for the teacher's 0 and 1, block 2 for 2 and 3
     assert result.model.config.num_hidden_layers == 2
 
 

@@ -13,6 +13,7 @@ from llmcompress.data import Example, Span
 from llmcompress.distillation.batches import collate, make_rows
 from llmcompress.distillation.heads import IGNORED, counted, head_of, labelled, logits_of, model_inputs, targets
 from llmcompress.distillation.objective import Objective
+from llmcompress.distillation.observation import Observed
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 WORDS = ["ann", "saw", "bob", "in", "rome", "and", "paris", "ran"]
@@ -101,7 +102,7 @@ def agreement(head, teacher, student, data, tokenizer):
     batch = collate(head, make_rows(head, teacher, tokenizer, data, max_length=40, labelled=False), pad=0)
     objective = Objective(head=head)
     with torch.no_grad():
-        outputs = [model(**model_inputs(batch)) for model in (student, teacher)]
+        outputs = [Observed(model(**model_inputs(batch))) for model in (student, teacher)]
         return float(objective(*outputs, batch, objective.counts(batch)))
 
 
@@ -123,7 +124,7 @@ def test_the_hard_loss_is_the_one_that_transformers_computes(head):
         theirs = model(**model_inputs(batch), labels=labels.float() if head == "multi_label" else labels).loss
         batch = {**batch, "labels": labels}
     objective = Objective(head=head, alpha=0.0)
-    ours = objective(model(**model_inputs(batch)), None, batch, objective.counts(batch))
+    ours = objective(Observed(model(**model_inputs(batch))), None, batch, objective.counts(batch))
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
 
 

@@ -94,7 +94,7 @@ def test_latent_attention_is_refused():
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_distillation_after_it_needs_nothing_told(family):
     model = tiny_model(family)
-    distil = lc.KnowledgeDistillation(steps=2, hidden=1.0, max_length=16, batch_size=4, precision="fp32")
+    distil = lc.KnowledgeDistillation(steps=2, features={"hidden": 1.0}, max_length=16, batch_size=4, precision="fp32")
     steps = [lc.StructuredPruning(hidden=0.25, ffn=0.5, uniform=False), distil, lc.DynamicQuantization()]
     result = lc.compress(model, steps, data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)
     assert torch.isfinite(probe_outputs(result.model, tiny_inputs(model))).all()

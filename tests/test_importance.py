@@ -603,7 +603,7 @@ def test_auto_goes_through_a_recipe_and_nonsense_is_refused():
 def test_distillation_follows_with_nothing_to_configure(family, fields):
     model = tiny_model(family)
     training = {"steps": 4, "batch_size": 4, "max_length": 16, "precision": "fp32"}
-    steps = [lc.StructuredPruning(**fields), lc.KnowledgeDistillation(hidden=1.0, **training)]
+    steps = [lc.StructuredPruning(**fields), lc.KnowledgeDistillation(features={"hidden": 1.0}, **training)]
     result = _compress(model, steps)
     pruned = _compress(model, steps[:1])
     shapes = [[tensor.shape for tensor in done.model.state_dict().values()] for done in (result, pruned)]

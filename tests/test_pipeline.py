@@ -139,7 +139,7 @@ def test_broken_outputs_are_withheld(bert):
 def test_resume_continues_behind_the_last_stage(bert, tmp_path, monkeypatch):
     steps = [
         lc.StructuredPruning(),
-        lc.KnowledgeDistillation(steps=2, hidden=1.0, max_length=8),
+        lc.KnowledgeDistillation(steps=2, features={"hidden": 1.0}, max_length=8),
         lc.DynamicQuantization(),
     ]
     inputs = {"data": tiny_data(bert), "tokenizer": tiny_tokenizer()}

@@ -11,7 +11,8 @@ from llmcompress.anatomy.depth import evenly_spaced, keep_blocks, origins
 from llmcompress.anatomy.digest import model_digest
 from llmcompress.anatomy.stacks import find_stacks
 from llmcompress.compressor import Context, Cut
-from llmcompress.distillation.student import choose_blocks, layer_map, make_student, read_student
+from llmcompress.distillation.layer_map import layer_map
+from llmcompress.distillation.student import choose_blocks, make_student, read_student
 from llmcompress.testing import FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
 
 
@@ -98,11 +99,18 @@ def test_a_students_layers_answer_for_the_teachers_up_to_the_next_one_kept():
     context = Context()
     history = context.history
     make_student(student, "layers:0,3,5", context)
-    assert layer_map(student, teacher, history) == [(3, 5, 6)]
+    assert layer_map("auto", student, teacher, history) == [((0, 2), (1, 4), (2, 5))]
+    assert layer_map("uniform", student, teacher, history) == [((0, 1), (1, 3), (2, 5))]
+    assert layer_map("last", student, teacher, history) == [((2, 5),)]
+    assert layer_map((0, 0, 4), student, teacher, history) == [((0, 0), (1, 0), (2, 4))]
+    assert layer_map(((1, 3),), student, teacher, history) == [((1, 3),)]
     make_student(student, "layers:0,2", context)  # of what is left: blocks 0 and 5 of the teacher
     assert origins(history, "bert.encoder.layer", 2, 6) == (0, 5)
-    assert layer_map(student, teacher, history) == [(5, 6)]
-    assert layer_map(teacher, teacher, []) == [(1, 2, 3, 4, 5, 6)]
+    assert layer_map("auto", student, teacher, history) == [((0, 4), (1, 5))]
+    assert layer_map("auto", teacher, teacher, []) == [tuple((block, block) for block in range(6))]
+    # What is about to go is mapped as if it had gone.
+    planned = [Cut("bert.encoder.layer", "layers", (0, 3, 5), 6)]
+    assert layer_map("auto", teacher, teacher, [], planned=planned) == [((0, 2), (1, 4), (2, 5))]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,9 @@ def test_a_student_outside_the_model_is_refused_in_the_plan(spec):
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
 def test_a_narrower_student_has_half_of_every_width_that_can_be_cut_and_learns(family, tmp_path):
     teacher = tiny_model(family)
-    step = lc.KnowledgeDistillation(student="width:0.5", steps=20, batch_size=8, max_length=24, hidden=0.5)
+    step = lc.KnowledgeDistillation(
+        student="width:0.5", steps=20, batch_size=8, max_length=24, features={"hidden": 0.5}
+    )
     result = lc.compress(teacher, step, data=tiny_data(teacher, 16), tokenizer=tiny_tokenizer(), progress=False)
     config, before = result.model.config, teacher.config
     assert config.hidden_size == before.hidden_size // 2

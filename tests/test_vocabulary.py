@@ -218,7 +218,7 @@ def without_dropout(model):
 def test_the_teacher_is_asked_in_its_own_ids(family):
     model = without_dropout(tiny_model(family))
     # A student that is the teacher but for the vocabulary has nothing to learn from it, only from the tokens that go.
-    result = pruned(model, [lc.VocabularyPruning(), distil(alpha=1.0, hidden=1.0)])
+    result = pruned(model, [lc.VocabularyPruning(), distil(alpha=1.0, features={"hidden": 1.0})])
     course = next(action.reason for action in result.report.steps[1].touched if "train on" in (action.does or ""))
     # What is left is rounding, which Adam amplifies; a wrong token gives losses near 1.
     assert all(abs(float(loss)) < 1e-3 for loss in course.removeprefix("loss ").split(" -> "))
@@ -226,7 +226,12 @@ def test_the_teacher_is_asked_in_its_own_ids(family):
 
 def test_chains_with_distillation_need_nothing_configured(tmp_path):
     model = tiny_model("bert")
-    chain = [lc.VocabularyPruning(), distil(student="layers:1"), lc.VocabularyPruning(keep=0.5), distil(hidden=1.0)]
+    chain = [
+        lc.VocabularyPruning(),
+        distil(student="layers:1"),
+        lc.VocabularyPruning(keep=0.5),
+        distil(features={"hidden": 1.0}),
+    ]
     result = pruned(model, [*chain, lc.DynamicQuantization()], task=lc.TextClassification(tiny_data(model)))
     assert result.model.config.vocab_size == len(result.tokenizer) < 32
     assert [record.score is not None for record in result.report.steps] == [True] * 5

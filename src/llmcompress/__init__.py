@@ -17,6 +17,7 @@ _HOME = {
     "compressor": ("Action", "Compressor", "Context", "Cut"),
     "data": ("Example", "load_examples"),
     "distillation.distillation": ("KnowledgeDistillation",),
+    "distillation.loss_choice": ("SoftLoss",),
     "errors": (
         "CheckpointError",
         "ClaimError",

@@ -10,6 +10,7 @@ from .compressor import Cut as Cut
 from .data import Example as Example
 from .data import load_examples as load_examples
 from .distillation.distillation import KnowledgeDistillation as KnowledgeDistillation
+from .distillation.loss_choice import SoftLoss as SoftLoss
 from .errors import (
     CheckpointError as CheckpointError,
 )

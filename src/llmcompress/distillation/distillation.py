@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import (
     Field,
     PlainSerializer,
@@ -16,18 +15,22 @@ from pydantic import (
     model_validator,
 )
 
-from ..anatomy.module_sizes import quantized_by
 from ..anatomy.vocabulary import vocabulary_size
-from ..compressor import Action, Compressor, Context, Need, Rounding, Rounds, still_there
-from ..errors import ConfigError, MissingInputError, UnsupportedModelError
+from ..compressor import Action, Compressor, Context, Need, Rounding, Rounds
+from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
+from .alignment import Alignment, align, feature_actions
 from .batches import make_rows
-from .heads import LANGUAGE_MODELS, Head, head_of
+from .checks import common_classes, refuse_mismatch, refuse_untrainable
+from .heads import Head, head_of
 from .labels import check_labels
+from .layer_map import LayersField, layer_map
+from .loss_choice import Alpha, Features, Soft, SoftLoss, Temperature, reads_of
 from .masking import Masking
 from .objective import Objective
+from .schedule import least, most
 from .sources import told
-from .student import PlannedStudent, Student, layer_map, make_student, plan_student, read_student
+from .student import PlannedStudent, Student, make_student, plan_student, read_student
 from .trainer import Precision, train
 from .zeros import pruned_weights
 
@@ -49,9 +52,10 @@ class KnowledgeDistillation(Compressor):
     is masked in each text; causal ones from windows cut out of all texts joined, or from each text's second one as its
     continuation; encoder-decoder models from text to second text.
 
-    The loss is `alpha` x KL(teacher || student) at the `temperature` + (1 - `alpha`) x cross-entropy of the labels (of
-    the next tokens for language models) + `hidden` x the relative squared error of the hidden states. A regression head
-    has squared errors for both. `alpha=0` with `hidden=0` is plain fine-tuning and needs no teacher.
+    The loss is `alpha` x soft + (1 - `alpha`) x cross-entropy of the labels (of the next tokens for language models) +
+    the `features`, each with its weight. Soft is KL(teacher || student) at the `temperature`, or another of `soft`. A
+    regression head has squared errors for both. `alpha=0` without `features` is plain fine-tuning and needs no teacher.
+    `alpha`, `temperature` and the weights may be `[start, end]`: they change linearly in the course of the training.
 
     The model is trained where it is, on its CPU or GPU. Under `accelerate launch` or `torchrun` each process takes its
     share of every step's rows (move the model to the process's own GPU first); all end with the same weights.
@@ -59,9 +63,19 @@ class KnowledgeDistillation(Compressor):
     Args:
         epochs: passes over the data; 3 if neither `epochs` nor `steps` is given.
         steps: optimizer steps, instead of `epochs`.
+        soft: the loss against the teacher's logits: `"forward_kl"`, `"reverse_kl"`, `"jsd"`, `"skew_kl"`,
+            `"skew_reverse_kl"`, `"tvd"` or `"mse"`, or with settings, such as `{"name": "jsd", "beta": 0.1}`; see
+            `SoftLoss`.
         temperature: softens teacher and student alike; above 0.
         alpha: weight of the teacher against the labels, in [0, 1]; 1 needs no labels.
-        hidden: weight of the hidden states' error (after arXiv 1909.10351); 0 leaves it out.
+        features: weights of losses on what is inside, such as `{"hidden": 1.0}`. `"hidden"` (relative squared error of
+            what leaves each block), `"hidden_mse"` (after arXiv 1909.10351), `"hidden_cosine"` (arXiv 1910.01108),
+            `"embeddings"` (what enters the first block), `"attention"` (KL of the attention maps, arXiv 2002.10957),
+            `"attention_mse"`, `"relations"` (among queries, among keys, among values; arXiv 2012.15828). Hidden states
+            of another width are compared through learned projections, which are thrown away afterwards.
+        layers: which teacher block each student block is compared with: `"auto"` (by what was kept of the teacher),
+            `"uniform"`, `"last"`, a teacher block for each student block such as `(1, 3, 5)`, or pairs of student block
+            and teacher block such as `((2, 5),)`.
         student: None: the model as it arrives. Parts of it: `"layers:3"` (3 blocks evenly spaced, first and last among
             them), `"layers:0,2,5"`, or `"width:0.5"` (that share of hidden features, heads and feed-forward channels,
             the dearest by their gradients; what cannot be narrower is told in the plan). From scratch: a config, as a
@@ -90,9 +104,11 @@ class KnowledgeDistillation(Compressor):
 
     epochs: float | None = Field(None, gt=0, description="passes over the data; 3 if steps is not given either")
     steps: int | None = Field(None, gt=0, description="optimizer steps, instead of epochs")
-    temperature: float = Field(2.0, gt=0, description="divides the logits of teacher and student in the soft loss")
-    alpha: float = Field(0.5, ge=0, le=1, description="weight of the soft loss; the hard loss has the rest")
-    hidden: float = Field(0.0, ge=0, description="weight of the hidden states' relative squared error")
+    soft: Soft = Field(SoftLoss(), description="the loss against the teacher's logits")
+    temperature: Temperature = Field(2.0, description="divides the logits of teacher and student in the soft loss")
+    alpha: Alpha = Field(0.5, description="weight of the soft loss; the hard loss has the rest")
+    features: Features = Field({}, description="weights of losses on what is inside, by their names")
+    layers: LayersField = Field("auto", description="which teacher block each student block is compared with")
     student: Annotated[Student, PlainValidator(read_student), PlainSerializer(told)] = Field(
         None, description="part of the model, a config, or another model; None: the model as it arrives"
     )
@@ -138,7 +154,7 @@ class KnowledgeDistillation(Compressor):
     def needs(self) -> frozenset[Need]:
         """Data and a tokenizer, and the teacher unless nothing asks it; labels depend on the head, `plan` checks."""
         needs: set[Need] = {"data", "tokenizer"}
-        if self.alpha > 0 or self.hidden > 0:
+        if most(self.alpha) > 0 or reads_of(self.features):
             needs.add("teacher")
         return frozenset(needs)
 
@@ -155,6 +171,9 @@ class KnowledgeDistillation(Compressor):
         span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         does = f"distil for {span}" if "teacher" in self.needs else f"fine-tune for {span}"
         actions.append(Action(path="", does=does, reason="all trainable weights"))
+        if context.teacher is not None and self.features:
+            pairs = layer_map(self.layers, planned.model, context.teacher, context.history, planned=planned.cuts)
+            actions.extend(feature_actions(self.features, pairs, planned.model, context.teacher, context.history))
         if self.quantize_for is not None:
             actions.append(self._rounding_action(planned.model))
         if planned.model is not model:
@@ -185,17 +204,17 @@ class KnowledgeDistillation(Compressor):
             )
         head, planned = self._check(model, context)
         tokenizer = planned.tokenizer or tokenizer
-        rows = make_rows(head, planned.model, tokenizer, data, max_length=self.max_length, labelled=self.alpha < 1)
+        rows = make_rows(
+            head, planned.model, tokenizer, data, max_length=self.max_length, labelled=least(self.alpha) < 1
+        )
         model = make_student(model, self.student, context)
         objective = Objective(
             head=head,
+            soft=self.soft,
             temperature=self.temperature,
             alpha=self.alpha,
-            hidden=self.hidden,
-            layers=layer_map(model, teacher, context.history) if teacher is not None and self.hidden > 0 else (),
-            classes=_common_classes(head, model, teacher, context) if teacher is not None else None,
-            tokens=_tensor(still_there(context.history, "vocabulary")),
-            features=_tensor(still_there(context.history, "hidden")),
+            features=self.features,
+            alignment=self._align(head, model, teacher, context) if teacher is not None else Alignment(),
         )
         roundings = self._roundings(model)
         losses = train(
@@ -222,6 +241,15 @@ class KnowledgeDistillation(Compressor):
         context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
         return model
 
+    def _align(self, head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> Alignment:
+        return align(
+            teacher,
+            context.history,
+            pairs=layer_map(self.layers, student, teacher, context.history) if self.features else (),
+            classes=common_classes(head, student, teacher, context),
+            reads=reads_of(self.features),
+        )
+
     def _roundings(self, model: PreTrainedModel) -> list[Rounding]:
         return self.quantize_for.roundings(model) if isinstance(self.quantize_for, Rounds) else []
 
@@ -240,83 +268,20 @@ class KnowledgeDistillation(Compressor):
         head = head_of(model)
         planned = plan_student(model, self.student, context)
         model = planned.model
-        _refuse_untrainable(model)
-        if context.data is not None and self.alpha < 1:
+        refuse_untrainable(model)
+        if context.data is not None and least(self.alpha) < 1:
             check_labels(head, model, context.data)
+        if head == "regression" and self.soft != SoftLoss():
+            raise ConfigError(
+                f"KnowledgeDistillation.soft must be left out for the regression of {type(model).__name__}, whose loss "
+                f"is the squared error, got {self.soft.name!r}."
+            )
         teacher = context.teacher if "teacher" in self.needs else None
         if teacher is not None:
-            _refuse_mismatch(head, model, teacher, context)
-            if self.hidden > 0:
-                _refuse_widths(model, teacher, context)
-                layer_map(model, teacher, context.history)
+            refuse_mismatch(head, model, teacher, context)
+            if self.features:
+                layer_map(self.layers, model, teacher, context.history, planned=planned.cuts)
         return head, planned
-
-
-def _refuse_untrainable(model: PreTrainedModel) -> None:
-    who = type(model).__name__
-    coded = next((path for path, module in model.named_modules() if hasattr(module, "coded_weights")), None)
-    if coded is not None or quantized_by(model) is not None:
-        raise UnsupportedModelError(
-            f"KnowledgeDistillation must have a student with float weights, got {who} that is quantized"
-            f"{f' ({coded})' if coded else ''}; distil first and quantize last."
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            f"KnowledgeDistillation must have weights to train, and all of {who} are frozen; call "
-            f"model.requires_grad_(True)."
-        )
-
-
-def _refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> None:
-    theirs = head_of(teacher)
-    if theirs != head:
-        raise UnsupportedModelError(
-            f"teacher and student must have the same kind of head, got {theirs} ({type(teacher).__name__}) and {head} "
-            f"({type(student).__name__})."
-        )
-    if head not in LANGUAGE_MODELS and teacher.config.num_labels != student.config.num_labels:
-        raise UnsupportedModelError(
-            f"teacher and student must have the same classes, got {teacher.config.num_labels} and "
-            f"{student.config.num_labels} labels; give the student the teacher's head."
-        )
-    _common_classes(head, student, teacher, context)
-
-
-def _refuse_widths(student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> None:
-    if still_there(context.history, "hidden") is not None:
-        return  # which of the teacher's features the student's are is known
-    ours, theirs = (getattr(model.config.get_text_config(), "hidden_size", None) for model in (student, teacher))
-    if ours != theirs:
-        raise UnsupportedModelError(
-            f"hidden states of teacher and student must be equally wide to be compared, got {theirs} and {ours}; "
-            f"use hidden=0."
-        )
-
-
-def _tensor(indices: tuple[int, ...] | None) -> torch.Tensor | None:
-    return None if indices is None else torch.tensor(indices)
-
-
-def _common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> int | None:
-    """Return how many tokens to compare where vocabularies are padded to different sizes; None where they are equal."""
-    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    tokens = still_there(context.history, "vocabulary")
-    if tokens is not None:
-        if len(tokens) != vocabulary_size(student) or tokens[-1] >= vocabulary_size(teacher):
-            raise UnsupportedModelError(
-                f"a student whose vocabulary was pruned must have the {len(tokens)} tokens that were kept of the "
-                f"teacher's, got vocabularies of {theirs} and {ours}; do not resize it between the steps."
-            )
-        return None
-    if context.tokenizer is None or ours == theirs:
-        return None
-    real = len(context.tokenizer)
-    if min(ours, theirs) < real:
-        raise UnsupportedModelError(
-            f"teacher and student must share the tokenizer's {real} tokens, got vocabularies of {theirs} and {ours}; "
-            f"use a student with the teacher's tokenizer."
-        )
-    return real if head in LANGUAGE_MODELS else None
 
 
 def _masking(model: PreTrainedModel, tokenizer: Any) -> Masking:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import torch
 import transformers
 
-from ..anatomy.depth import evenly_spaced, keep_blocks, origins, plan_depth
+from ..anatomy.depth import evenly_spaced, keep_blocks, plan_depth
 from ..anatomy.empty import empty_of_class
 from ..anatomy.footprint import footprint
 from ..anatomy.stacks import Stack, find_stacks
@@ -81,6 +81,11 @@ class PlannedStudent:
     actions: list[Action]
     kept: dict[str, tuple[int, ...]]
     tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """The blocks that will go, as `context.history` will tell them."""
+        return [Cut(path, "layers", blocks, len(self.model.get_submodule(path))) for path, blocks in self.kept.items()]
 
 
 def plan_student(model: PreTrainedModel, student: Student, context: Context) -> PlannedStudent:
@@ -228,28 +233,6 @@ def choose_blocks(model: PreTrainedModel, spec: str) -> dict[str, tuple[int, ...
     return kept
 
 
-def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, history: Sequence[Cut]) -> list[tuple[int, ...]]:
-    """Return for each stack which of the teacher's hidden states each block of the student should put out.
-
-    Hidden state 0 is the embeddings, hidden state i the output of block i-1. A student block should put out what its
-    next one had as input in the teacher, so that each student block does the work of the teacher's blocks from its own
-    origin up to the next block kept; the last one what the teacher's last block puts out.
-
-    Raises:
-        UnsupportedModelError: teacher and student do not have the same stacks.
-    """
-    ours, theirs = stacks_of(student), stacks_of(teacher)
-    if [stack.path for stack in ours] != [stack.path for stack in theirs]:
-        raise UnsupportedModelError(
-            f"hidden states need stacks of blocks at the same paths in teacher and student, got "
-            f"{[stack.path for stack in theirs]} and {[stack.path for stack in ours]}; use hidden=0."
-        )
-    return [
-        (*origins(history, stack.path, len(stack), len(original))[1:], len(original))
-        for stack, original in zip(ours, theirs, strict=True)
-    ]
-
-
 def stacks_of(model: PreTrainedModel) -> list[Stack]:
     """Return the stacks of blocks, an encoder's before its decoder's.
 
@@ -260,7 +243,7 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
     if not stacks:
         raise UnsupportedModelError(
             f"{type(model).__name__} must have repeated blocks in a ModuleList, and none were found; use student=None "
-            f"and hidden=0."
+            f"and features={{}}."
         )
     return stacks
 

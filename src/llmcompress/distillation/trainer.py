@@ -26,8 +26,11 @@ from ..compressor import Rounding
 from ..errors import CompressionError
 from .batches import Row, collate
 from .fake_quantization import fake_quantized
+from .first_batch import fitted_projections
 from .heads import Batch, model_inputs
 from .objective import Objective
+from .observation import Observer, observing
+from .projections import projected
 from .zeros import HeldZeros
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ class DistillationTrainer(Trainer):
     """A `Trainer` whose loss is an `Objective` over student and teacher.
 
     Args:
-        teacher: in eval mode; it gets no gradient and is not wrapped by accelerate. None where the objective asks none.
+        student: what observes `model`.
+        teacher: what observes the teacher, which is in eval mode, gets no gradient and is not wrapped by accelerate.
+            None where the objective asks none.
         objective: the loss.
         remake: what is done to each batch when its turn comes (masking, generation); its generator is the same however
             often a run was interrupted.
@@ -49,9 +54,16 @@ class DistillationTrainer(Trainer):
     """
 
     def __init__(
-        self, *, teacher: PreTrainedModel | None, objective: Objective, remake: Remake | None = None, **more: Any
+        self,
+        *,
+        student: Observer,
+        teacher: Observer | None,
+        objective: Objective,
+        remake: Remake | None = None,
+        **more: Any,
     ) -> None:
         super().__init__(**more)
+        self.student = student
         self.teacher = teacher
         self.objective = objective
         self.remake = remake
@@ -59,9 +71,6 @@ class DistillationTrainer(Trainer):
         # before the second attribute look at the first one.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._asked: dict[str, bool] = {"output_hidden_states": True} if objective.hidden > 0 else {}
-        if objective.head in {"causal_lm", "seq2seq_lm"}:
-            self._asked["use_cache"] = False
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -87,14 +96,16 @@ class DistillationTrainer(Trainer):
         fed = model_inputs(inputs)
         # Fake quantization rounds a weight once a pass, though models may read it several times (each of the experts).
         with parametrize.cached():
-            outputs = model(**fed, **self._asked)
+            seen = self.student(fed, run=model)
         target = None
         if self.teacher is not None and self.objective.asks_teacher:
             with torch.no_grad(), self.accelerator.autocast():
-                place, asked = self.teacher.device, self.objective.for_teacher(fed)
-                target = self.teacher(**{key: value.to(place) for key, value in asked.items()}, **self._asked)
+                place, asked = self.teacher.model.device, self.objective.for_teacher(fed)
+                target = self.teacher({key: value.to(place) for key, value in asked.items()})
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss = self.objective(outputs, target, inputs, counts)
+        # The last step has the last value of a schedule.
+        progress = self.state.global_step / max(self.state.max_steps - 1, 1)
+        loss = self.objective(seen, target, inputs, counts, progress=min(progress, 1.0))
         if not bool(torch.isfinite(loss)):
             raise CompressionError(
                 f"the loss of KnowledgeDistillation must be finite, got {loss.item()} at step "
@@ -104,7 +115,7 @@ class DistillationTrainer(Trainer):
             )
         # Gradients are averaged over the processes, and the counts are already those of all of them.
         loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, seen.outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the losses in `state.log_history`, and write nothing anywhere."""
@@ -162,9 +173,17 @@ def train(
         folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="llmcompress-"))
         undo.enter_context(_random_state_kept())
         undo.enter_context(_traces_removed(model))
+        collator = partial(collate, objective.head, pad=pad, decoder_start=decoder_start)
+        pairs = objective.alignment.pairs
+        student = undo.enter_context(observing(model, objective.reads, [{mine for mine, _ in own} for own in pairs]))
+        asked = None
         if teacher is not None:
             undo.enter_context(_modes_kept(teacher))
             teacher.eval()
+            blocks = [{theirs for _, theirs in own} for own in pairs]
+            asked = undo.enter_context(observing(teacher, objective.reads, blocks))
+            layers = fitted_projections(student, asked, objective, collator(rows[:batch_size]))
+            undo.enter_context(projected(model, layers, [f"{prefix}hidden_states" for prefix in student.prefixes]))
         zeros = HeldZeros(model)
         undo.enter_context(zeros.masked_gradients())
         undo.enter_context(fake_quantized(model, roundings))
@@ -193,12 +212,13 @@ def train(
         arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = DistillationTrainer(
             model=model,
-            teacher=teacher,
+            student=student,
+            teacher=asked,
             objective=objective,
             remake=remake,
             args=arguments,
             train_dataset=list(rows),
-            data_collator=partial(collate, objective.head, pad=pad, decoder_start=decoder_start),
+            data_collator=collator,
             callbacks=[_RestoreZeros(zeros)],
         )
         trainer.remove_callback(PrinterCallback)

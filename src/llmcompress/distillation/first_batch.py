@@ -1,0 +1,75 @@
+"""Before the training: do teacher and student put out what is compared, and where do learned projections start?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .heads import Batch, model_inputs
+from .objective import Objective
+from .observation import Observed, Observer
+from .projections import Place, fit
+
+
+def fitted_projections(
+    student: Observer, teacher: Observer, objective: Objective, batch: Batch
+) -> dict[Place, nn.Linear]:
+    """Return a projection for each hidden state that is compared with one of another width, fitted to `batch`.
+
+    Args:
+        student: of the model that is about to be trained.
+        teacher: of its teacher, in eval mode.
+        objective: tells what is compared.
+        batch: some rows; from `collate`.
+
+    Raises:
+        UnsupportedModelError: the models do not put out what is compared, or attention maps of as many heads.
+    """
+    if not objective.reads:
+        return {}
+    mine, theirs = _both(student, teacher, objective, batch)
+    _check_heads(mine, theirs, objective)
+    layers = {}
+    for stack, (mask, pairs) in enumerate(zip(objective.token_masks(batch), objective.alignment.pairs, strict=False)):
+        compared = [(0, 0)] if "embeddings" in objective.reads else []
+        compared += [(own + 1, other + 1) for own, other in pairs] if "states" in objective.reads else []
+        for own, other in compared:
+            state, target = mine.states[stack][own], objective.alignment.state(theirs.states[stack][other])
+            if state.shape[-1] != target.shape[-1]:
+                layers[stack, own] = fit(state[mask], target.to(state.device)[mask])
+    return layers
+
+
+@torch.no_grad()
+def _both(student: Observer, teacher: Observer, objective: Objective, batch: Batch) -> tuple[Observed, Observed]:
+    inputs = model_inputs(batch)
+    training = {module: module.training for module in student.model.modules()}
+    student.model.eval()
+    try:
+        mine = student({name: value.to(student.model.device) for name, value in inputs.items()})
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    asked = objective.for_teacher(inputs)
+    return mine, teacher({name: value.to(teacher.model.device) for name, value in asked.items()})
+
+
+def _check_heads(mine: Observed, theirs: Observed, objective: Objective) -> None:
+    for stack, own, other in _pairs(objective) if "attention" in objective.reads else ():
+        maps = objective.alignment.attention(theirs.attention[stack][other], stack, other)
+        few, many = mine.attention[stack][own].shape[1], maps.shape[1]
+        if few != many:
+            raise UnsupportedModelError(
+                f"attention maps must be of as many heads in teacher and student to be compared, got {many} in the "
+                f"teacher's block {other} and {few} in the student's block {own}; use features={{'relations': 1.0}}, "
+                f"which need no equal heads."
+            )
+
+
+def _pairs(objective: Objective) -> Iterator[tuple[int, int, int]]:
+    for stack, pairs in enumerate(objective.alignment.pairs):
+        for own, other in pairs:
+            yield stack, own, other
