@@ -5,12 +5,13 @@ import sys
 import pytest
 
 import llmcompress as lc
-from llmcompress.testing import check_reloads, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
 def reloads():
     """Collects folders for `check_reloads`: all that a worker's tests saved are read at its end, in one process."""
+    from llmcompress.testing import check_reloads
+
     folders = []
     yield folders
     check_reloads(folders)
@@ -19,6 +20,8 @@ def reloads():
 @pytest.fixture(scope="session")
 def plain_reloads():
     """The same for folders that load without llmcompress."""
+    from llmcompress.testing import check_reloads
+
     folders = []
     yield folders
     check_reloads(folders, plain=True)
@@ -37,4 +40,6 @@ def built_in_strategies():
 
 @pytest.fixture
 def tokenizer():
+    from llmcompress.testing import tiny_tokenizer
+
     return tiny_tokenizer()

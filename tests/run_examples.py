@@ -14,10 +14,13 @@ import runpy
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from llmcompress import pipeline
+from llmcompress.evaluation import cost, latency
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 ROWS = [("a fine film", 1), ("what a bore", 0), ("warm and wise", 1), ("no idea at all", 0)] * 4
@@ -51,6 +54,11 @@ def run(path: Path) -> None:
 def main(answer: str, *files: str) -> None:
     """Write, for each file, what it printed, the files it left, and its traceback or None."""
     torch.set_num_threads(1)
+    # What the readers' tiny models take means nothing.
+    latency.QUICK_MS = 0.0
+    pipeline._SPEED_TOKENS = 8
+    cost.measure_latencies = partial(cost.measure_latencies, seconds=0.01)
+    cost.measure_generation = partial(cost.measure_generation, seconds=0.01)
     outcomes = {}
     for file in files:
         path = Path(file).resolve()

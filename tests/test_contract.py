@@ -64,6 +64,7 @@ def keep_the_contract(name, families, reloads, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("name", sorted(set(STEPS) - _NO_TEXT))
 def test_contract_on_every_family(name, reloads, tmp_path):
     keep_the_contract(name, _FEWER.get(name, FAMILIES), reloads, tmp_path)

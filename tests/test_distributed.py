@@ -3,25 +3,20 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("distributed_distillation.py")
+import distributed_distillation
 
 
 def launch(folder, *, processes, batch_size):
-    folder.mkdir()
-    arguments = [SCRIPT, folder, batch_size, "llama"]
-    command = [sys.executable]
-    if processes > 1:
-        # `--cpu` would start one process, whatever the number; so launched, they run where the model is, on the CPU.
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
-        command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    # `--cpu` would start one process, whatever the number; so launched, they run where the model is, on the CPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     done = subprocess.run(
-        [str(part) for part in (*command, *arguments)],
+        [str(part) for part in (*command, distributed_distillation.__file__, folder, batch_size, "llama")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
@@ -29,6 +24,9 @@ def launch(folder, *, processes, batch_size):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def weights(folder):
     return [load_file(file) for file in sorted(folder.glob("rank*.safetensors"))]
 
 
@@ -38,12 +36,17 @@ def test_two_processes_end_with_the_same_weights_and_as_one_process_with_the_sam
 
     from llmcompress.testing import tiny_model
 
-    first, second = launch(tmp_path / "two", processes=2, batch_size=4)
+    two, one = tmp_path / "two", tmp_path / "one"
+    two.mkdir()
+    launch(two, processes=2, batch_size=4)
+    first, second = weights(two)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "two" / "saved").state_dict()
+    loaded = LlamaForCausalLM.from_pretrained(two / "saved").state_dict()
     assert all(torch.equal(loaded[name], first[name]) for name in first)
 
-    (alone,) = launch(tmp_path / "one", processes=1, batch_size=8)
+    one.mkdir()
+    distributed_distillation.main(one, 8, "llama")
+    (alone,) = weights(one)
     start = tiny_model("llama", seed=1).state_dict()
     moved = max(float((alone[name] - start[name]).abs().max()) for name in alone)
     apart = max(float((alone[name] - first[name]).abs().max()) for name in alone)

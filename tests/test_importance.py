@@ -453,15 +453,22 @@ def test_every_importance_prunes_and_every_family_is_pruned(importance, family):
         assert not any(action.path and "ranked by magnitude" in action.reason for action in result.report.steps[0].left)
 
 
-@pytest.mark.parametrize("importance", ASKING)
+_AXES = [
+    ("bert", {"heads": 0.5, "uniform": False}),
+    ("llama", {"query_heads": 0.5}),
+    ("llama", {"hidden": 0.25}),
+    ("mixtral", {"experts": 0.5, "ffn": 0.5, "rounds": 2}),
+    ("t5", {"heads": 0.5}),
+]
+
+
+# In turns: every importance on two or three axes, every axis by two importances.
 @pytest.mark.parametrize(
-    ("family", "fields"),
+    ("importance", "family", "fields"),
     [
-        ("bert", {"heads": 0.5, "uniform": False}),
-        ("llama", {"query_heads": 0.5}),
-        ("llama", {"hidden": 0.25}),
-        ("mixtral", {"experts": 0.5, "ffn": 0.5, "rounds": 2}),
-        ("t5", {"heads": 0.5}),
+        (importance, *axis)
+        for (i, importance), (j, axis) in itertools.product(enumerate(ASKING), enumerate(_AXES))
+        if (i + j) % 2
     ],
 )
 def test_importances_of_data_on_other_axes(importance, family, fields):
@@ -604,11 +611,11 @@ def test_distillation_follows_with_nothing_to_configure(family, fields):
     model = tiny_model(family)
     training = {"steps": 4, "batch_size": 4, "max_length": 16, "precision": "fp32"}
     steps = [lc.StructuredPruning(**fields), lc.KnowledgeDistillation(features={"hidden": 1.0}, **training)]
-    result = _compress(model, steps)
-    pruned = _compress(model, steps[:1])
-    shapes = [[tensor.shape for tensor in done.model.state_dict().values()] for done in (result, pruned)]
+    trained = _compress(model, steps).model
+    pruned = steps[0].compress(copy.deepcopy(model), lc.Context())
+    shapes = [[tensor.shape for tensor in each.state_dict().values()] for each in (trained, pruned)]
     assert shapes[0] == shapes[1]
-    assert torch.isfinite(result.model(**tiny_inputs(model)).logits).all()
+    assert torch.isfinite(trained(**tiny_inputs(model)).logits).all()
 
 
 # --- a model that was trained ---------------------------------------------------------------------------------------

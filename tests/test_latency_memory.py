@@ -90,7 +90,7 @@ def test_latency_and_machine_survive_json() -> None:
     assert machine().torch == torch.__version__
 
 
-def test_memory_is_measured_in_a_fresh_process_and_sees_the_model(tmp_path) -> None:
+def test_memory_is_measured_in_a_fresh_process_and_sees_the_model_and_the_activations() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     # 100 MB of weights that a pass reads (an embedding's rows are not): more than the libraries' own memory moves by.
@@ -101,10 +101,15 @@ def test_memory_is_measured_in_a_fresh_process_and_sees_the_model(tmp_path) -> N
     ballast = torch.ones(100_000_000)  # a peak of the parent must not count as the child's
     found = measure_memory(model, tokens=16)
     del ballast
+    many = measure_memory(model, batch_size=81, tokens=16)
     assert isinstance(found, Memory)
     assert found.load_peak_bytes > found.baseline_bytes
     assert 0.9 * weights < found.model_bytes < 3 * weights
     assert found.cuda_peak_bytes is None
+    # The intermediate activations alone, of 80 more rows of 16 tokens; GELU holds its input and its output.
+    inner = 80 * 16 * 24_000 * 4
+    assert inner < many.inference_peak_bytes - found.inference_peak_bytes < 4 * inner
+    assert abs(many.load_peak_bytes - found.load_peak_bytes) < inner
 
 
 def test_memory_refuses_what_is_no_folder_and_reports_a_broken_one(tmp_path) -> None:

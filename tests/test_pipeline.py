@@ -167,6 +167,7 @@ def test_resume_continues_behind_the_last_stage(bert, tmp_path, monkeypatch):
             _compress(bert, steps, seed=1, resume_dir=tmp_path, **inputs)
 
 
+@pytest.mark.timed
 def test_the_report_tells_what_each_step_gave(bert):
     steps = [lc.MagnitudePruning(), lc.StructuredPruning(ffn=0.5), lc.DynamicQuantization()]
     report = _compress(bert, steps).report
@@ -179,6 +180,7 @@ def test_the_report_tells_what_each_step_gave(bert):
     assert any(line.startswith(f"structured_pruning: {cut.speedup.ratio:.2f}x the base") for line in report.remarks())
 
 
+@pytest.mark.timed
 def test_training_alone_is_not_timed(bert):
     steps = [lc.StructuredPruning(ffn=0.5), lc.KnowledgeDistillation(steps=1, precision="fp32")]
     report = _compress(bert, steps, data=tiny_data(bert), tokenizer=tiny_tokenizer()).report

@@ -37,8 +37,13 @@ def test_sparsity_is_reached(scope):
     assert (max(shares) - min(shares) < 2e-3) == (scope == "layer")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "phi3"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "7:16", "1:2"])
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [
+        *(("llama", pattern) for pattern in ("2:4", "4:8", "1:4", "7:16", "1:2")),
+        *((family, pattern) for family in ("gpt2", "mixtral", "phi3") for pattern in ("2:4", "7:16")),
+    ],
+)
 def test_patterns_hold_along_the_inputs(family, pattern):
     from llmcompress.anatomy.layers import weight_layers
 

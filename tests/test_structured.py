@@ -34,10 +34,9 @@ def _check(model, step, folder):
     """Mask a copy by the history, compare with the slice and with what is loaded; the prediction is exact."""
     inputs = tiny_inputs(model)
     predicted = step.predicted_shapes(model)
-    result = _compress(model, step)
     context = lc.Context()
-    step.compress(copy.deepcopy(model), context)
-    sliced = probe_outputs(result.model, inputs)
+    pruned = step.compress(copy.deepcopy(model), context)
+    sliced = probe_outputs(pruned, inputs)
     twin = copy.deepcopy(model)
     kept = {(entry.path, entry.axis): torch.tensor(entry.kept) for entry in context.history}
     cuts = []
@@ -50,9 +49,9 @@ def _check(model, step, folder):
     with masked(twin, cuts):
         assert relative_error(sliced, probe_outputs(twin, inputs)) < 1e-5
     assert relative_error(sliced, probe_outputs(model, inputs)) > 1e-3
-    assert shapes_of(result.model) == predicted
-    assert footprint(result.model).parameters < footprint(model).parameters
-    result.model.save_pretrained(folder)
+    assert shapes_of(pruned) == predicted
+    assert footprint(pruned).parameters < footprint(model).parameters
+    pruned.save_pretrained(folder)
     reloaded = type(model).from_pretrained(folder)
     assert torch.equal(probe_outputs(reloaded, inputs), sliced)
     return reloaded

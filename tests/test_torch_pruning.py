@@ -102,9 +102,10 @@ def test_batch_norm_statistics_and_depthwise_convolutions_are_cut_with_their_cha
 def test_every_importance_works_in_every_scope(importance, scope):
     model = tiny_model("convnext")
     step = lc.TorchPruning(ratio=0.5, importance=importance, scope=scope, round_to=1)
-    first, second = (_compress(model, step).model for _ in range(2))
-    inputs = probe_inputs(model)
-    assert torch.equal(probe_outputs(first, inputs), probe_outputs(second, inputs))
+    first = _compress(model, step).model
+    if importance == "random":
+        inputs = probe_inputs(model)
+        assert torch.equal(probe_outputs(first, inputs), probe_outputs(_compress(model, step).model, inputs))
     share = footprint(first).parameters / footprint(model).parameters
     assert 0.15 < share < 0.6
 
@@ -218,6 +219,7 @@ def test_without_the_package_the_error_names_it(monkeypatch):
         _compress(tiny_model("resnet"), lc.TorchPruning())
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_image_models_are_probed_timed_and_told_as_such(family):
     model = tiny_model(family)

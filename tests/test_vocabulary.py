@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def pruned(model, step=None, **inputs):
     return lc.compress(model, step or lc.VocabularyPruning(), **inputs)
 
 
+@cache
+def pruned_of(family):
+    """The tiny model of `family` and what comes out by default; for looking at only."""
+    model = tiny_model(family)
+    return model, pruned(model)
+
+
 def kept_of(result):
     names = result.tokenizer.convert_ids_to_tokens(range(len(result.tokenizer)))
     return torch.tensor(tiny_tokenizer().convert_tokens_to_ids(names))
@@ -49,8 +57,7 @@ def logits(model, tokenizer, text):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_outputs_on_the_texts_are_bit_identical(family):
-    model = tiny_model(family)
-    result = pruned(model)
+    model, result = pruned_of(family)
     kept = kept_of(result)
     assert result.model.config.get_text_config().vocab_size == len(result.tokenizer) == len(kept) == 32
     for example in tiny_data(model):
@@ -61,12 +68,11 @@ def test_the_outputs_on_the_texts_are_bit_identical(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_predicts_every_shape(family):
-    model = tiny_model(family)
+    model, result = pruned_of(family)
     meta = build(model, {})
     context = Context(data=tiny_data(model), tokenizer=tiny_tokenizer())
     predicted = lc.VocabularyPruning().predicted_shapes(meta, context)
     planned = lc.VocabularyPruning().plan(meta, context)
-    result = pruned(model)
     assert shapes_of(result.model) == predicted
     assert result.report.steps[0].touched == [action for action in planned if action.touched]
     assert {action.does for action in planned if action.touched} == {"128 -> 32 tokens"}
