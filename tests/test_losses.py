@@ -62,7 +62,7 @@ def test_soft_losses_are_sums_over_counted_positions_and_classes_at_the_temperat
 
 
 def test_every_soft_loss_is_checked_here_and_mse_is_a_squared_distance():
-    assert set(SOFT_LOSSES) == {*BY_HAND, "mse"}
+    assert set(SOFT_LOSSES) == {*BY_HAND, "mse", "uld"}  # uld in test_teachers.py
     student, teacher = torch.tensor([[1.0, 2.0], [9.0, 9.0]]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])
     assert float(SOFT_LOSSES["mse"](student, teacher, mask=torch.tensor([True, False]))) == 5.0
 

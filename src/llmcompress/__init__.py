@@ -16,6 +16,7 @@ _HOME = {
     "comparison": ("Comparison", "compare"),
     "compressor": ("Action", "Compressor", "Context", "Cut"),
     "data": ("Example", "load_examples"),
+    "distillation.cache": ("TeacherCache",),
     "distillation.distillation": ("KnowledgeDistillation",),
     "distillation.loss_choice": ("SoftLoss",),
     "errors": (

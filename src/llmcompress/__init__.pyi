@@ -9,6 +9,7 @@ from .compressor import Context as Context
 from .compressor import Cut as Cut
 from .data import Example as Example
 from .data import load_examples as load_examples
+from .distillation.cache import TeacherCache as TeacherCache
 from .distillation.distillation import KnowledgeDistillation as KnowledgeDistillation
 from .distillation.loss_choice import SoftLoss as SoftLoss
 from .errors import (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..anatomy.module_sizes import quantized_by
 from ..anatomy.vocabulary import vocabulary_size
-from ..compressor import Context, still_there
-from ..errors import UnsupportedModelError
+from ..compressor import Cut, still_there
+from ..errors import ConfigError, UnsupportedModelError
+from .cache import TeacherCache
 from .heads import LANGUAGE_MODELS, Head, head_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .objective import Objective
 
 
 def refuse_untrainable(model: PreTrainedModel) -> None:
@@ -34,11 +38,11 @@ def refuse_untrainable(model: PreTrainedModel) -> None:
         )
 
 
-def refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> None:
+def refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Refuse a teacher that does not answer what the student is asked.
 
     Raises:
-        UnsupportedModelError: another kind of head, other classes, or a vocabulary that lacks tokens.
+        UnsupportedModelError: another kind of head, or other classes.
     """
     theirs = head_of(teacher)
     if theirs != head:
@@ -51,13 +55,29 @@ def refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedMod
             f"teacher and student must have the same classes, got {teacher.config.num_labels} and "
             f"{student.config.num_labels} labels; give the student the teacher's head."
         )
-    common_classes(head, student, teacher, context)
 
 
-def common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> int | None:
-    """Return how many tokens to compare where vocabularies are padded to different sizes; None where they are equal."""
+def common_classes(
+    head: Head,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    history: Sequence[Cut],
+) -> int | None:
+    """Return how many tokens to compare where vocabularies are padded to different sizes; None where they are equal.
+
+    Args:
+        head: of both.
+        student: its vocabulary may have been cut out of the teacher's.
+        teacher: reads with the same tokenizer.
+        tokenizer: of both.
+        history: what was cut of the teacher to make the student.
+
+    Raises:
+        UnsupportedModelError: a vocabulary lacks tokens.
+    """
     ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    tokens = still_there(context.history, "vocabulary")
+    tokens = still_there(history, "vocabulary")
     if tokens is not None:
         if len(tokens) != vocabulary_size(student) or tokens[-1] >= vocabulary_size(teacher):
             raise UnsupportedModelError(
@@ -65,12 +85,62 @@ def common_classes(head: Head, student: PreTrainedModel, teacher: PreTrainedMode
                 f"teacher's, got vocabularies of {theirs} and {ours}; do not resize it between the steps."
             )
         return None
-    if context.tokenizer is None or ours == theirs:
+    if tokenizer is None or ours == theirs:
         return None
-    real = len(context.tokenizer)
+    real = len(tokenizer)
     if min(ours, theirs) < real:
         raise UnsupportedModelError(
             f"teacher and student must share the tokenizer's {real} tokens, got vocabularies of {theirs} and {ours}; "
             f"use a student with the teacher's tokenizer."
         )
     return real if head in LANGUAGE_MODELS else None
+
+
+def refuse_uncacheable(
+    cache: TeacherCache,
+    objective: Objective,
+    classes: int,
+    *,
+    own_tokenizer: bool,
+) -> None:
+    """Refuse what a cache of answers cannot serve.
+
+    Args:
+        cache: the cache.
+        objective: what is learned, with the blocks that are compared.
+        classes: how many of the teacher's are compared.
+        own_tokenizer: whether the teacher reads with another tokenizer than the student.
+
+    Raises:
+        ConfigError: inputs that are made anew each time, features or hidden states that it does not keep, a temperature
+            that changes or a loss on logits where only the likeliest tokens are kept.
+    """
+    who, head = "KnowledgeDistillation.cache", objective.head
+    if head == "masked_lm":
+        raise ConfigError(
+            f"{who} must be left out for a masked language model, whose inputs are masked anew each time."
+        )
+    if head == "causal_lm" and own_tokenizer:
+        raise ConfigError(f"{who} must be left out where the teacher's tokenizer is another one than the student's.")
+    missing = objective.reads & {"attention", "relations"}
+    if missing:
+        raise ConfigError(f"{who} keeps no {' and no '.join(sorted(missing))}; leave it out, or use features='hidden'.")
+    wanted = {theirs + 1 for pairs in objective.alignment.pairs for _, theirs in pairs if "states" in objective.reads}
+    wanted |= {0} if "embeddings" in objective.reads else set()
+    if not wanted <= set(cache.hidden):
+        raise ConfigError(
+            f"TeacherCache.hidden must hold the hidden states {tuple(sorted(wanted))}, which features compare, got "
+            f"{cache.hidden}."
+        )
+    if cache.keeps_all(head, classes):
+        return
+    if isinstance(objective.temperature, tuple):
+        raise ConfigError(
+            f"KnowledgeDistillation.temperature must be one number where only {cache.top_k} of {classes} tokens are "
+            f"kept, got {list(objective.temperature)}; raise top_k, or leave the cache out."
+        )
+    if objective.soft.name in ("mse", "uld"):
+        raise ConfigError(
+            f"KnowledgeDistillation.soft must be a loss between probabilities of tokens where only {cache.top_k} of "
+            f"{classes} are kept, got {objective.soft.name!r}; raise top_k, or leave the cache out."
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
@@ -16,26 +18,31 @@ from pydantic import (
 )
 
 from ..anatomy.vocabulary import vocabulary_size
-from ..compressor import Action, Compressor, Context, Need, Rounding, Rounds
+from ..compressor import Action, Compressor, Context, Cut, Need, Rounding, Rounds, still_there
 from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
 from .alignment import Alignment, align, feature_actions
-from .batches import make_rows
-from .checks import common_classes, refuse_mismatch, refuse_untrainable
+from .batches import Row, collate, make_rows
+from .cache import TeacherCache
+from .cached_teacher import Collator
+from .checks import common_classes, refuse_mismatch, refuse_uncacheable, refuse_untrainable
 from .heads import Head, head_of
 from .labels import check_labels
 from .layer_map import LayersField, layer_map
 from .loss_choice import Alpha, Features, Soft, SoftLoss, Temperature, reads_of
 from .masking import Masking
 from .objective import Objective
+from .observation import Teacher
 from .schedule import least, most
 from .sources import told
-from .student import PlannedStudent, Student, make_student, plan_student, read_student
-from .trainer import Precision, train
+from .student import Student, make_student, plan_student, read_student
+from .teachers import Teachers, is_original, read_teachers, weights_of
+from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
+from .trainer import Precision, train, use_bf16
 from .zeros import pruned_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DEFAULT_EPOCHS = 3.0
 
@@ -46,7 +53,8 @@ class KnowledgeDistillation(Compressor):
 
     The model is the student: as it arrives (then this recovers what an earlier step lost), with some of its blocks
     (`student="layers:3"`; DistilBERT's way, arXiv 1910.01108), or narrower (`"width:0.5"`). A student may also be a
-    model of its own, from a config or a folder. The teacher is the model as it was before any step.
+    model of its own, from a config or a folder. The teacher is the model as it was before any step, or another one, or
+    several.
     Weights that an earlier step set to zero stay zero. Classifiers (of one class, a set of classes or a score), taggers
     of words and readers of questions learn from their texts (and labels) one by one; masked language models from what
     is masked in each text; causal ones from windows cut out of all texts joined, or from each text's second one as its
@@ -81,6 +89,11 @@ class KnowledgeDistillation(Compressor):
             the dearest by their gradients; what cannot be narrower is told in the plan). From scratch: a config, as a
             dict or a `.json` file; without `model_type` the model's own with those fields changed. From elsewhere: a
             folder, a name on the hub or a model; its tokenizer comes with it.
+        teacher: None: the model as it was before any step. Else a folder, a name on the hub or a model; a list of them,
+            of which `"original"` may be one; or their weights, as `{"big": 2, "original": 1}`. The probabilities of
+            several are averaged. A teacher with another tokenizer reads the texts with it; for tokens, see
+            `soft="uld"`.
+        cache: a `TeacherCache`, or its dict: the teacher runs over the rows once, and its answers are read from disk.
         learning_rate: of AdamW, falling linearly to 0.
         batch_size: rows a step and process; a row is a text, or a window of `max_length` tokens.
         max_length: tokens a row, cut to what the model can take.
@@ -112,6 +125,10 @@ class KnowledgeDistillation(Compressor):
     student: Annotated[Student, PlainValidator(read_student), PlainSerializer(told)] = Field(
         None, description="part of the model, a config, or another model; None: the model as it arrives"
     )
+    teacher: Annotated[Teachers, PlainValidator(read_teachers), PlainSerializer(told)] = Field(
+        None, description="another teacher, or several; None: the model as it was before any step"
+    )
+    cache: TeacherCache | None = Field(None, description="where the teacher's answers are kept")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     batch_size: int = Field(32, gt=0, description="rows a step and process")
     max_length: int = Field(256, gt=1, description="tokens a row")
@@ -152,11 +169,13 @@ class KnowledgeDistillation(Compressor):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Data and a tokenizer, and the teacher unless nothing asks it; labels depend on the head, `plan` checks."""
-        needs: set[Need] = {"data", "tokenizer"}
-        if most(self.alpha) > 0 or reads_of(self.features):
-            needs.add("teacher")
-        return frozenset(needs)
+        """Data and a tokenizer, and the original where it is a teacher; labels depend on the head, `plan` checks."""
+        original = self._asks_teacher and any(is_original(source) for source, _ in weights_of(self.teacher))
+        return frozenset({"data", "tokenizer", "teacher"} if original else {"data", "tokenizer"})
+
+    @property
+    def _asks_teacher(self) -> bool:
+        return most(self.alpha) > 0 or bool(reads_of(self.features))
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Tell which blocks stay, how it is trained, and which zeros are held.
@@ -166,14 +185,16 @@ class KnowledgeDistillation(Compressor):
             MissingInputError: labels are needed and missing.
             UnsupportedModelError: no head that can be distilled, a quantized student, a teacher that does not match.
         """
-        _, planned = self._check(model, context)
-        actions, kept = list(planned.actions), planned.kept
+        lesson = self._check(model, context)
+        planned, kept = lesson.student, lesson.student.kept
+        actions = list(planned.actions)
         span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
-        does = f"distil for {span}" if "teacher" in self.needs else f"fine-tune for {span}"
+        does = f"distil for {span}" if self._asks_teacher else f"fine-tune for {span}"
         actions.append(Action(path="", does=does, reason="all trainable weights"))
-        if context.teacher is not None and self.features:
-            pairs = layer_map(self.layers, planned.model, context.teacher, context.history, planned=planned.cuts)
-            actions.extend(feature_actions(self.features, pairs, planned.model, context.teacher, context.history))
+        actions.extend(teacher_actions(lesson.teachers, lesson.alignments, lesson.head, self.cache))
+        for teacher, aligned in zip(lesson.teachers, lesson.alignments, strict=True):
+            history = history_of(teacher, context.history)
+            actions.extend(feature_actions(self.features, aligned.pairs, planned.model, teacher.empty, history))
         if self.quantize_for is not None:
             actions.append(self._rounding_action(planned.model))
         if planned.model is not model:
@@ -190,40 +211,68 @@ class KnowledgeDistillation(Compressor):
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Make the student out of `model`, train it in place, and return it."""
-        data, tokenizer, teacher = context.data, context.tokenizer, context.teacher
-        if not data:
+        if not context.data:
             raise MissingInputError("KnowledgeDistillation needs data; pass data=[...] with at least one example.")
-        if tokenizer is None:
+        if context.tokenizer is None:
             raise MissingInputError("KnowledgeDistillation needs a tokenizer; pass tokenizer=...")
-        if "teacher" not in self.needs:
-            teacher = None
-        elif teacher is None or teacher is model:
+        if "teacher" in self.needs and (context.teacher is None or context.teacher is model):
             raise MissingInputError(
                 "KnowledgeDistillation needs a teacher that is not the student itself; pass the original as "
                 "Context.teacher (lc.compress does, without inplace=True)."
             )
-        head, planned = self._check(model, context)
-        tokenizer = planned.tokenizer or tokenizer
+        lesson = self._check(model, context)
+        head, tokenizer = lesson.head, lesson.student.tokenizer or context.tokenizer
+        labelled = least(self.alpha) < 1
         rows = make_rows(
-            head, planned.model, tokenizer, data, max_length=self.max_length, labelled=least(self.alpha) < 1
+            head, lesson.student.model, tokenizer, context.data, max_length=self.max_length, labelled=labelled
         )
         model = make_student(model, self.student, context)
+        alignments = self._alignments(head, model, lesson.teachers, tokenizer, context)
         objective = Objective(
             head=head,
             soft=self.soft,
             temperature=self.temperature,
             alpha=self.alpha,
             features=self.features,
-            alignment=self._align(head, model, teacher, context) if teacher is not None else Alignment(),
+            alignment=alignments[0] if alignments else Alignment(),
         )
-        roundings = self._roundings(model)
-        losses = train(
+        start = getattr(model.config, "decoder_start_token_id", None)
+        collator = partial(collate, head, pad=_pad_token(model, tokenizer), decoder_start=start)
+        teaching = Teaching(
+            planned=lesson.teachers,
+            original=context.teacher,
+            objective=objective,
+            alignments=alignments,
+            examples=context.data,
+            rows=rows,
+            tokenizer=tokenizer,
+            collator=collator,
+            device=model.device,
+            autocast=use_bf16(self.precision, model.device),
+            max_length=self.max_length,
+        )
+        with teaching.answering(self.cache, batch_size=self.batch_size, context=context) as teacher:
+            losses = self._train(model, teacher, rows, objective, collator, tokenizer, context)
+        course = " -> ".join(f"{loss:.4g}" for loss in losses)
+        context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
+        return model
+
+    def _train(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        rows: Sequence[Row],
+        objective: Objective,
+        collator: Collator,
+        tokenizer: PreTrainedTokenizerBase,
+        context: Context,
+    ) -> list[float]:
+        return train(
             model,
             teacher,
             rows,
             objective,
-            pad=_pad_token(model, tokenizer),
-            decoder_start=getattr(model.config, "decoder_start_token_id", None),
+            collator=collator,
             epochs=self.epochs,
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -234,21 +283,30 @@ class KnowledgeDistillation(Compressor):
             precision=self.precision,
             seed=context.seed,
             progress=context.progress,
-            roundings=roundings,
-            remake=_masking(model, tokenizer) if head == "masked_lm" else None,
+            roundings=self._roundings(model),
+            remake=_masking(model, tokenizer) if objective.head == "masked_lm" else None,
         )
-        course = " -> ".join(f"{loss:.4g}" for loss in losses)
-        context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
-        return model
 
-    def _align(self, head: Head, student: PreTrainedModel, teacher: PreTrainedModel, context: Context) -> Alignment:
-        return align(
-            teacher,
-            context.history,
-            pairs=layer_map(self.layers, student, teacher, context.history) if self.features else (),
-            classes=common_classes(head, student, teacher, context),
-            reads=reads_of(self.features),
-        )
+    def _alignments(
+        self,
+        head: Head,
+        student: PreTrainedModel,
+        teachers: Sequence[PlannedTeacher],
+        tokenizer: PreTrainedTokenizerBase | None,
+        context: Context,
+        planned: Sequence[Cut] = (),
+    ) -> list[Alignment]:
+        """Return how each teacher is laid beside the student; `planned` is what will be cut besides the history."""
+        found = []
+        for teacher in teachers:
+            history = history_of(teacher, context.history)
+            pairs = layer_map(self.layers, student, teacher.empty, history, planned=planned) if self.features else ()
+            alike = teacher.tokenizer is None
+            classes = common_classes(head, student, teacher.empty, tokenizer, history) if alike else None
+            found.append(align(teacher.empty, history, pairs=pairs, classes=classes, reads=reads_of(self.features)))
+        # Of padded vocabularies only the tokens that all have are compared.
+        real = next((one.classes for one in found if one.classes is not None), None)
+        return [replace(one, classes=real) for one in found]
 
     def _roundings(self, model: PreTrainedModel) -> list[Rounding]:
         return self.quantize_for.roundings(model) if isinstance(self.quantize_for, Rounds) else []
@@ -263,8 +321,8 @@ class KnowledgeDistillation(Compressor):
             reason="put that step behind this one",
         )
 
-    def _check(self, model: PreTrainedModel, context: Context) -> tuple[Head, PlannedStudent]:
-        """Refuse all that cannot work; return the head and what the student will be. Reads no weights."""
+    def _check(self, model: PreTrainedModel, context: Context) -> Lesson:
+        """Refuse all that cannot work; return what student and teachers will be. Reads no weights."""
         head = head_of(model)
         planned = plan_student(model, self.student, context)
         model = planned.model
@@ -276,12 +334,26 @@ class KnowledgeDistillation(Compressor):
                 f"KnowledgeDistillation.soft must be left out for the regression of {type(model).__name__}, whose loss "
                 f"is the squared error, got {self.soft.name!r}."
             )
-        teacher = context.teacher if "teacher" in self.needs else None
-        if teacher is not None:
-            refuse_mismatch(head, model, teacher, context)
-            if self.features:
-                layer_map(self.layers, model, teacher, context.history, planned=planned.cuts)
-        return head, planned
+        tokenizer = planned.tokenizer or context.tokenizer
+        teachers = plan_teachers(
+            self.teacher if self._asks_teacher else (),
+            context.teacher,
+            head,
+            original_tokenizer=context.tokenizer,
+            student_tokenizer=tokenizer,
+            pruned_vocabulary=still_there(context.history, "vocabulary") is not None,
+            soft=self.soft,
+            features=bool(self.features),
+        )
+        for teacher in teachers:
+            refuse_mismatch(head, model, teacher.empty)
+        alignments = self._alignments(head, model, teachers, tokenizer, context, planned.cuts)
+        if self.cache is not None and teachers:
+            objective = Objective(head, self.soft, self.temperature, self.alpha, self.features, alignments[0])
+            classes = classes_of(teachers[0].empty, alignments[0])
+            own_tokenizer = any(teacher.tokenizer is not None for teacher in teachers)
+            refuse_uncacheable(self.cache, objective, classes, own_tokenizer=own_tokenizer)
+        return Lesson(head, planned, teachers, alignments)
 
 
 def _masking(model: PreTrainedModel, tokenizer: Any) -> Masking:

@@ -10,18 +10,18 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .heads import Batch, model_inputs
 from .objective import Objective
-from .observation import Observed, Observer
+from .observation import Observed, Observer, Teacher
 from .projections import Place, fit
 
 
 def fitted_projections(
-    student: Observer, teacher: Observer, objective: Objective, batch: Batch
+    student: Observer, teacher: Teacher, objective: Objective, batch: Batch
 ) -> dict[Place, nn.Linear]:
     """Return a projection for each hidden state that is compared with one of another width, fitted to `batch`.
 
     Args:
         student: of the model that is about to be trained.
-        teacher: of its teacher, in eval mode.
+        teacher: answers to a batch.
         objective: tells what is compared.
         batch: some rows; from `collate`.
 
@@ -30,7 +30,7 @@ def fitted_projections(
     """
     if not objective.reads:
         return {}
-    mine, theirs = _both(student, teacher, objective, batch)
+    mine, theirs = _both(student, teacher, batch)
     _check_heads(mine, theirs, objective)
     layers = {}
     for stack, (mask, pairs) in enumerate(zip(objective.token_masks(batch), objective.alignment.pairs, strict=False)):
@@ -44,7 +44,7 @@ def fitted_projections(
 
 
 @torch.no_grad()
-def _both(student: Observer, teacher: Observer, objective: Objective, batch: Batch) -> tuple[Observed, Observed]:
+def _both(student: Observer, teacher: Teacher, batch: Batch) -> tuple[Observed, Observed]:
     inputs = model_inputs(batch)
     training = {module: module.training for module in student.model.modules()}
     student.model.eval()
@@ -53,8 +53,7 @@ def _both(student: Observer, teacher: Observer, objective: Objective, batch: Bat
     finally:
         for module, mode in training.items():
             module.training = mode
-    asked = objective.for_teacher(inputs)
-    return mine, teacher({name: value.to(teacher.model.device) for name, value in asked.items()})
+    return mine, teacher(batch)
 
 
 def _check_heads(mine: Observed, theirs: Observed, objective: Objective) -> None:

@@ -23,7 +23,8 @@ class SoftLoss(Settings):
         name: `"forward_kl"` (KL(teacher || student), arXiv 1503.02531), `"reverse_kl"` (the other way round; arXiv
             2306.08543), `"jsd"` (between the two; arXiv 2306.13649), `"skew_kl"` and `"skew_reverse_kl"` (against a
             mixture of both; arXiv 2402.03898), `"tvd"` (total variation; arXiv 2307.15190), `"mse"` (squared distance
-            of logits; arXiv 2105.08919).
+            of logits; arXiv 2105.08919), `"uld"` (of sorted probabilities, for a teacher with another tokenizer; arXiv
+            2402.12030).
         beta: for `"jsd"`, in [0, 1]: 0 is the forward KL, 1 the reverse KL; 0.5 if not given.
         skew: for `"skew_kl"` and `"skew_reverse_kl"`, in [0, 1): share of the other side in the mixture; 0.1 if not
             given.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .alignment import Alignment
+from .answers import Answers
 from .heads import IGNORED, LANGUAGE_MODELS, Batch, Head, counted, labelled, logits_of, targets
 from .loss_choice import SoftLoss, reads_of
 from .losses.labels import cross_entropy, squared_error
@@ -103,9 +104,10 @@ class Objective:
         alpha = value_at(self.alpha, progress)
         parts = {}
         if alpha > 0 and teacher is not None:
-            theirs = self._logits(teacher, batch, self.alignment.tokens)
-            heat = value_at(self.temperature, progress)
-            parts["soft"] = alpha * self._soft(ours, theirs, counted(self.head, batch), counts[0], heat)
+            answers, heat = self.answers(teacher, batch), value_at(self.temperature, progress)
+            mask = counted(self.head, batch)
+            mask = mask if answers.answered is None else mask & answers.answered.to(mask.device)
+            parts["soft"] = alpha * self._soft(*answers.beside(ours, heat), mask, counts[0], heat)
         if alpha < 1:
             labels = targets(self.head, batch)
             parts["hard"] = (1 - alpha) * self._hard(ours, labels, labelled(self.head, batch), counts[1])
@@ -114,6 +116,10 @@ class Objective:
             if weight > 0 and teacher is not None:
                 parts[name] = weight * self._feature(FEATURE_LOSSES[name], student, teacher, batch, counts)
         return parts
+
+    def answers(self, teacher: Observed, batch: Batch) -> Answers:
+        """Return what a teacher put out, laid beside the student's logits."""
+        return teacher.answers or Answers(self._logits(teacher, batch, self.alignment.tokens))
 
     def _logits(self, observed: Observed, batch: Batch, tokens: torch.Tensor | None = None) -> torch.Tensor:
         logits = logits_of(self.head, observed.outputs, batch)

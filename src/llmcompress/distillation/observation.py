@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from ..anatomy.find import anatomy
 from ..anatomy.parts import Attention
 from ..errors import UnsupportedModelError
+from .answers import Answers
 from .losses.table import Reads
 
 if TYPE_CHECKING:
@@ -31,12 +32,18 @@ class Observed:
             each block; empty where no loss reads them.
         attention: for each stack the self-attention maps (rows, heads, queries, keys) of each block; or empty.
         relations: queries, keys and values (rows, tokens, width of all heads) by (stack, block); or empty.
+        answers: of a teacher, where they are laid beside the student's logits already; then `outputs` is None.
     """
 
     outputs: Any
-    states: Sequence[Sequence[torch.Tensor]] = ()
+    states: Sequence[Sequence[torch.Tensor] | Mapping[int, torch.Tensor]] = ()
     attention: Sequence[Sequence[torch.Tensor]] = ()
     relations: Mapping[tuple[int, int], Vectors] = field(default_factory=dict)
+    answers: Answers | None = None
+
+
+Teacher: TypeAlias = Callable[[Mapping[str, torch.Tensor]], Observed]
+"""Answers to a batch that was made for the student."""
 
 
 class Observer:

@@ -123,8 +123,6 @@ def plan_student(model: PreTrainedModel, student: Student, context: Context) -> 
         assert not isinstance(student, dict)
         built = empty_sibling(model, student, _WHO)
         does, tokenizer = f"begin from {student!r}:", _own_tokenizer(student, context)
-    if tokenizer is not None:
-        raise UnsupportedModelError(f"{_WHO} must have the teacher's tokenizer, and {student!r} has another one.")
     known = tokenizer or context.tokenizer
     if known is not None and vocabulary_size(built) < len(known):
         raise UnsupportedModelError(

@@ -11,7 +11,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,12 +23,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..compressor import Rounding
 from ..errors import CompressionError
-from .batches import Row, collate
+from .batches import Row
 from .fake_quantization import fake_quantized
 from .first_batch import fitted_projections
 from .heads import Batch, model_inputs
 from .objective import Objective
-from .observation import Observer, observing
+from .observation import Observer, Teacher, observing
 from .projections import projected
 from .zeros import HeldZeros
 
@@ -45,8 +44,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         student: what observes `model`.
-        teacher: what observes the teacher, which is in eval mode, gets no gradient and is not wrapped by accelerate.
-            None where the objective asks none.
+        teacher: answers to a batch, without a gradient and not wrapped by accelerate; None where the objective asks
+            none.
         objective: the loss.
         remake: what is done to each batch when its turn comes (masking, generation); its generator is the same however
             often a run was interrupted.
@@ -57,7 +56,7 @@ class DistillationTrainer(Trainer):
         self,
         *,
         student: Observer,
-        teacher: Observer | None,
+        teacher: Teacher | None,
         objective: Objective,
         remake: Remake | None = None,
         **more: Any,
@@ -99,9 +98,8 @@ class DistillationTrainer(Trainer):
             seen = self.student(fed, run=model)
         target = None
         if self.teacher is not None and self.objective.asks_teacher:
-            with torch.no_grad(), self.accelerator.autocast():
-                place, asked = self.teacher.model.device, self.objective.for_teacher(fed)
-                target = self.teacher({key: value.to(place) for key, value in asked.items()})
+            with torch.no_grad():
+                target = self.teacher(inputs)
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
         # The last step has the last value of a schedule.
         progress = self.state.global_step / max(self.state.max_steps - 1, 1)
@@ -140,12 +138,11 @@ class _RestoreZeros(TrainerCallback):
 
 def train(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     rows: Sequence[Row],
     objective: Objective,
     *,
-    pad: int,
-    decoder_start: int | None,
+    collator: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
     epochs: float | None,
     steps: int | None,
     learning_rate: float,
@@ -173,16 +170,10 @@ def train(
         folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="llmcompress-"))
         undo.enter_context(_random_state_kept())
         undo.enter_context(_traces_removed(model))
-        collator = partial(collate, objective.head, pad=pad, decoder_start=decoder_start)
         pairs = objective.alignment.pairs
         student = undo.enter_context(observing(model, objective.reads, [{mine for mine, _ in own} for own in pairs]))
-        asked = None
         if teacher is not None:
-            undo.enter_context(_modes_kept(teacher))
-            teacher.eval()
-            blocks = [{theirs for _, theirs in own} for own in pairs]
-            asked = undo.enter_context(observing(teacher, objective.reads, blocks))
-            layers = fitted_projections(student, asked, objective, collator(rows[:batch_size]))
+            layers = fitted_projections(student, teacher, objective, collator(rows[:batch_size]))
             undo.enter_context(projected(model, layers, [f"{prefix}hidden_states" for prefix in student.prefixes]))
         zeros = HeldZeros(model)
         undo.enter_context(zeros.masked_gradients())
@@ -197,7 +188,7 @@ def train(
             lr_scheduler_type="linear",
             warmup_steps=warmup,
             weight_decay=weight_decay,
-            bf16=_use_bf16(precision, model.device),
+            bf16=use_bf16(precision, model.device),
             use_cpu=model.device.type == "cpu",
             seed=seed,
             save_strategy="no",
@@ -213,7 +204,7 @@ def train(
         trainer = DistillationTrainer(
             model=model,
             student=student,
-            teacher=asked,
+            teacher=teacher,
             objective=objective,
             remake=remake,
             args=arguments,
@@ -228,7 +219,8 @@ def train(
     return losses
 
 
-def _use_bf16(precision: Precision, device: torch.device) -> bool:
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """Tell whether matrix products are in bfloat16; `"auto"` takes it where the hardware gains by it."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

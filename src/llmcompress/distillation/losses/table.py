@@ -10,6 +10,7 @@ import torch
 
 from .divergences import forward_kl, jsd, mse, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from .maps import attention_kl, attention_mse, relation_kl
+from .ordered import uld
 from .states import cosine_distance, mean_squared_error, relative_error
 
 Reads = Literal["embeddings", "states", "attention", "relations"]
@@ -37,6 +38,7 @@ SOFT_LOSSES: Mapping[str, Callable[..., torch.Tensor]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
     "mse": mse,
+    "uld": uld,
 }
 """On logits, from `(student, teacher, *, temperature, mask, count)` and settings of their own."""
 

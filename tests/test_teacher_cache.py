@@ -1,0 +1,194 @@
+"""A teacher's answers on disk: as good as the teacher, made once, resumed after a kill, never taken for another's."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.compressor import Context
+from llmcompress.distillation import teachers
+from llmcompress.distillation.answers import Answers, likeliest
+from llmcompress.distillation.losses.divergences import forward_kl, reverse_kl
+from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
+
+FIELDS = {"batch_size": 8, "max_length": 24, "precision": "fp32", "learning_rate": 1e-3, "steps": 4}
+
+
+def distil(original, *, student=None, data=None, **fields):
+    context = Context(
+        data=tiny_data(original, 24) if data is None else data,
+        tokenizer=tiny_tokenizer(),
+        teacher=original,
+        progress=False,
+    )
+    start = tiny_model_of(original) if student is None else student
+    return lc.KnowledgeDistillation(**{**FIELDS, **fields}).compress(start, context), context
+
+
+def tiny_model_of(teacher):
+    torch.manual_seed(5)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return student
+
+
+def moved(model, start):
+    return torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)]).detach()
+
+
+def entries(folder):
+    return sorted(path for path in Path(folder).iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_with_all_classes_a_cached_run_is_a_live_one(family, tmp_path):
+    teacher = tiny_model(family)
+    fields = {"features": {"hidden": 1.0, "embeddings": 0.1}, "alpha": 0.7}
+    cache = lc.TeacherCache(folder=tmp_path, top_k=128, hidden=(0, 1, 2), dtype="float32")
+    start = tiny_model_of(teacher)
+    live, cached = (
+        moved(distil(teacher, student=copy.deepcopy(start), **fields, **more)[0], start)
+        for more in ({}, {"cache": cache})
+    )
+    assert float(live.norm()) > 1e-2
+    assert float((live - cached).norm()) < 0.02 * float(live.norm())
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_bucket_for_the_rest_is_one_class_more_by_brute_force():
+    torch.manual_seed(0)
+    ours, theirs = 3 * torch.randn(6, 9).double(), 3 * torch.randn(6, 9).double()
+    answers = likeliest(theirs, 3, 2.0)
+    for loss, turned in ((forward_kl, False), (reverse_kl, True)):
+        total = 0.0
+        for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
+            p, q = ([math.exp(value / 2.0) for value in one] for one in (other, mine))
+            p, q = ([value / sum(one) for value in one] for one in (p, q))
+            best = sorted(range(9), key=lambda index: -p[index])[:3]
+            rest = [index for index in range(9) if index not in best]
+            p, q = ([one[index] for index in best] + [sum(one[index] for index in rest)] for one in (p, q))
+            p, q = (q, p) if turned else (p, q)
+            total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        found = loss(*answers.beside(ours, 2.0), temperature=2.0)
+        assert float(found) == pytest.approx(4.0 * total / 6, rel=1e-4)
+
+
+def test_the_rest_keeps_its_digits_where_the_likeliest_have_almost_all():
+    logits = torch.tensor([[60.0, 0.0, 1.0]])
+    kept = likeliest(logits, 1, 1.0)
+    assert float(kept.logits[0, 1]) == pytest.approx(math.log(1 + math.e) - 60, rel=1e-5)
+    ours, theirs = Answers(kept.logits, kept.tokens).beside(logits, 1.0)
+    assert torch.allclose(ours, theirs)
+
+
+def test_the_likeliest_tokens_teach_as_the_whole_vocabulary_does(tmp_path):
+    teacher = tiny_model("llama")
+    start = tiny_model_of(teacher)
+    fields = {"alpha": 1.0, "steps": 60, "learning_rate": 3e-3}
+    cache = lc.TeacherCache(folder=tmp_path, top_k=64)
+    live, cached = (distil(teacher, student=copy.deepcopy(start), **fields, **m)[0] for m in ({}, {"cache": cache}))
+    inputs = tiny_tokenizer()([example.text for example in tiny_data(teacher, 24)], return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        target = teacher(**inputs).logits.log_softmax(-1)
+        gaps = [
+            float((target.exp() * (target - model.eval()(**inputs).logits.log_softmax(-1))).sum(-1).mean())
+            for model in (start, live, cached)
+        ]
+    assert gaps[1] < 0.5 * gaps[0]
+    assert gaps[2] < gaps[1] + 0.1 * gaps[0]
+    about = json.loads((entries(tmp_path)[0] / "about.json").read_text())
+    assert about["arrays"]["tokens"] == {
+        "dtype": "uint16",
+        "width": 64,
+        "entries": about["arrays"]["tokens"]["entries"],
+    }
+    assert sum(path.stat().st_size for path in entries(tmp_path)[0].glob("*.bin")) == pytest.approx(
+        about["arrays"]["answers"]["entries"] * (65 * 2 + 64 * 2), abs=100
+    )
+
+
+def test_a_pass_that_was_killed_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    teacher = tiny_model("bert")
+    asked = []
+    original = teachers.LiveTeacher.__call__
+
+    def counted_call(self, batch, limit=[2]):  # noqa: B006 - the limit is meant to be one object
+        if len(asked) == limit[0]:
+            limit[0] = -1
+            raise KeyboardInterrupt
+        asked.append(batch["row"].tolist())
+        return original(self, batch)
+
+    monkeypatch.setattr(teachers.LiveTeacher, "__call__", counted_call)
+    cache = lc.TeacherCache(folder=tmp_path, dtype="float32")
+    with pytest.raises(KeyboardInterrupt):
+        distil(teacher, cache=cache)
+    assert [path.suffix for path in entries(tmp_path)] == [".partial"]
+    before = len(asked)
+    start = tiny_model_of(teacher)
+    resumed = moved(distil(teacher, student=copy.deepcopy(start), cache=cache)[0], start)
+    rows = [row for batch in asked[before:] for row in batch]
+    assert len(rows) == 24 - 8  # only the first batch, whose files tell what is there, is asked again
+    asked.clear()
+    live = moved(distil(teacher, student=copy.deepcopy(start))[0], start)
+    assert float((live - resumed).norm()) < 0.02 * float(live.norm())
+    asked.clear()
+    distil(teacher, cache=cache)
+    assert asked == []
+
+
+def test_an_entry_belongs_to_one_teacher_one_set_of_rows_and_one_temperature(tmp_path):
+    teacher = tiny_model("llama")
+    cache = lc.TeacherCache(folder=tmp_path, top_k=8)
+    distil(teacher, cache=cache, steps=1)
+    distil(teacher, cache=cache, steps=2, learning_rate=1e-2, alpha=0.2, student=tiny_model("llama", seed=4))
+    assert len(entries(tmp_path)) == 1
+    distil(tiny_model("llama", seed=1), cache=cache, steps=1)
+    distil(teacher, cache=cache, steps=1, data=tiny_data(teacher, 8))
+    distil(teacher, cache=cache, steps=1, temperature=3.0)
+    assert len(entries(tmp_path)) == 4
+    for path in entries(tmp_path):
+        (path / "answers.bin").write_bytes(b"")
+    with pytest.raises(lc.CheckpointError, match="damaged cache"):
+        distil(teacher, cache=cache, steps=1)
+
+
+def test_a_teacher_whose_answers_are_there_is_not_loaded(tmp_path, monkeypatch):
+    tiny_model("bert", seed=1).save_pretrained(tmp_path / "teacher")
+    fields = {"teacher": str(tmp_path / "teacher"), "cache": lc.TeacherCache(folder=tmp_path / "cache")}
+    teacher = tiny_model("bert")
+    first, context = distil(teacher, student=copy.deepcopy(teacher), **fields)
+    assert any("bytes" in (action.reason or "") for action in context.told)
+
+    def refuse(*_):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("llmcompress.distillation.teaching.load_source", refuse)
+    again, _ = distil(teacher, student=copy.deepcopy(teacher), **fields)
+    assert torch.equal(first.classifier.weight, again.classifier.weight)
+
+
+def test_what_a_cache_cannot_do_is_refused_in_the_plan(tmp_path):
+    cache = lc.TeacherCache(folder=tmp_path, top_k=8)
+
+    def refused(match, family="llama", error=lc.ConfigError, **fields):
+        model = tiny_model(family)
+        context = Context(tokenizer=tiny_tokenizer(), teacher=copy.deepcopy(model), data=tiny_data(model))
+        with pytest.raises(error, match=match):
+            lc.KnowledgeDistillation(cache=cache, **fields).plan(model, context)
+
+    refused(r"TeacherCache.hidden must hold the hidden states \(1, 2\)", features={"hidden": 1.0})
+    refused("keeps no relations", "bert", features={"relations": 1.0})
+    refused("temperature must be one number", temperature=[4.0, 1.0])
+    refused("soft must be", soft="mse")
+    with pytest.raises(lc.ConfigError, match=r"TeacherCache.hidden must name"):
+        lc.TeacherCache(folder="x", hidden=(1, 1))
+    with pytest.raises(lc.ConfigError, match=r"TeacherCache.top_k must be in \[1, inf\)"):
+        lc.TeacherCache(folder="x", top_k=0)
