@@ -23,7 +23,12 @@ def main(folder: Path, batch_size: int, family: str) -> None:
     # processes share it, and a mean of the processes' means would not be the mean over the tokens.
     data = [Example("".join(random.Random(0).choices("abcdefgh ", k=8 * 16 - 11)))]
     step = lc.KnowledgeDistillation(
-        steps=4, batch_size=batch_size, max_length=16, features={"hidden": 1.0}, learning_rate=1e-2, precision="fp32"
+        steps=4,
+        batch_size=batch_size,
+        max_length=16,
+        features={"hidden": 1.0, "relations": 1.0},
+        learning_rate=1e-2,
+        precision="fp32",
     )
     context = Context(data=data, tokenizer=tiny_tokenizer(), teacher=teacher, progress=False)
     student = step.compress(student, context)

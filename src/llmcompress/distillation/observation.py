@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..anatomy.find import anatomy
-from ..anatomy.parts import Attention
+from ..anatomy.parts import Anatomy, Attention
 from ..errors import UnsupportedModelError
 from .answers import Answers
 from .losses.table import Reads
@@ -98,19 +98,23 @@ class Observer:
                 parts = {role: output[..., columns[role].to(output.device)] for role in "qkv"}
                 caught.setdefault(place, parts)
 
-            yield attention.qkv.layer.module.register_forward_hook(split).remove
+            yield self.model.get_submodule(attention.qkv.path).register_forward_hook(split).remove
         for role, part in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
             if part is not None:
 
                 def keep(module: nn.Module, inputs: Any, output: torch.Tensor, role: str = role) -> None:
                     caught.setdefault(place, {})[role] = output
 
-                yield part.layer.module.register_forward_hook(keep).remove
+                yield self.model.get_submodule(part.path).register_forward_hook(keep).remove
 
 
 @contextmanager
 def observing(
-    model: PreTrainedModel, reads: Collection[Reads], blocks: Sequence[Collection[int]] = ()
+    model: PreTrainedModel,
+    reads: Collection[Reads],
+    blocks: Sequence[Collection[int]] = (),
+    *,
+    body: Anatomy | None = None,
 ) -> Iterator[Observer]:
     """Return an `Observer` of `model`, which is as before afterwards.
 
@@ -121,6 +125,7 @@ def observing(
         model: the model.
         reads: what the losses read.
         blocks: for each stack, the blocks whose queries, keys and values are read.
+        body: the anatomy of `model` from before its layers were wrapped, as adapters do; None where they are not.
 
     Raises:
         UnsupportedModelError: `relations` are read of a block that has no self-attention, or whose fused projection is
@@ -135,26 +140,26 @@ def observing(
         (2, 8, 64)
     """
     observer = Observer(model, reads)
+    if body is None and {"relations", "attention"} & set(reads):
+        body = anatomy(model)
     with ExitStack() as undo:
-        if "relations" in reads:
-            for place, attention in _attentions(model, blocks):
+        if body is not None and "relations" in reads:
+            for place, attention in _attentions(body, blocks):
                 for end in observer.catch(place, attention):
                     undo.callback(end)
-        if "attention" in reads:
-            undo.enter_context(_eager_attention(model))
+        if body is not None and "attention" in reads:
+            undo.enter_context(_eager_attention(model, body))
         yield observer
 
 
-def _attentions(
-    model: PreTrainedModel, blocks: Sequence[Collection[int]]
-) -> Iterator[tuple[tuple[int, int], Attention]]:
-    for number, (stack, wanted) in enumerate(zip(anatomy(model).stacks, blocks, strict=True)):
+def _attentions(body: Anatomy, blocks: Sequence[Collection[int]]) -> Iterator[tuple[tuple[int, int], Attention]]:
+    for number, (stack, wanted) in enumerate(zip(body.stacks, blocks, strict=True)):
         for index in sorted(wanted):
             own = next((attention for attention in stack[index].attentions if not attention.cross), None)
             if own is None:
                 raise UnsupportedModelError(
-                    f"features['relations'] need a self-attention in {stack[index].path} of {type(model).__name__}, "
-                    f"and none was found; name other blocks by layers=..., or use 'hidden'."
+                    f"features['relations'] need a self-attention in {stack[index].path} of {body.model}, and none "
+                    f"was found; name other blocks by layers=..., or use 'hidden'."
                 )
             yield (number, index), own
 
@@ -175,9 +180,9 @@ def _columns(attention: Attention) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+def _eager_attention(model: PreTrainedModel, body: Anatomy) -> Iterator[None]:
     before = {id(part.config): (part.config, part.config._attn_implementation) for part in _with_config(model)}
-    dropouts = list(_attention_dropouts(model))
+    dropouts = list(_attention_dropouts(model, body))
     try:
         model.set_attn_implementation("eager")
         for module, name, _ in dropouts:
@@ -198,9 +203,9 @@ def _with_config(model: PreTrainedModel) -> Iterator[Any]:
             yield module
 
 
-def _attention_dropouts(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, float]]:
+def _attention_dropouts(model: PreTrainedModel, body: Anatomy) -> Iterator[tuple[nn.Module, str, float]]:
     """Yield where the attentions of `model` keep their dropout: a module of its own, or a number."""
-    for block in anatomy(model).blocks():
+    for block in body.blocks():
         for attention in block.attentions:
             for module in model.get_submodule(attention.path).modules():
                 if isinstance(module, nn.Dropout):

@@ -25,26 +25,41 @@ Place = tuple[int, int]
 """Stack, and number of the hidden state: 0 enters the first block, i + 1 leaves block i."""
 
 
-def fit(student: torch.Tensor, teacher: torch.Tensor) -> nn.Linear:
-    """Return the linear layer that takes the student's states (tokens, width) nearest to the teacher's.
+class LeastSquares:
+    """Finds the linear layer that takes the student's states nearest to the teacher's, from any number of batches.
 
     Example:
-        >>> states = torch.randn(100, 4)
-        >>> layer = fit(states, states @ torch.ones(4, 6) + 1)
-        >>> torch.allclose(layer(states), states @ torch.ones(4, 6) + 1, atol=0.1)
+        >>> states, seen = torch.randn(100, 4), LeastSquares()
+        >>> for half in states.split(50):
+        ...     seen.add(half, half @ torch.ones(4, 6) + 1)
+        >>> torch.allclose(seen.layer()(states), states @ torch.ones(4, 6) + 1, atol=0.1)
         True
     """
-    ours, theirs = student.detach().double(), teacher.detach().to(student.device).double()
-    mean, target = ours.mean(0), theirs.mean(0)
-    ours, theirs = ours - mean, theirs - target
-    gram = ours.T @ ours
-    gram.diagonal().add_(gram.diagonal().mean() * _RIDGE + torch.finfo(gram.dtype).tiny)
-    weight = torch.linalg.solve(gram, ours.T @ theirs)
-    layer = nn.Linear(student.shape[-1], teacher.shape[-1], device=student.device)
-    with torch.no_grad():
-        layer.weight.copy_(weight.T)
-        layer.bias.copy_(target - mean @ weight)
-    return layer
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []
+        self._count = 0
+        self._device = torch.device("cpu")
+
+    def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+        """Take in the states (tokens, width) of some tokens."""
+        ours, theirs = student.detach().double(), teacher.detach().to(student.device).double()
+        sums = [ours.T @ ours, ours.T @ theirs, ours.sum(0), theirs.sum(0)]
+        self._sums = [old + new for old, new in zip(self._sums, sums, strict=True)] if self._sums else sums
+        self._count += len(ours)
+        self._device = student.device
+
+    def layer(self) -> nn.Linear:
+        """Return the layer."""
+        gram, cross, ours, theirs = (one / max(self._count, 1) for one in self._sums)
+        gram, cross = gram - torch.outer(ours, ours), cross - torch.outer(ours, theirs)
+        gram.diagonal().add_(gram.diagonal().mean() * _RIDGE + torch.finfo(gram.dtype).tiny)
+        weight = torch.linalg.solve(gram, cross)
+        layer = nn.Linear(*weight.shape, device=self._device)
+        with torch.no_grad():
+            layer.weight.copy_(weight.T)
+            layer.bias.copy_(theirs - ours @ weight)
+        return layer
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..compressor import Rounding
 from ..errors import CompressionError
 from .batches import Row
 from .fake_quantization import fake_quantized
-from .first_batch import fitted_projections
+from .first_rows import fitted_projections
 from .heads import Batch, model_inputs
 from .objective import Objective
 from .observation import Observer, Teacher, observing
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Precision = Literal["auto", "fp32", "bf16"]
+_FITTED_ROWS = 32
 Remake = Callable[[Batch, torch.Generator], dict[str, torch.Tensor]]
 
 
@@ -173,7 +174,10 @@ def train(
         pairs = objective.alignment.pairs
         student = undo.enter_context(observing(model, objective.reads, [{mine for mine, _ in own} for own in pairs]))
         if teacher is not None:
-            layers = fitted_projections(student, teacher, objective, collator(rows[:batch_size]))
+            # As many rows whatever the size of a batch is, so that processes may share them.
+            shown = rows[:_FITTED_ROWS]
+            batches = (collator(shown[at : at + batch_size]) for at in range(0, len(shown), batch_size))
+            layers = fitted_projections(student, teacher, objective, batches)
             undo.enter_context(projected(model, layers, [f"{prefix}hidden_states" for prefix in student.prefixes]))
         zeros = HeldZeros(model)
         undo.enter_context(zeros.masked_gradients())
