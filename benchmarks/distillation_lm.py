@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 WAYS = {
     "trained without a teacher": {"alpha": 0.0},
     "distilled": {"alpha": 1.0, "temperature": 1.0, "features": {"hidden": 1.0}},
-    "distilled, logits only": {"alpha": 1.0, "temperature": 1.0},
 }
 
 
@@ -64,8 +63,8 @@ def main() -> None:
     parser.add_argument("--student", default="layers:0,4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
