@@ -1,8 +1,8 @@
 """What a step of distillation costs beside its parts: the teacher's forward pass, and a step of the student alone.
 
 The parts are written by hand, as bare as PyTorch allows: forward, loss, backward, clipping, AdamW. What the library
-runs is its whole loop, from the end of one optimizer step to the end of the next, data loading included. All take
-turns.
+runs is its whole loop, from the end of one optimizer step to the end of the next, data loading included. TextBrewer
+and TRL's GKD run beside it where they are installed. All take turns.
 
     python benchmarks/distillation_speed.py --model minilm --threads 1
     python benchmarks/distillation_speed.py --model babyllama-tok105-hf --threads 1 --assets FOLDER
@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import llmcompress as lc
+from _distillers import trainings
 from _machine import describe_machine
 from _tinystories import training_texts
 from _turns import print_table, take_turns
@@ -164,23 +165,25 @@ def main() -> None:
         "llmcompress, distillation": training(alpha=0.5),
         "llmcompress, distillation, hidden states": training(alpha=0.5, features={"hidden": 1.0}),
     }
+    found = trainings(head, student, teacher, tokenizer, rows, batch=options.batch, steps=ENOUGH)
+    loops = library | {name: Steps(training) for name, training in found.items()}
     engines: dict[str, Callable[[Any], object]] = {
         "teacher's forward pass": ask,
         "student's step by hand": by_hand(copy.deepcopy(student), None, batches),
         "both by hand": by_hand(copy.deepcopy(student), teacher, batches),
-        **library,
+        **loops,
     }
     print(describe_machine())
     print(f"- {options.model}, student of {options.layers} layers, {options.batch} x {options.tokens} tokens a step\n")
     try:
         times = take_turns(engines, None, options.rounds)
     finally:
-        for steps in library.values():
+        for steps in loops.values():
             steps.close()
     print_table({"milliseconds a step": times})
     asked, alone, *_ = (statistics.median(times[name]) for name in engines)
     print("\n| step | over teacher + student | over the student alone |\n|---|---|---|")
-    for name in library:
+    for name in loops:
         took = statistics.median(times[name])
         print(f"| {name} | {took / (asked + alone):.2f}x | {took / alone:.2f}x |")
 
