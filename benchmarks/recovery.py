@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def strategies() -> dict[str, lc.Compressor]:
     """Return what the model is compressed by, by the name in the table."""
-    group = {"group_size": 32, "compute": "float"}
+    group = {"group_size": 32, "indivisible": "pad", "compute": "float"}
     return {
         "half of the FFN channels": lc.StructuredPruning(ffn=0.5),
         "half of the heads": lc.StructuredPruning(heads=0.5),
@@ -46,20 +46,25 @@ def strategies() -> dict[str, lc.Compressor]:
     }
 
 
-def chain(step: lc.Compressor, options: argparse.Namespace) -> list[lc.Compressor]:
+def distillation(options: argparse.Namespace, *, rounded: bool = False) -> lc.KnowledgeDistillation:
+    """Return the training that gives back what was lost; gentler where it is for a rounding, which does less harm."""
+    return lc.KnowledgeDistillation(
+        steps=options.steps,
+        batch_size=options.batch,
+        learning_rate=options.rounded_rate if rounded else options.learning_rate,
+        alpha=1.0,
+        temperature=1.0,
+    )
+
+
+def recovered(step: lc.Compressor, options: argparse.Namespace) -> lc.Pipeline:
     """Return the step and the training that makes up for it: behind pruning, before quantization."""
-    fields = {
-        "steps": options.steps,
-        "batch_size": options.batch,
-        "learning_rate": options.learning_rate,
-        "alpha": 1.0,
-        "temperature": 1.0,
-    }
-    if not step.terminal:
-        return [step, lc.KnowledgeDistillation(**fields)]
-    # GPTQ and AWQ round on grids of their own: the model is trained for the plain one of as many bits.
-    plain = step if isinstance(step, Rounds) else lc.WeightOnlyQuantization(bits=step.bits, group_size=step.group_size)
-    return [lc.KnowledgeDistillation(quantize_for=plain, **fields | {"learning_rate": options.rounded_rate}), step]
+    teach = distillation(options, rounded=step.terminal)
+    if step.terminal and not isinstance(step, Rounds):
+        # GPTQ and AWQ round by more than the weights: the model is trained for the plain grid of as many bits.
+        plain = lc.WeightOnlyQuantization(bits=step.bits, group_size=step.group_size, indivisible=step.indivisible)
+        return lc.Pipeline(steps=[teach.model_copy(update={"quantize_for": plain}), step])
+    return lc.Pipeline(steps=[step], recover=teach)
 
 
 def main() -> None:
@@ -83,11 +88,11 @@ def main() -> None:
     dense = loss(teacher, ids)
     runs = Runs(options.cache / "recovery.jsonl")
 
-    def scored(steps: list[lc.Compressor]) -> float:
-        what = {"model": options.model, "steps": [str(step) for step in steps]}
+    def scored(chain: lc.Pipeline) -> float:
+        what = {"model": options.model, "steps": [str(step) for step in chain.flatten()]}
 
         def run() -> list[float]:
-            return [loss(lc.compress(teacher, steps, data=data, tokenizer=tokenizer, progress=False).model, ids)]
+            return [loss(lc.compress(teacher, chain, data=data, tokenizer=tokenizer, progress=False).model, ids)]
 
         return runs.scores(what, run)[0]
 
@@ -95,7 +100,7 @@ def main() -> None:
     print(f"- {options.model}, {dense:.4f}; at most {options.steps} steps of {options.batch} windows of 256 tokens\n")
     print("| strategy | NLL | distilled | comes back of what was lost |\n|---|---|---|---|", flush=True)
     for name in options.strategies:
-        before, after = scored([known[name]]), scored(chain(known[name], options))
+        before, after = scored(lc.Pipeline(steps=[known[name]])), scored(recovered(known[name], options))
         share = (before - after) / (before - dense)
         print(f"| {name} | {before:.4f} | {after:.4f} | {share:.0%} |", flush=True)
 
