@@ -55,7 +55,7 @@ class Student:
 STUDENTS = {
     "3 layers": Student(0.995, "layers:0,2,5", 2e-4),
     "2 layers": Student(0.98, "layers:0,5", 3e-4),
-    "1 layer": Student(0.95, "layers:0", 5e-4),
+    "1 layer": Student(0.95, "layers:1", 5e-4),
     "width 0.5": Student(0.97, "width:0.5", 5e-4),
 }
 
