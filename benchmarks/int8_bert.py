@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
-import tempfile
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-import llmcompress as lc
+from _int8_engines import Engine, dynamic, eager, onnx_int8, static, torch_ao
 from _machine import describe_machine
 from _turns import print_table, take_turns
-
-Engine = Callable[[dict[str, torch.Tensor]], object]
 
 
 def main() -> None:
@@ -54,65 +48,14 @@ def inputs_of(batch: int, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
-def eager(model: torch.nn.Module) -> Engine:
-    def run(inputs: dict[str, torch.Tensor]) -> object:
-        with torch.inference_mode():
-            return model(**inputs).logits
-
-    return run
-
-
-def fp32(model: BertForSequenceClassification, threads: int) -> Engine:
-    return eager(model)
-
-
 def bf16(model: BertForSequenceClassification, threads: int) -> Engine:
     return eager(copy.deepcopy(model).to(torch.bfloat16))
 
 
-def ours(model: BertForSequenceClassification, threads: int) -> Engine:
-    return eager(lc.DynamicQuantization().compress(copy.deepcopy(model), lc.Context()))
-
-
-def ours_token(model: BertForSequenceClassification, threads: int) -> Engine:
-    return eager(lc.DynamicQuantization(activations="token").compress(copy.deepcopy(model), lc.Context()))
-
-
-def torch_ao(model: BertForSequenceClassification, threads: int) -> Engine:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.ao.quantization import quantize_dynamic
-
-        return eager(quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8))
-
-
-def onnx_int8(model: BertForSequenceClassification, threads: int) -> Engine:
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        names = ["input_ids", "attention_mask", "token_type_ids"]
-        ids = torch.ones(2, 8, dtype=torch.long)
-        torch.onnx.export(
-            _Logits(model),
-            (ids, ids, torch.zeros_like(ids)),
-            str(source),
-            input_names=names,
-            output_names=["logits"],
-            dynamic_axes={name: {0: "batch", 1: "tokens"} for name in names},
-            dynamo=False,
-        )
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(io.BytesIO(target.read_bytes()).getvalue(), options)
-
-    def run(inputs: dict[str, torch.Tensor]) -> object:
-        return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-
-    return run
+def onnx(model: BertForSequenceClassification, threads: int) -> Engine:
+    example = inputs_of(2, 8)
+    axes = {name: {0: "batch", 1: "tokens"} for name in example}
+    return onnx_int8(_Logits(model).eval(), example, ["logits"], axes, threads)
 
 
 class _Logits(torch.nn.Module):
@@ -125,12 +68,13 @@ class _Logits(torch.nn.Module):
 
 
 ENGINES: dict[str, Callable[[BertForSequenceClassification, int], Engine]] = {
-    "torch fp32 eager": fp32,
+    "torch fp32 eager": lambda model, threads: eager(model),
     "torch bf16 eager": bf16,
-    "llmcompress int8 (tensor)": ours,
-    "llmcompress int8 (token)": ours_token,
-    "torch.ao quantize_dynamic": torch_ao,
-    "ONNX Runtime int8": onnx_int8,
+    "llmcompress int8 (tensor)": lambda model, threads: eager(dynamic(model)),
+    "llmcompress int8 (token)": lambda model, threads: eager(dynamic(model, "token")),
+    "llmcompress int8 (static)": lambda model, threads: eager(static(model)),
+    "torch.ao quantize_dynamic": lambda model, threads: eager(torch_ao(model)),
+    "ONNX Runtime int8": onnx,
 }
 
 if __name__ == "__main__":

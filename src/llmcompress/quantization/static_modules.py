@@ -105,7 +105,9 @@ class Int8StaticLinear(Int8Linear):
         if known is None or known[0] is not scale or known[1] is not zero or known[2] != _versions(scale, zero):
             stored = Stored.of(float(scale), int(zero))
             known = self._stored = (scale, zero, _versions(scale, zero), stored)
-        self.activations = known[3]
+        # `nn.Module.__setattr__` takes as long as the smallest products.
+        if self.activations is not known[3]:
+            self.activations = known[3]
         return super()._product(x)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:

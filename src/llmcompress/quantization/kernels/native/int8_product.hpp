@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kBlockBytes = 192 << 10;
 // So many rows are coded at a time that their codes stay in the third.
 constexpr int64_t kCodesBytes = 4 << 20;
+// Below this many products a second thread costs more than it saves.
+constexpr int64_t kFewProducts = 1 << 18;
 // Work is dealt out in so many parts a thread, lest one that is held up be waited for.
 constexpr int64_t kParts = 4;
 
@@ -155,7 +157,8 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
     });
     const int64_t fit = kBlockBytes / stride > Set::rows ? kBlockBytes / stride : Set::rows;
     const int64_t blocks = (count + fit - 1) / fit, items = blocks * w.panels;
-    parallel_for(items, (items + kParts * threads - 1) / (kParts * threads), threads, [&](int64_t begin, int64_t end) {
+    const int64_t parts = count * w.inputs * w.outputs < kFewProducts ? 1 : kParts * threads;
+    parallel_for(items, (items + parts - 1) / parts, threads, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t block = item / w.panels, first = block * count / blocks, past = (block + 1) * count / blocks;
         const Rows<Set> own{codes + first * stride, stride, unit + first, y + (done + first) * w.outputs};

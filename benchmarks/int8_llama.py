@@ -1,0 +1,115 @@
+"""int8 against its peers on a Llama of 150 million random weights: `python benchmarks/int8_llama.py`.
+
+Two passes: `prefill`, 128 tokens, logits of the last; and `decode`, one token behind 128 that are in the cache. All
+engines take turns in each round. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from _int8_engines import Engine, dynamic, eager, onnx_int8, static, torch_ao
+from _machine import describe_machine
+from _turns import print_table, take_turns
+
+_TOKENS = 128
+_CONFIG = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=768,
+    intermediate_size=2560,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=1024,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--passes", default="prefill,decode", help="comma-separated")
+    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(_CONFIG).eval()
+    chosen = [name for name in arguments.engines.split(",") if name]
+    makers = {name: make for name, make in ENGINES.items() if not chosen or name in chosen}
+    print(f"# int8, a Llama of {model.num_parameters() / 1e6:.0f} million weights\n\n{describe_machine()}")
+    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
+    print("Median milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
+    engines = {name: make(model, arguments.threads) for name, make in makers.items()}
+    print_table(
+        {
+            name: take_turns({engine: own[name] for engine, own in engines.items()}, inputs_of(name), arguments.rounds)
+            for name in arguments.passes.split(",")
+        }
+    )
+
+
+def inputs_of(name: str) -> dict[str, torch.Tensor]:
+    """Return ids and mask, and for `decode` the keys and values of each layer too."""
+    source = torch.Generator().manual_seed(1)
+    if name == "prefill":
+        ids = torch.randint(1000, 20000, (1, _TOKENS), generator=source)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shape = 1, _CONFIG.num_key_value_heads, _TOKENS, _CONFIG.hidden_size // _CONFIG.num_attention_heads
+    past = {
+        f"{part}_{layer}": torch.randn(shape, generator=source)
+        for layer in range(_CONFIG.num_hidden_layers)
+        for part in ("key", "value")
+    }
+    ids, mask = torch.randint(1000, 20000, (1, 1), generator=source), torch.ones(1, _TOKENS + 1, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": mask, **past}
+
+
+class _Prefill(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.model(**given, use_cache=False, logits_to_keep=1).logits
+
+
+class _Decode(_Prefill):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *past: torch.Tensor, **named: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        parts = past or tuple(named.values())
+        cache = DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)))
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        logits = self.model(**given, past_key_values=cache, use_cache=True).logits
+        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+def torch_engines(model: torch.nn.Module) -> dict[str, Engine]:
+    return {"prefill": eager(_Prefill(model)), "decode": eager(_Decode(model))}
+
+
+def onnx_engines(model: torch.nn.Module, threads: int) -> dict[str, Engine]:
+    engines = {}
+    for name, wrapped in (("prefill", _Prefill(model)), ("decode", _Decode(model))):
+        example = inputs_of(name)
+        present = [f"present_{key}" for key in example if key.startswith(("key_", "value_"))]
+        engines[name] = onnx_int8(wrapped.eval(), example, ["logits", *present], {}, threads)
+    return engines
+
+
+ENGINES: dict[str, Callable[[Any, int], dict[str, Engine]]] = {
+    "torch fp32 eager": lambda model, threads: torch_engines(model),
+    "llmcompress int8 (tensor)": lambda model, threads: torch_engines(dynamic(model)),
+    "llmcompress int8 (token)": lambda model, threads: torch_engines(dynamic(model, "token")),
+    "llmcompress int8 (static)": lambda model, threads: torch_engines(static(model)),
+    "torch.ao quantize_dynamic": lambda model, threads: torch_engines(torch_ao(model)),
+    "ONNX Runtime int8": onnx_engines,
+}
+
+if __name__ == "__main__":
+    main()
