@@ -21,6 +21,9 @@ namespace {
 constexpr int64_t kBlockBytes = 192 << 10;
 // So many rows are coded at a time that their codes stay in the third.
 constexpr int64_t kCodesBytes = 4 << 20;
+constexpr int64_t kCacheLine = 64;
+// A tile that is alone with its panel fetches so many bytes ahead, from the next panel at last.
+constexpr int64_t kAhead = 2048;
 // Below this many products a second thread costs more than it saves.
 constexpr int64_t kFewProducts = 1 << 18;
 // Work is dealt out in so many parts a thread, lest one that is held up be waited for.
@@ -49,7 +52,7 @@ struct Rows {
   float* y;
 };
 
-// What is fetched while a tile is computed: its share of the next panel, in as many steps as there are fours.
+// What a tile fetches while it is computed: a part of the memory from `at` on with every two fours.
 struct Ahead {
   const int8_t* at;
   int64_t step;
@@ -68,7 +71,7 @@ void tile(const Int8Weight& w, const Panel<Set>& panel, const Rows<Set>& rows, A
   const int8_t* codes = panel.codes;
   const typename Set::Code* a = rows.codes;
   for (int64_t four = 0; four < w.fours; four += 2, codes += width * 8, a += 8, ahead.at += ahead.step) {
-    Set::prefetch(ahead.at);
+    for (int64_t line = 0; line < ahead.step; line += kCacheLine) Set::prefetch(ahead.at + line);
     LLMC_UNROLL
     for (int m = 0; m < M; ++m) {
       const auto first = Set::four_codes(a + m * rows.stride), second = Set::four_codes(a + m * rows.stride + 4);
@@ -120,16 +123,16 @@ void tile_of(int64_t count, bool doubled, const Int8Weight& w, const Panel<Set>&
   tile<Set, M, true>(w, panel, rows, ahead);
 }
 
-// Multiplies coded rows by one panel, in tiles as equal as may be.
+// Multiplies coded rows by one panel, in tiles as equal as may be. Each fetches its share of the next panel.
 template <class Set>
 void multiply_panel(const Int8Weight& w, int64_t number, int32_t zero, Rows<Set> rows, int64_t count) {
   const Panel<Set> panel(w, number, zero);
   const int64_t tiles = (count + Set::rows - 1) / Set::rows, panel_bytes = w.fours * Panel<Set>::width * 4;
-  const int64_t steps = w.fours / 2;
+  const int8_t* const next = panel.codes + (number + 1 < w.panels ? panel_bytes : 0);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = t * count / tiles, end = (t + 1) * count / tiles;
-    const bool last = number + 1 == w.panels;
-    const Ahead ahead{panel.codes + (last ? 0 : panel_bytes + t * panel_bytes / tiles), last ? 0 : panel_bytes / tiles / steps};
+    const Ahead ahead{tiles == 1 ? panel.codes + kAhead : next + t * panel_bytes / tiles,
+                      2 * panel_bytes / tiles / w.fours};
     const Rows<Set> own{rows.codes + begin * rows.stride, rows.stride, rows.unit + begin, rows.y + begin * w.outputs};
     tile_of<Set>(end - begin, w.doubled[number] != 0, w, panel, own, ahead);
   }
@@ -142,7 +145,8 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   if (coding.grain == Grain::tensor) find_range<Set>(x, rows * w.inputs, threads, &coding);
   if (coding.grain == Grain::token) coding.zero = (coding.levels + 1) / 2;
   // A stride in whole cache lines, but no multiple of 1024: rows of a tile would fall on the same places of the cache.
-  const int64_t lines = (w.fours * 4 + 63) / 64, stride = 64 * (lines % 16 ? lines : lines + 1);
+  const int64_t lines = (w.fours * 4 + kCacheLine - 1) / kCacheLine;
+  const int64_t stride = kCacheLine * (lines % 16 ? lines : lines + 1);
   const int64_t most = kCodesBytes / stride > Set::rows ? kCodesBytes / stride : Set::rows;
   const int64_t chunk = rows < most ? rows : most;
   auto* const codes = static_cast<Code*>(int8_scratch(chunk * (stride + static_cast<int64_t>(sizeof(float)))));
