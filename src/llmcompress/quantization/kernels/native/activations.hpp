@@ -54,6 +54,12 @@ float code_row(const float* x, int64_t columns, int64_t limit, int8_t* codes) {
   return top / steps;
 }
 
+float sum_of(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += codes[k];
+  return static_cast<float>(sum);
+}
+
 template <class Set>
 void code_rows(const float* x, int64_t rows, int64_t columns, int64_t limit, int8_t* codes, float* unit,
                int64_t threads) {

@@ -1,7 +1,8 @@
-// The trait of AVX-512 with VNNI.
+// The trait of AVX-512 with VNNI; that of AVX2 says what each function is for.
 #pragma once
 
 #include <immintrin.h>
+#include <string.h>
 
 #include <cstdint>
 
@@ -9,23 +10,82 @@ namespace llmc {
 namespace {
 
 struct Avx512Vnni {
-  static constexpr int lanes = 16;
+  static constexpr int lanes = 16, byte_limit = 127, bias = 0;
   using Floats = __m512;
   using Ints = __m512i;
+  using Partial = __m512i;
 
   static Ints zero_ints() { return _mm512_setzero_si512(); }
+  static Floats zero_floats() { return _mm512_setzero_ps(); }
   static Floats splat(float x) { return _mm512_set1_ps(x); }
   static Floats load(const float* x) { return _mm512_loadu_ps(x); }
-  static void store(int32_t* to, Ints v) { _mm512_storeu_si512(to, v); }
+  static Ints load(const void* x) { return _mm512_loadu_si512(x); }
+  static void store(void* to, Ints v) { _mm512_storeu_si512(to, v); }
+  static void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+  static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+  static Floats bytes_to_floats(const uint8_t* x) {
+    return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  }
+  static Floats load_halves(const uint16_t* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+
   static Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
   static Ints magnitude_bits(Floats x) {
     return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
   }
-  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
   static void store_bytes(int8_t* to, Ints v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(v));
+  }
+
+  template <int width>
+  static Ints byte_field(Ints v, int f) {
+    if constexpr (width == 8) return v;
+    return _mm512_and_si512(_mm512_srli_epi16(v, width * f), _mm512_set1_epi8((1 << width) - 1));
+  }
+  template <int width>
+  static Ints lane_field(Ints v, int j) {
+    return _mm512_and_si512(_mm512_srli_epi32(v, width * j), _mm512_set1_epi32((1 << width) - 1));
+  }
+  static Ints load_table(const uint8_t* sixteen) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
+  }
+  static Ints look_up(Ints table, Ints codes) { return _mm512_shuffle_epi8(table, codes); }
+  static Floats look_up(const float* sixteen, Ints codes) { return _mm512_permutexvar_ps(codes, load(sixteen)); }
+  static int64_t unpack_nibbles(const uint8_t* row, int64_t count, uint8_t* codes) {
+    int64_t k = 0;
+    for (; k + 64 <= count; k += 64) {
+      // Each byte in 16 bits: the low nibble stays where it is, the high one moves up into the byte beside.
+      const Ints wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k / 2)));
+      const Ints both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+      store(static_cast<void*>(codes + k), _mm512_and_si512(both, _mm512_set1_epi8(15)));
+    }
+    return k;
+  }
+  static uint64_t deposit(uint64_t word, uint64_t places, int64_t) { return _pdep_u64(word, places); }
+
+  static Partial zero_partial() { return _mm512_setzero_si512(); }
+  template <bool large>
+  static Partial mac(Partial sum, Ints codes, Ints x) {
+    return _mm512_dpbusd_epi32(sum, codes, x);
+  }
+  static Ints fold(Ints sum, Partial part) { return _mm512_add_epi32(sum, part); }
+  static Ints splat_four(const int8_t* x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
+  }
+
+  static Floats gather(const float* near, Ints places) { return _mm512_permutexvar_ps(places, load(near)); }
+  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+  static void transpose(const uint8_t* rows, int64_t stride, Ints* out) {
+    const Ints numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Ints places = _mm512_mullo_epi32(numbers, _mm512_set1_epi32(static_cast<int>(stride)));
+    for (int i = 0; i < lanes; ++i) out[i] = _mm512_i32gather_epi32(places, rows + 4 * i, 1);
   }
 };
 

@@ -20,14 +20,14 @@ FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / ("llmcompress_native.dll" if sys.platform == "win32" else "llmcompress_native.so")
 
 _Flags = dict[str, tuple[list[str], list[str]]]
-_NO_WARNING = ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
+_NO_WARNING = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # By machine, the flags of each set that is no part of its baseline: as GCC and Clang write them, and as MSVC does.
 _X86: _Flags = {
-    "avx2": (["-mavx2", "-mfma", "-mf16c"], ["/arch:AVX2"]),
-    "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mavxvnni"], ["/arch:AVX2"]),
+    "avx2": (["-mavx2", "-mfma", "-mf16c", "-mbmi2"], ["/arch:AVX2"]),
+    "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"], ["/arch:AVX2"]),
     "avx512_vnni": (
         # GCC 12 takes the undefined registers of its own headers for a mistake.
-        ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", *_NO_WARNING],
+        ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", "-mbmi2", *_NO_WARNING],
         ["/arch:AVX512"],
     ),
 }

@@ -60,7 +60,8 @@ bool saves(uint64_t state) {
 bool has_avx2() {
   const auto basic = identify(1, 0);
   const bool fma = bit(basic.c, 12), f16c = bit(basic.c, 29);
-  return saves(0x6) && fma && f16c && bit(identify(7, 0).b, 5);
+  const auto extended = identify(7, 0);
+  return saves(0x6) && fma && f16c && bit(extended.b, 5) && bit(extended.b, 8);
 }
 
 bool has_avx_vnni() { return has_avx2() && bit(identify(7, 1).a, 4); }

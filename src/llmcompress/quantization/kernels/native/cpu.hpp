@@ -3,7 +3,7 @@
 
 namespace llmc::cpu {
 
-bool has_avx2();         // with FMA and F16C, which every such processor has
+bool has_avx2();         // with FMA, F16C and BMI2, which every such processor has
 bool has_avx_vnni();     // the dot product of bytes on 256 bits
 bool has_avx512_vnni();  // and on 512
 bool has_neon_dot();

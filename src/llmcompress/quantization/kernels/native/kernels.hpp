@@ -4,6 +4,7 @@
 #include "activations.hpp"
 #include "int8_pack.hpp"
 #include "int8_product.hpp"
+#include "packed_product.hpp"
 #include "table.hpp"
 
 namespace llmc {
@@ -11,7 +12,7 @@ namespace {
 
 template <class Set, class Int8>
 constexpr Table kernels_of() {
-  return {code_rows<Set>, pack_int8<Int8>, multiply_int8<Int8>};
+  return {code_rows<Set>, pack_int8<Int8>, multiply_int8<Int8>, multiply_packed<Set>, Set::byte_limit};
 }
 
 }  // namespace

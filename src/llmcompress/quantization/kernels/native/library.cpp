@@ -4,6 +4,7 @@
 #include "cpu.hpp"
 #include "export.hpp"
 #include "int8_weight.hpp"
+#include "packed_matrix.hpp"
 #include "table.hpp"
 
 using llmc::Table;
@@ -52,3 +53,11 @@ LLMC_EXPORT int32_t llmc_int8_linear(const Table* table, const llmc::Int8Weight*
                             unit};
   return !table->multiply_int8(*weight, x, rows, y, coding, threads);
 }
+
+LLMC_EXPORT void llmc_multiply_packed(const Table* table, const llmc::PackedMatrix* a, const float* x, int64_t rows,
+                                      const float* bias, float* y, bool exact, int64_t threads) {
+  table->multiply_packed(*a, x, rows, bias, y, exact, threads);
+}
+
+// The largest code of an activation that the set's kernels multiply by codes of 8 bits.
+LLMC_EXPORT int64_t llmc_byte_limit(const Table* table) { return table->byte_limit; }

@@ -27,6 +27,11 @@ _PROTOTYPES = {
     "llmc_sources": (ctypes.c_char_p, []),
     "llmc_table": (_POINTER, [ctypes.c_char_p]),
     "llmc_use_openmp": (None, [_POINTER]),
+    "llmc_byte_limit": (_SIZE, [_POINTER]),
+    "llmc_multiply_packed": (
+        None,
+        [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_bool, _SIZE],
+    ),
     "llmc_code_rows": (None, [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE]),
     "llmc_int8_pack": (_POINTER, [*[_POINTER] * 4, _SIZE, _SIZE, _SIZE]),
     "llmc_int8_free": (None, [_POINTER]),

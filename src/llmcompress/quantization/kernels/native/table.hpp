@@ -9,6 +9,7 @@ namespace llmc {
 
 struct Int8Weight;
 struct Coding;
+struct PackedMatrix;
 
 struct Table {
   void (*code_rows)(const float* x, int64_t rows, int64_t columns, int64_t limit, int8_t* codes, float* unit,
@@ -17,6 +18,9 @@ struct Table {
                            int64_t threads);
   bool (*multiply_int8)(const Int8Weight& weight, const float* x, int64_t rows, float* y, Coding coding,
                         int64_t threads);
+  void (*multiply_packed)(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, bool exact,
+                          int64_t threads);
+  int64_t byte_limit;
 };
 
 extern const Table portable_table, avx2_table, avx_vnni_table, avx512_vnni_table, neon_dot_table;

@@ -1,0 +1,208 @@
+// Many rows of activations by a packed matrix: the codes of some outputs are unpacked once, into a panel, and meet all
+// rows from there. Takes any number of bits, groups of any size, and rows of any length.
+//
+// A panel holds two vectors of outputs. Inputs are walked in spans, none of which leaves its group; a span is cut into
+// quads of inputs, filled up with zeros. A quad of a vector of outputs is one vector of codes: four bytes for each
+// output. So a quad of activations, repeated in all lanes, meets it, and no lanes are ever added to one another.
+#pragma once
+
+#include "activations.hpp"
+#include "packed_matrix.hpp"
+#include "scales.hpp"
+#include "scratch.hpp"
+
+namespace llmc {
+namespace {
+
+// The longest span; longer groups have several.
+constexpr int64_t kLongest = 512;
+// Quads that are unpacked at a time: with as many of the activations they stay in the nearest cache.
+constexpr int64_t kQuads = 128;
+
+struct Spans {
+  int64_t columns, size, span, in_group, quads, count;
+
+  explicit Spans(const PackedMatrix& a) : columns(a.columns), size(a.groups > 1 ? a.size : a.columns) {
+    span = size < kLongest ? size : kLongest;
+    in_group = (size + span - 1) / span;
+    quads = (span + 3) / 4;
+    count = 0;
+    for (int64_t left = columns; left > 0; left -= size) count += ((left < size ? left : size) + span - 1) / span;
+  }
+  int64_t group(int64_t i) const { return i / in_group; }
+  int64_t begin(int64_t i) const { return i / in_group * size + i % in_group * span; }
+  int64_t length(int64_t i) const {
+    const int64_t start = begin(i), stop = (group(i) + 1) * size, end = stop < columns ? stop : columns;
+    return end - start < span ? end - start : span;
+  }
+  // Numbers of a row of activations, in quads.
+  int64_t stride() const { return count * quads * 4; }
+};
+
+// Moves a row of activations to its quads; the rest of `to` is zero already.
+template <class T>
+void arrange_in_quads(const Spans& spans, const T* from, T* to) {
+  for (int64_t i = 0; i < spans.count; ++i)
+    memcpy(to + i * spans.quads * 4, from + spans.begin(i), spans.length(i) * sizeof(T));
+}
+
+// The outputs of a panel, unpacked.
+template <class Set>
+struct Panel {
+  static constexpr int outputs = 2 * Set::lanes;
+
+  const PackedMatrix& a;
+  const uint8_t* steps;  // what codes are replaced by, or null
+  const Spans spans;
+  const int64_t stride;  // of `rows`
+  Scratch<uint8_t> rows;
+  Scratch<float> scale, middle;  // (groups, outputs)
+  Scratch<uint8_t> quads;        // (quads, outputs, 4) of a block of spans
+  RowGrid<Set> grid;
+
+  Panel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
+      : a(matrix), steps(replaced), spans(matrix), stride(padded(matrix.columns)), rows(stride * outputs), scale(a.groups * outputs),
+        middle(a.groups * outputs), quads((kQuads + spans.quads + Set::lanes) * outputs * 4), grid(matrix, 1, bias) {}
+
+  // Behind a row there is room for what is read beyond its last quad.
+  static int64_t padded(int64_t columns) { return (columns + 8 * Set::lanes + 63) / 64 * 64; }
+
+  // How many spans are unpacked at a time.
+  int64_t block() const { return spans.quads < kQuads ? kQuads / spans.quads : 1; }
+
+  // Reads the outputs from `first` on; those behind the last one stay what they were, and nobody asks for them.
+  void load(int64_t first) {
+    for (int r = 0; r < outputs && first + r < a.rows; ++r) {
+      uint8_t* codes = rows + r * stride;
+      unpack_row<Set>(a.codes + (first + r) * a.code_bytes, a.bits, a.columns, codes);
+      if (steps)
+        for (int64_t k = 0; k < a.columns; ++k) codes[k] = steps[codes[k]];
+      grid.load(a, first + r, 0);
+      for (int64_t g = 0; g < a.groups; ++g) {
+        scale[g * outputs + r] = grid.scale_of(0)[g];
+        middle[g * outputs + r] = grid.middle_of(0)[g];
+      }
+    }
+  }
+
+  // Brings spans [begin, end) into quads. What lies behind the end of a span meets zeros.
+  void transpose(int64_t begin, int64_t end) {
+    const bool together = spans.span % 4 == 0 && spans.size % spans.span == 0;
+    for (int64_t i = begin; i < end; i = together ? end : i + 1) {
+      const int64_t column = spans.begin(i);
+      const int64_t inputs = together ? spans.begin(end - 1) + spans.length(end - 1) - column : spans.length(i);
+      turn(column, (inputs + 3) / 4, (i - begin) * spans.quads);
+    }
+  }
+
+ private:
+  void turn(int64_t column, int64_t count, int64_t to) {
+    for (int64_t q = 0; q < count; q += Set::lanes) {
+      for (int half = 0; half < 2; ++half) {
+        typename Set::Ints turned[Set::lanes];
+        Set::transpose(rows + half * Set::lanes * stride + column + q * 4, stride, turned);
+        for (int i = 0; i < Set::lanes; ++i)
+          Set::store(static_cast<void*>(quads + ((to + q + i) * 2 + half) * Set::lanes * 4), turned[i]);
+      }
+    }
+  }
+};
+
+// -- in whole numbers
+
+// Rows of activations as codes in quads.
+struct CodedRows {
+  const int8_t* codes;  // (rows, stride)
+  const float* sums;    // (rows, spans)
+  const float* unit;
+  int64_t stride, spans;
+};
+
+// Adds spans [begin, end) to `totals` (rows, outputs) of `rows` rows of activations from m on.
+template <class Set, bool large, int rows>
+void add_spans(const Panel<Set>& panel, const CodedRows& x, int64_t m0, int64_t begin, int64_t end, float* totals) {
+  // Quads whose products a 16-bit sum holds.
+  constexpr int64_t depth = large ? 1 : 8;
+  constexpr int lanes = Set::lanes;
+  const Spans& spans = panel.spans;
+  const uint8_t* codes = panel.quads;
+  const int8_t* other[rows];
+  for (int m = 0; m < rows; ++m) other[m] = x.codes + (m0 + m) * x.stride + begin * spans.quads * 4;
+  for (int64_t i = begin; i < end; ++i) {
+    typename Set::Ints sums[rows][2];
+    for (int m = 0; m < rows; ++m) sums[m][0] = sums[m][1] = Set::zero_ints();
+    for (int64_t q = 0; q < spans.quads;) {
+      typename Set::Partial parts[rows][2];
+      for (int m = 0; m < rows; ++m) parts[m][0] = parts[m][1] = Set::zero_partial();
+      for (const int64_t stop = q + depth < spans.quads ? q + depth : spans.quads; q < stop; ++q) {
+        const auto low = Set::load(static_cast<const void*>(codes));
+        const auto high = Set::load(static_cast<const void*>(codes + 4 * lanes));
+        codes += 8 * lanes;
+        for (int m = 0; m < rows; ++m) {
+          const auto four = Set::splat_four(other[m] + q * 4);
+          parts[m][0] = Set::template mac<large>(parts[m][0], low, four);
+          parts[m][1] = Set::template mac<large>(parts[m][1], high, four);
+        }
+      }
+      for (int m = 0; m < rows; ++m)
+        for (int h = 0; h < 2; ++h) sums[m][h] = Set::fold(sums[m][h], parts[m][h]);
+    }
+    const int64_t at = spans.group(i) * Panel<Set>::outputs;
+    for (int m = 0; m < rows; ++m) {
+      other[m] += spans.quads * 4;
+      const auto all = Set::splat(x.sums[(m0 + m) * x.spans + i]);
+      for (int h = 0; h < 2; ++h) {
+        float* total = totals + (m0 + m) * Panel<Set>::outputs + h * lanes;
+        const auto own = Set::fnma(Set::load(panel.middle + at + h * lanes), all, Set::to_floats(sums[m][h]));
+        Set::store(total, Set::fma(own, Set::load(panel.scale + at + h * lanes), Set::load(total)));
+      }
+    }
+  }
+}
+
+// -- in floats
+
+// The weights of a block of spans, (inputs, outputs), without a rounding.
+template <class Set>
+void decode(const Panel<Set>& panel, int64_t begin, int64_t end, float* weights) {
+  constexpr int lanes = Set::lanes;
+  const PackedMatrix& a = panel.a;
+  const uint8_t* codes = panel.quads;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t at = panel.spans.group(i) * Panel<Set>::outputs;
+    for (int64_t q = 0; q < panel.spans.quads; ++q) {
+      for (int h = 0; h < 2; ++h, codes += 4 * lanes) {
+        const auto four = Set::load(static_cast<const void*>(codes));
+        const auto scale = Set::load(panel.scale + at + h * lanes), middle = Set::load(panel.middle + at + h * lanes);
+        for (int j = 0; j < 4; ++j) {
+          const auto code = Set::template lane_field<8>(four, j);
+          const auto step = a.levels ? Set::look_up(a.levels, code) : Set::sub(Set::to_floats(code), middle);
+          Set::store(weights + j * 2 * lanes + h * lanes, Set::mul(step, scale));
+        }
+      }
+      weights += 8 * lanes;
+    }
+  }
+}
+
+// Adds `count` inputs to `totals` (rows, outputs) of `rows` rows of activations.
+template <class Set, int rows>
+void add_inputs(const float* weights, const float* x, int64_t stride, int64_t count, float* totals) {
+  constexpr int lanes = Set::lanes;
+  typename Set::Floats sums[rows][2];
+  for (int m = 0; m < rows; ++m)
+    for (int h = 0; h < 2; ++h) sums[m][h] = Set::load(totals + m * 2 * lanes + h * lanes);
+  for (int64_t k = 0; k < count; ++k, weights += 2 * lanes) {
+    const auto low = Set::load(weights), high = Set::load(weights + lanes);
+    for (int m = 0; m < rows; ++m) {
+      const auto one = Set::splat(x[m * stride + k]);
+      sums[m][0] = Set::fma(low, one, sums[m][0]);
+      sums[m][1] = Set::fma(high, one, sums[m][1]);
+    }
+  }
+  for (int m = 0; m < rows; ++m)
+    for (int h = 0; h < 2; ++h) Set::store(totals + m * 2 * lanes + h * lanes, sums[m][h]);
+}
+
+}  // namespace
+}  // namespace llmc

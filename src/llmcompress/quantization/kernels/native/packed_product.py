@@ -1,0 +1,111 @@
+"""Products with packed weights, computed from the very bytes that are stored: there is no copy in another form."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...grid import LEVELS, Codebook, Grid
+from .library import Native
+
+if TYPE_CHECKING:
+    from ...packed_matrix import PackedMatrix
+
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# A step of a codebook is a whole number below 128, for 16-bit sums of products with activations of 8 bits.
+_MIDDLE = 64
+
+
+class _Matrix(ctypes.Structure):
+    """`PackedMatrix` of packed_matrix.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "levels", "steps")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "bits", "code_bytes", "groups", "size")),
+        *((name, ctypes.c_int64) for name in ("scale_kind", "zero_bits", "zero_bytes")),
+        *((name, ctypes.c_float) for name in ("zero_unit", "middle", "unit")),
+    )
+
+
+class NativeProduct:
+    """Multiplies by a packed matrix on the CPU, in 8-bit activations with one scale a row, or in floats.
+
+    Args:
+        matrix: the one it is for; its tensors are read in place, and what is written to them counts at once.
+        exact: whether activations stay floats.
+        kernels: what computes.
+    """
+
+    nbytes = 0
+
+    def __init__(self, matrix: PackedMatrix, kernels: Native, *, exact: bool) -> None:
+        grid, columns = matrix.grid, matrix.columns
+        levels, steps, unit = _codebook(grid.codebook) if grid.codebook else (None, None, 1.0)
+        parts = (matrix.weight, matrix.scale, matrix.zero, levels, steps)
+        self._tensors = tuple(None if part is None else part.contiguous() for part in parts)
+        weight, scale, zero = self._tensors[:3]
+        assert weight is not None
+        assert scale is not None
+        self._matrix = _Matrix(
+            *(None if part is None else part.data_ptr() for part in self._tensors),
+            *(len(weight), columns, grid.bits, weight.shape[1], scale.shape[1], grid.size(columns)),
+            *(_KINDS[scale.dtype], grid.zero_width, 0 if zero is None else zero.shape[1]),
+            *(1 / grid.zero_parts, _MIDDLE if grid.codebook else 2.0 ** (grid.bits - 1), unit),
+        )
+        self._address = ctypes.addressof(self._matrix)
+        self._outputs, self._columns, self._exact = len(weight), columns, exact
+        self._multiply, self._table = kernels.functions.llmc_multiply_packed, kernels.table
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
+        """Multiply in float32, whatever the dtype of `x`, whose the result has."""
+        exact = x if x.dtype == torch.float32 else x.float()
+        if not exact.is_contiguous():
+            exact = exact.contiguous()
+        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+            bias = bias.float().contiguous()
+        product = exact.new_empty(*x.shape[:-1], self._outputs)
+        self._multiply(
+            self._table,
+            self._address,
+            exact.data_ptr(),
+            x.numel() // self._columns,
+            None if bias is None else bias.data_ptr(),
+            product.data_ptr(),
+            self._exact,
+            torch.get_num_threads(),
+        )
+        return product if x.dtype == torch.float32 else product.to(x.dtype)
+
+
+def activation_limit(grid: Grid, kernels: Native) -> int:
+    """Return the code of a row's largest activation, by which `NativeProduct` multiplies where it is not exact."""
+    return int(kernels.functions.llmc_byte_limit(kernels.table)) if grid.bits == 8 else 127
+
+
+def codebook_steps(codebook: Codebook) -> tuple[list[int], float]:
+    """Return the levels of a codebook as whole numbers from 1 to 127, and what one step from 64 on is worth.
+
+    Of all units in reach the one with the least squared error: at most half a step, 1/126 of the largest level.
+
+    Example:
+        >>> steps, unit = codebook_steps("fp4")
+        >>> [round((step - 64) * unit, 3) for step in steps[8:]]
+        [0.0, 0.167, 0.25, 0.333, 0.5, 0.667, 1.0]
+    """
+    levels = torch.tensor(LEVELS[codebook], dtype=torch.float64)
+    largest = torch.arange(40, _MIDDLE - 0.5, 0.01, dtype=torch.float64)[:, None]
+    steps = (levels * largest).round()
+    best = int((steps / largest - levels).square().sum(1).argmin())
+    return [int(step) + _MIDDLE for step in steps[best]], 1 / float(largest[best])
+
+
+@cache
+def _codebook(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return 16 levels as floats and as steps, and what a step is worth."""
+    steps, unit = codebook_steps(codebook)
+    unused = 16 - len(steps)
+    levels = torch.tensor([*LEVELS[codebook], *[0.0] * unused])
+    return levels, torch.tensor([*steps, *[_MIDDLE] * unused], dtype=torch.uint8), unit
