@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install demo test check bench schema docs clean
+.PHONY: install demo test check sanitize bench schema docs clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,12 @@ check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The tests of the native kernels with AddressSanitizer and UBSan, which have to be loaded before Python.
+sanitize: install
+	$(RUN) $(NATIVE)/build.py --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(RUN) -m pytest -p no:cacheprovider tests/test_native.py; status=$$?; $(RUN) $(NATIVE)/build.py; exit $$status
 
 bench: install
 	$(RUN) benchmarks/int8_bert.py

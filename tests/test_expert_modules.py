@@ -15,6 +15,7 @@ import llmcompress as lc
 from llmcompress.anatomy.footprint import footprint
 from llmcompress.anatomy.layers import weight_layers
 from llmcompress.evaluation.flops import count_flops
+from llmcompress.quantization import kernels
 from llmcompress.quantization.expert_modules import Int8Experts, QuantizedExperts
 from llmcompress.quantization.expert_weight import ExpertWeight
 from llmcompress.quantization.fitting import quantize
@@ -156,7 +157,8 @@ def test_packed_experts_compute_from_their_codes(nothing_is_dequantized):
                 packed.compute = "int8"
                 packed.to(torch.float32)
                 assert relative(x @ (packed.up[2] if transposed else packed.up[2].T), x @ whole[2].T) < 0.03
-            assert packed.derived_bytes() > 0
+            copied = kernels.takes_packed_copy(torch.device("cpu"), "int8")
+            assert packed.derived_bytes() > 0 if copied else packed.derived_bytes() == 0
             assert copy.deepcopy(packed).derived_bytes() == 0
             assert packed.coded_weights()[0][1] == 3 * 20 * 32
 

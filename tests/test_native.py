@@ -10,7 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llmcompress as lc
+from llmcompress.quantization.fitting import quantize
+from llmcompress.quantization.grid import LEVELS, Grid, decode, spread
 from llmcompress.quantization.kernels import int8, native
+from llmcompress.quantization.packed_matrix import PackedMatrix
+from llmcompress.quantization.packing import pack
 
 HERE = []
 for name in native.SETS:
@@ -71,6 +75,96 @@ def test_many_threads_give_what_one_gives(kernels):
     torch.set_num_threads(3)
     many = native.code_rows(x, 127, kernels)
     assert all(map(torch.equal, one, many))
+
+
+def matrix_of(rows, columns, grid, seed=0):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[::3] = 0
+    coded = quantize(weight, grid)
+    zero = None if coded.zero is None else pack(coded.zero, grid.zero_width)
+    return coded, PackedMatrix(pack(coded.codes, grid.bits).view(torch.int8), coded.scale, zero, grid, columns)
+
+
+def reference(x, coded, grid, kernels, *, exact):
+    """The product in float64: of what the kernels say that they multiply."""
+    weight = decode(coded, grid).double()
+    if exact:
+        return x.double() @ weight.T
+    if grid.codebook:
+        steps, unit = native.codebook_steps(grid.codebook)
+        levels = (torch.tensor(steps).double() - 64) * unit
+        assert (levels - torch.tensor(LEVELS[grid.codebook])).abs().max() < 1 / 110
+        weight = levels[coded.codes.int()] * spread(coded.scale.double(), grid, x.shape[1])
+    limit = native.activation_limit(grid, kernels)
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (torch.round(x / largest * limit).double() * (largest / limit).double()) @ weight.T
+
+
+@st.composite
+def grids(draw):
+    codebook = draw(st.sampled_from([None, None, None, "nf4", "fp4"]))
+    bits = 4 if codebook else draw(st.sampled_from([2, 3, 4, 4, 4, 5, 6, 7, 8, 8]))
+    return Grid(
+        bits,
+        draw(st.sampled_from([8, 16, 32, 64, 128, None, 10, 48])),
+        symmetric=codebook is None and draw(st.booleans()),
+        codebook=codebook,
+        scale_dtype=draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),
+        zero_bits=draw(st.sampled_from([None, 8])),
+    )
+
+
+@built
+@every_set
+@settings(deadline=None, max_examples=120)
+@given(
+    grid=grids(),
+    rows=st.integers(1, 40),
+    columns=st.one_of(st.integers(1, 300), st.sampled_from([128, 256, 512, 1100])),
+    batch=st.one_of(st.integers(0, 6), st.integers(10, 21)),
+    threads=st.integers(1, 3),
+    exact=st.booleans(),
+    bias=st.booleans(),
+)
+@example(grid=Grid(4, 32), rows=39, columns=96, batch=1, threads=1, exact=False, bias=True)
+@example(grid=Grid(4, None, symmetric=True), rows=64, columns=2100, batch=16, threads=3, exact=False, bias=True)
+@example(grid=Grid(8, 64), rows=7, columns=1100, batch=3, threads=1, exact=False, bias=False)
+def test_a_packed_product_is_that_of_what_its_codes_stand_for(
+    kernels, grid, rows, columns, batch, threads, exact, bias
+):
+    torch.set_num_threads(threads)
+    coded, matrix = matrix_of(rows, columns, grid)
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1)) * 3
+    x[1:2] = 0
+    added = torch.randn(rows, generator=torch.Generator().manual_seed(2)) if bias else None
+    found = native.NativeProduct(matrix, kernels, exact=exact)(x, added, matrix)
+    expected = reference(x, coded, grid, kernels, exact=exact) + (0 if added is None else added)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-5, atol=1e-5 * max(float(expected.abs().amax(-1).mean()), 1) if batch else 0
+    )
+
+
+@built
+@every_set
+@pytest.mark.parametrize("batch", [2, 16])
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None)])
+def test_what_is_not_finite_comes_out_as_the_reference_has_it(kernels, grid, batch):
+    coded, matrix = matrix_of(20, 100, grid)
+    x = torch.randn(batch, 100)
+    x[1, 7] = float("inf")
+    x[0, 99] = float("nan")
+    exact = native.NativeProduct(matrix, kernels, exact=True)(x, None, matrix)
+    torch.testing.assert_close(exact, x @ decode(coded, grid).T, equal_nan=True)
+    coarse = native.NativeProduct(matrix, kernels, exact=False)(x, None, matrix)
+    assert coarse[:2].isnan().all()
+    assert coarse[2:].isfinite().all()
+
+
+@built
+def test_an_input_of_another_length_is_refused():
+    _, matrix = matrix_of(8, 32, Grid(4, 32))
+    with pytest.raises(RuntimeError, match="32 inputs"):
+        native.NativeProduct(matrix, HERE[0], exact=False)(torch.zeros(1, 31), None, matrix)
 
 
 THREADS = """

@@ -141,8 +141,11 @@ def test_codebooks_are_those_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("compute", ["int8", "float", "auto"])
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, None, symmetric=True), Grid(4, 16, codebook="fp4")])
-def test_linear_multiplies_by_what_it_stands_for(grid, compute):
+def test_linear_multiplies_by_what_it_stands_for(grid, native, compute, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels.packed, "native", lambda: None)
     linear = nn.Linear(96, 40)
     layer = PackedLinear.from_coded(linear, quantize(linear.weight, grid), grid, compute)
     weight = layer.dequantized()
@@ -153,7 +156,8 @@ def test_linear_multiplies_by_what_it_stands_for(grid, compute):
             if x.numel():
                 assert relative(layer(x), x @ weight.T + linear.bias) < (1e-5 if compute == "float" else 0.03)
         assert layer(random(2, 96).bfloat16()).dtype == torch.bfloat16
-    assert layer.derived_bytes() == 0 if compute == "float" else layer.derived_bytes() >= 40 * 96
+    copied = kernels.takes_packed_copy(torch.device("cpu"), compute)
+    assert layer.derived_bytes() >= 40 * 96 if copied else layer.derived_bytes() == 0
 
 
 def test_linear_follows_a_change_of_its_codes_and_has_no_backward():
@@ -290,8 +294,14 @@ def test_bad_models_are_refused_unchanged():
 
 
 @pytest.mark.skipif(not kernels.has_fbgemm(torch.device("cpu")), reason="this torch has no fbgemm")
-@pytest.mark.parametrize(("compute", "told"), [("auto", True), ("int8", True), ("float", False)])
-def test_the_plan_tells_the_memory_of_the_copy(compute, told):
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("compute", ["auto", "int8", "float"])
+def test_the_plan_tells_the_memory_of_the_copy(compute, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels.packed, "native", lambda: None)
+    told = kernels.takes_packed_copy(torch.device("cpu"), compute)
+    if not native:
+        assert told == (compute != "float")
     model = tiny_model("llama")
     plan = lc.WeightOnlyQuantization(compute=compute).plan(model, lc.Context())
     remarks = [action.reason for action in plan if action.path == ""]

@@ -190,12 +190,12 @@ class GroupedQuantization(Compressor):
     def _remarks(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[Action]:
         """Say for the plan what the products take in memory beside the packed weights."""
         layers = {id(target.layer.weight): target.layer for target in targets if target.layer.kind != "embedding"}
-        if self.compute == "float" or not kernels.has_fbgemm(model.device):
+        if not kernels.takes_packed_copy(model.device, self.compute):
             return []
         megabytes = sum(layer.weight.numel() for layer in layers.values()) / 1e6
         reason = (
             f"products run in int8 on this CPU, from a copy of about {megabytes:.3g} MB that is made when a layer is "
-            f"first used and never saved; compute='float' does without, and is slow"
+            f"first used and never saved, since the native kernels are not there; compute='float' does without, slowly"
         )
         return [Action(path="", reason=reason)]
 

@@ -32,9 +32,9 @@ class WeightOnlyQuantization(GroupedQuantization):
     layout and lose less, but always need texts. The folder loads by plain `from_pretrained` after `import
     llmcompress`; the bits that are told are the bits on disk, scales and zero points included.
 
-    On a CPU with fbgemm, products run in int8 by default: each weight is coded anew in 8 bits when it is first used,
-    and activations get 8 bits a token. That is fast, costs a byte a weight in memory, and adds a small error of its
-    own; `compute="float"` is exact and keeps the memory small, but unpacks the weights at every call.
+    On a CPU, products are computed from the packed codes themselves, with activations in 8 bits, one scale a token;
+    `compute="float"` leaves activations as they are, and is exact and slower. Without the native kernels
+    (`llmcompress.kernels()` tells) it takes a copy of the weights in 8 bits, or unpacks them at every call.
 
     3-D experts keep the model's own routing and gates; each expert's products are computed from its codes.
 

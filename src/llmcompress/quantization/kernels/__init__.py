@@ -12,7 +12,7 @@ from .int8 import (
 )
 from .int8_native import Int8Weight
 from .int8_ops import int8_linear, int8_static_linear, unpacked_linear
-from .packed import Product, forget_product, packed_product, product_of, product_state
+from .packed import Product, forget_product, packed_product, product_of, product_state, takes_packed_copy
 from .packed_ops import packed_linear
 from .packing import (
     PackedCopy,
@@ -52,6 +52,7 @@ __all__ = [
     "product_state",
     "rounded_activations",
     "takes_copy",
+    "takes_packed_copy",
     "torch_linear",
     "unpacked_linear",
 ]

@@ -118,6 +118,7 @@ def _int8(scheme: str, fbgemm: str, calls: str = "") -> list[Kernel]:
 
 def _packed(scheme: str) -> list[Kernel]:
     return [
+        Kernel(scheme, "cpu", "any", "native, on the packed codes", _native, "the native kernels: see above"),
         Kernel(scheme, "cpu", "any", "fbgemm int8, codes made anew in 8 bits", has_fbgemm, _FBGEMM),
         Kernel(scheme, "cpu", "any", "codes unpacked to float at each call", _always, "nothing"),
         Kernel(scheme, "cuda", "any", "torch _weight_int4pack_mm, for 4 bits", int4pack.runs, _INT4),

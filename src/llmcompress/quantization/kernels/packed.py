@@ -1,7 +1,8 @@
 """Products with packed weights, and which one serves where.
 
-torch has no fast product for packed codes on a CPU (2.13: `_weight_int4pack_mm_for_cpu` is slower than float32). Two
-ways are left there, and a native kernel has its place beside them:
+On a CPU the native kernels multiply by the packed codes as they lie in memory, with activations in 8 bits, one scale a
+token, or in floats (`compute="float"`). Where they are not built, two ways are left, since torch has no fast product
+for packed codes there (2.13: `_weight_int4pack_mm_for_cpu` is slower than float32):
 
 - `int8`: the weight is coded anew in 8 bits, one scale a row, when it is first used, and multiplied by fbgemm with one
   scale of activations a token. The second coding moves a weight by at most 1/254 of the largest of its row, little
@@ -21,6 +22,7 @@ from ..affine import quantize_rows
 from ..grid import Coded, decode, row_chunks
 from . import int4pack
 from .int8 import fbgemm_linear, torch_linear
+from .native import NativeProduct, native
 from .packing import copy_bytes, has_fbgemm, identity, pack
 
 if TYPE_CHECKING:
@@ -60,6 +62,11 @@ def product_state(weight: torch.Tensor, scale: torch.Tensor, compute: Compute) -
     return identity(weight), identity(scale), compute
 
 
+def takes_packed_copy(device: torch.device, compute: Compute) -> bool:
+    """Tell whether products on `device` are computed from a copy of the weights in 8 bits, which is memory."""
+    return compute != "float" and native() is None and has_fbgemm(device)
+
+
 def forget_product(weight: torch.Tensor) -> None:
     """Drop the product that is kept for `weight`, if any."""
     _PRODUCTS.pop(weight, None)
@@ -67,6 +74,9 @@ def forget_product(weight: torch.Tensor) -> None:
 
 def packed_product(matrix: PackedMatrix, compute: Compute) -> Product:
     """Return a new product with `matrix` on its device; `"auto"` takes the fastest there."""
+    kernels = native() if matrix.weight.is_cpu and matrix.columns else None
+    if kernels is not None:
+        return NativeProduct(matrix, kernels, exact=compute == "float")
     fast = has_fbgemm(matrix.weight.device)
     if compute == "int8" or (compute == "auto" and fast):
         return Int8Product(matrix.dequantized())

@@ -4,4 +4,15 @@ from .activations import code_rows
 from .library import SETS, Native, NotBuilt, load, native, why_absent
 from .packed_product import NativeProduct, activation_limit, codebook_steps
 
-__all__ = ["SETS", "Native", "NativeProduct", "NotBuilt", "activation_limit", "code_rows", "codebook_steps", "load", "native", "why_absent"]
+__all__ = [
+    "SETS",
+    "Native",
+    "NativeProduct",
+    "NotBuilt",
+    "activation_limit",
+    "code_rows",
+    "codebook_steps",
+    "load",
+    "native",
+    "why_absent",
+]

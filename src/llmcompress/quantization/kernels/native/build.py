@@ -27,7 +27,17 @@ _X86: _Flags = {
     "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"], ["/arch:AVX2"]),
     "avx512_vnni": (
         # GCC 12 takes the undefined registers of its own headers for a mistake.
-        ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", "-mbmi2", *_NO_WARNING],
+        [
+            "-mavx512f",
+            "-mavx512dq",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512vnni",
+            "-mfma",
+            "-mf16c",
+            "-mbmi2",
+            *_NO_WARNING,
+        ],
         ["/arch:AVX512"],
     ),
 }

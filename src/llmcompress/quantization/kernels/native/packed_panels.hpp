@@ -48,7 +48,7 @@ void arrange_in_quads(const Spans& spans, const T* from, T* to) {
 
 // The outputs of a panel, unpacked.
 template <class Set>
-struct Panel {
+struct CodePanel {
   static constexpr int outputs = 2 * Set::lanes;
 
   const PackedMatrix& a;
@@ -60,7 +60,7 @@ struct Panel {
   Scratch<uint8_t> quads;        // (quads, outputs, 4) of a block of spans
   RowGrid<Set> grid;
 
-  Panel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
+  CodePanel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
       : a(matrix), steps(replaced), spans(matrix), stride(padded(matrix.columns)), rows(stride * outputs), scale(a.groups * outputs),
         middle(a.groups * outputs), quads((kQuads + spans.quads + Set::lanes) * outputs * 4), grid(matrix, 1, bias) {}
 
@@ -120,7 +120,7 @@ struct CodedRows {
 
 // Adds spans [begin, end) to `totals` (rows, outputs) of `rows` rows of activations from m on.
 template <class Set, bool large, int rows>
-void add_spans(const Panel<Set>& panel, const CodedRows& x, int64_t m0, int64_t begin, int64_t end, float* totals) {
+void add_spans(const CodePanel<Set>& panel, const CodedRows& x, int64_t m0, int64_t begin, int64_t end, float* totals) {
   // Quads whose products a 16-bit sum holds.
   constexpr int64_t depth = large ? 1 : 8;
   constexpr int lanes = Set::lanes;
@@ -147,12 +147,12 @@ void add_spans(const Panel<Set>& panel, const CodedRows& x, int64_t m0, int64_t 
       for (int m = 0; m < rows; ++m)
         for (int h = 0; h < 2; ++h) sums[m][h] = Set::fold(sums[m][h], parts[m][h]);
     }
-    const int64_t at = spans.group(i) * Panel<Set>::outputs;
+    const int64_t at = spans.group(i) * CodePanel<Set>::outputs;
     for (int m = 0; m < rows; ++m) {
       other[m] += spans.quads * 4;
       const auto all = Set::splat(x.sums[(m0 + m) * x.spans + i]);
       for (int h = 0; h < 2; ++h) {
-        float* total = totals + (m0 + m) * Panel<Set>::outputs + h * lanes;
+        float* total = totals + (m0 + m) * CodePanel<Set>::outputs + h * lanes;
         const auto own = Set::fnma(Set::load(panel.middle + at + h * lanes), all, Set::to_floats(sums[m][h]));
         Set::store(total, Set::fma(own, Set::load(panel.scale + at + h * lanes), Set::load(total)));
       }
@@ -164,12 +164,12 @@ void add_spans(const Panel<Set>& panel, const CodedRows& x, int64_t m0, int64_t 
 
 // The weights of a block of spans, (inputs, outputs), without a rounding.
 template <class Set>
-void decode(const Panel<Set>& panel, int64_t begin, int64_t end, float* weights) {
+void decode(const CodePanel<Set>& panel, int64_t begin, int64_t end, float* weights) {
   constexpr int lanes = Set::lanes;
   const PackedMatrix& a = panel.a;
   const uint8_t* codes = panel.quads;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t at = panel.spans.group(i) * Panel<Set>::outputs;
+    const int64_t at = panel.spans.group(i) * CodePanel<Set>::outputs;
     for (int64_t q = 0; q < panel.spans.quads; ++q) {
       for (int h = 0; h < 2; ++h, codes += 4 * lanes) {
         const auto four = Set::load(static_cast<const void*>(codes));

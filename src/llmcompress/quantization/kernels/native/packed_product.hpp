@@ -1,4 +1,4 @@
-// Products with a packed matrix: which way, and its share for each thread.
+// Products with a packed matrix: which way, and the share of each thread.
 #pragma once
 
 #include <type_traits>
@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kPanels = 12;
 // Rows of activations that share what is loaded of a matrix: as many as registers hold.
 constexpr int kTile = 4;
+// Products of weights and activations, below which there is one thread.
+constexpr int64_t kLittle = 1 << 17;
 // Each thread takes about so many turns: the last one to end keeps nobody waiting for long.
 constexpr int64_t kTurns = 6;
 
@@ -101,7 +103,7 @@ void by_rows_exactly(const PackedMatrix& a, const float* x, int64_t rows, const 
 template <class Set>
 void finish(const PackedMatrix& a, const float* totals, int64_t rows, const float* unit, const float* bias, float* y,
             int64_t first) {
-  constexpr int outputs = Panel<Set>::outputs;
+  constexpr int outputs = CodePanel<Set>::outputs;
   const int64_t count = first + outputs < a.rows ? outputs : a.rows - first;
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t r = 0; r < count; ++r)
@@ -124,10 +126,10 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
     }
   });
   const CodedRows input{codes, sums, unit, stride, spans.count};
-  constexpr int64_t outputs = Panel<Set>::outputs;
+  constexpr int64_t outputs = CodePanel<Set>::outputs;
   const int64_t panels = (a.rows + outputs - 1) / outputs;
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
-    Panel<Set> panel(a, a.steps, large ? Set::bias : 0);
+    CodePanel<Set> panel(a, a.steps, large ? Set::bias : 0);
     Scratch<float> totals(rows * outputs);
     for (int64_t p = begin; p < end; ++p) {
       panel.load(p * outputs);
@@ -149,10 +151,10 @@ void by_panels_exactly(const PackedMatrix& a, const float* x, int64_t rows, cons
   const int64_t stride = spans.stride();
   Scratch<float> floats(rows * stride);
   for (int64_t m = 0; m < rows; ++m) arrange_in_quads<float>(spans, x + m * a.columns, floats + m * stride);
-  constexpr int64_t outputs = Panel<Set>::outputs;
+  constexpr int64_t outputs = CodePanel<Set>::outputs;
   const int64_t panels = (a.rows + outputs - 1) / outputs;
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
-    Panel<Set> panel(a, nullptr, 0);
+    CodePanel<Set> panel(a, nullptr, 0);
     Scratch<float> totals(rows * outputs), weights((kQuads + spans.quads) * 4 * outputs);
     for (int64_t p = begin; p < end; ++p) {
       panel.load(p * outputs);
@@ -178,6 +180,8 @@ template <class Set>
 void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, bool exact,
                      int64_t threads) {
   if (rows == 0) return;
+  // What takes some microseconds is not worth a second thread.
+  if (rows * a.rows * a.columns < kLittle) threads = 1;
   const bool from_rows = rows < kPanels && suits_rows<Set>(a) && !(exact && a.levels);
   if (!from_rows) {
     if (exact) return by_panels_exactly<Set>(a, x, rows, bias, y, threads);

@@ -44,13 +44,13 @@ class NativeProduct:
     def __init__(self, matrix: PackedMatrix, kernels: Native, *, exact: bool) -> None:
         grid, columns = matrix.grid, matrix.columns
         levels, steps, unit = _codebook(grid.codebook) if grid.codebook else (None, None, 1.0)
-        parts = (matrix.weight, matrix.scale, matrix.zero, levels, steps)
-        self._tensors = tuple(None if part is None else part.contiguous() for part in parts)
-        weight, scale, zero = self._tensors[:3]
-        assert weight is not None
-        assert scale is not None
+        weight, scale, zero = matrix.weight, matrix.scale.contiguous(), matrix.zero
+        zero = None if zero is None else zero.contiguous()
+        parts = (weight.contiguous(), scale, zero, levels, steps)
+        # Not the weight itself: products are kept by it, and must not keep it alive.
+        self._tensors = tuple(part for part in parts if part is not weight)
         self._matrix = _Matrix(
-            *(None if part is None else part.data_ptr() for part in self._tensors),
+            *(None if part is None else part.data_ptr() for part in parts),
             *(len(weight), columns, grid.bits, weight.shape[1], scale.shape[1], grid.size(columns)),
             *(_KINDS[scale.dtype], grid.zero_width, 0 if zero is None else zero.shape[1]),
             *(1 / grid.zero_parts, _MIDDLE if grid.codebook else 2.0 ** (grid.bits - 1), unit),
@@ -61,6 +61,10 @@ class NativeProduct:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
         """Multiply in float32, whatever the dtype of `x`, whose the result has."""
+        if x.shape[-1] != self._columns or not x.is_cpu:
+            raise RuntimeError(
+                f"a packed layer of {self._columns} inputs on the CPU was given {tuple(x.shape)} on {x.device}"
+            )
         exact = x if x.dtype == torch.float32 else x.float()
         if not exact.is_contiguous():
             exact = exact.contiguous()
