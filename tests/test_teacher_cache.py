@@ -91,7 +91,7 @@ def test_the_likeliest_tokens_teach_as_the_whole_vocabulary_does(tmp_path):
     teacher = tiny_model("llama")
     start = tiny_model_of(teacher)
     fields = {"alpha": 1.0, "steps": 60, "learning_rate": 3e-3}
-    cache = lc.TeacherCache(folder=tmp_path, top_k=64)
+    cache = lc.TeacherCache(folder=tmp_path, top_k=48)
     live, cached = (distil(teacher, student=copy.deepcopy(start), **fields, **m)[0] for m in ({}, {"cache": cache}))
     inputs = tiny_tokenizer()([example.text for example in tiny_data(teacher, 24)], return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
@@ -106,11 +106,11 @@ def test_the_likeliest_tokens_teach_as_the_whole_vocabulary_does(tmp_path):
     about = json.loads((entries(tmp_path)[0] / "about.json").read_text())
     assert about["arrays"]["tokens"] == {
         "dtype": "uint16",
-        "width": 64,
+        "width": 48,
         "entries": about["arrays"]["tokens"]["entries"],
     }
     assert sum(path.stat().st_size for path in entries(tmp_path)[0].glob("*.bin")) == pytest.approx(
-        about["arrays"]["answers"]["entries"] * (65 * 2 + 64 * 2), abs=100
+        about["arrays"]["answers"]["entries"] * (49 * 2 + 48 * 2), abs=100
     )
 
 

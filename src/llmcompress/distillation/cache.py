@@ -25,10 +25,11 @@ class TeacherCache(Settings):
     """Where the teacher's answers are kept, so that it runs over the rows once and not in every epoch.
 
     A language model's answer to a token is kept as the log-probabilities of its `top_k` likeliest tokens, at the step's
-    temperature, and the one of all others together, which the losses take as one class more. Answers of no more than
-    `top_k` classes are kept whole, for any temperature. Students, epochs and processes share a folder: an entry of it
-    belongs to one teacher (by its weights), one set of rows and these settings, so an outdated one is never read. A
-    pass that was killed goes on where it stopped, and a teacher whose answers are all there is not loaded.
+    temperature, and the one of all others together, which the losses take as one class more. Answers that take no more
+    space whole are kept so, for any temperature: those of classifiers, and of small vocabularies. Students, epochs and
+    processes share a folder: an entry of it belongs to one teacher (by its weights), one set of rows and these
+    settings, so an outdated one is never read. A pass that was killed goes on where it stopped, and a teacher whose
+    answers are all there is not loaded.
 
     Args:
         folder: where the entries are; made if absent.
@@ -60,8 +61,13 @@ class TeacherCache(Settings):
         return tuple(sorted(hidden))
 
     def keeps_all(self, head: Head, classes: int) -> bool:
-        """Tell whether answers of so many classes are kept whole."""
-        return head not in LANGUAGE_MODELS or classes <= self.top_k
+        """Tell whether answers of so many classes are kept whole.
+
+        Example:
+            >>> [TeacherCache(folder="answers").keeps_all("causal_lm", classes) for classes in (129, 130)]
+            [True, False]
+        """
+        return head not in LANGUAGE_MODELS or classes * _BYTES[self.dtype] <= self._of_likeliest(classes)
 
     def bytes_per_token(self, head: Head, classes: int, width: int) -> float:
         """Return what an entry takes for each position that counts, in bytes.
@@ -72,9 +78,12 @@ class TeacherCache(Settings):
             width: of its hidden states.
         """
         number = _BYTES[self.dtype]
-        kept = classes if self.keeps_all(head, classes) else self.top_k + 1
-        tokens = 0 if self.keeps_all(head, classes) else self.top_k * token_bytes(classes)
-        return float(kept * number + tokens + len(self.hidden) * width * number)
+        kept = classes * number if self.keeps_all(head, classes) else self._of_likeliest(classes)
+        return float(kept + len(self.hidden) * width * number)
+
+    def _of_likeliest(self, classes: int) -> int:
+        """Return the bytes of the likeliest tokens, their numbers, and the rest."""
+        return (self.top_k + 1) * _BYTES[self.dtype] + self.top_k * token_bytes(classes)
 
 
 def token_bytes(classes: int) -> int:
