@@ -191,6 +191,8 @@ def compare_steps(
         "llmcompress, fine-tuning": training(alpha=0.0),
         "llmcompress, distillation": training(alpha=0.5),
         "llmcompress, distillation, hidden states": training(alpha=0.5, features={"hidden": 1.0}),
+        "llmcompress, distillation, relations": training(alpha=0.5, features={"relations": 1.0}),
+        "llmcompress, distillation, attention maps": training(alpha=0.5, features={"attention": 1.0}),
         "llmcompress, distillation, cached": training(alpha=0.5, cache=lc.TeacherCache(folder=answers.name)),
         **{name: Steps(other) for name, other in others.items()},
     }
