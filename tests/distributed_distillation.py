@@ -1,5 +1,6 @@
 """Launched by test_distributed.py in several processes: distils a tiny model, and each writes what it ended with."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -14,8 +15,24 @@ from llmcompress.data import Example
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 
+def shard_on_cpus() -> None:
+    """Have accelerate shard on CPUs, which it leaves to GPUs alone, though torch can (gloo)."""
+    from accelerate.state import AcceleratorState, DistributedType
+
+    prepare = AcceleratorState.__init__
+
+    def prepare_sharded(self, *args, fsdp_plugin=None, **settings):
+        prepare(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = prepare_sharded
+
+
 def main(folder: Path, batch_size: int, family: str) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus()
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
     with torch.no_grad():
         next(p for n, p in student.named_parameters() if "down_proj" in n)[:, ::2] = 0
@@ -37,6 +54,7 @@ def main(folder: Path, batch_size: int, family: str) -> None:
         {name: tensor.contiguous() for name, tensor in student.state_dict().items() if name != "lm_head.weight"},
         folder / f"rank{state.process_index}of{state.num_processes}.safetensors",
     )
+    (folder / f"rank{state.process_index}.txt").write_text(context.told[-1].reason)
     if state.is_main_process:
         student.save_pretrained(folder / "saved")
     state.wait_for_everyone()

@@ -51,7 +51,7 @@ def zeros_of(model):
     return [int((layer.weight == 0).sum()) for layer in layers]
 
 
-@pytest.mark.parametrize("step", [lc.MagnitudePruning(pattern="2:4"), lc.WeightOnlyQuantization(bits=2, group_size=32)])
+@pytest.mark.parametrize("step", [lc.MagnitudePruning(pattern="2:4"), lc.WeightOnlyQuantization(bits=3, group_size=32)])
 def test_more_than_half_of_what_was_lost_comes_back(step):
     torch.manual_seed(0)
     teacher = tiny_model("llama")

@@ -17,7 +17,11 @@ _HOME = {
     "compressor": ("Action", "Compressor", "Context", "Cut"),
     "data": ("Example", "load_examples"),
     "distillation.cache": ("TeacherCache",),
+    "distillation.augmentation": ("MaskedWords",),
     "distillation.distillation": ("KnowledgeDistillation",),
+    "distillation.early_stopping": ("EarlyStopping",),
+    "distillation.generation": ("Generation",),
+    "distillation.lora": ("LoRA",),
     "distillation.loss_choice": ("SoftLoss",),
     "errors": (
         "CheckpointError",

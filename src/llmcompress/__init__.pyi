@@ -9,8 +9,12 @@ from .compressor import Context as Context
 from .compressor import Cut as Cut
 from .data import Example as Example
 from .data import load_examples as load_examples
+from .distillation.augmentation import MaskedWords as MaskedWords
 from .distillation.cache import TeacherCache as TeacherCache
 from .distillation.distillation import KnowledgeDistillation as KnowledgeDistillation
+from .distillation.early_stopping import EarlyStopping as EarlyStopping
+from .distillation.generation import Generation as Generation
+from .distillation.lora import LoRA as LoRA
 from .distillation.loss_choice import SoftLoss as SoftLoss
 from .errors import (
     CheckpointError as CheckpointError,

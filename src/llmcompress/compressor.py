@@ -11,6 +11,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -98,6 +99,8 @@ class Context:
         seed: seeds everything random in the step.
         device: where the model is and stays.
         progress: whether progress bars are wanted.
+        work_dir: folder where a step may keep what it has done so far, to go on with after a kill; it is removed when
+            the step is finished. None where nothing is kept.
         told: findings of this step that no plan could foresee; see `tell`.
         corrected: paths of which `told` says something else than the plan.
     """
@@ -109,8 +112,13 @@ class Context:
     seed: int = 0
     device: torch.device | str = "cpu"
     progress: bool = True
+    work_dir: Path | None = None
     told: list[Action] = field(default_factory=list)
     corrected: set[str] = field(default_factory=set)
+
+    def work_in(self, folder: Path | None) -> None:
+        """Have the next step keep its unfinished work there; the runner says where."""
+        object.__setattr__(self, "work_dir", folder)
 
     def replace_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Have all later steps, the scores and the result use this tokenizer: the one of a vocabulary that was cut."""

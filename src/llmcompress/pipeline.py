@@ -250,6 +250,7 @@ def compress(
         # What stands before a later step is another model than was planned on before all work.
         actions = plans[0] if index == 0 else _plan(step, current, context)
         actions = [*actions, *chain._remarks(step)]
+        context.work_in(stages.work_dir if stages is not None else None)
         current, record = _run(step, current, actions, context, task)
         if finite and not _is_finite(current):
             raise VerificationError(

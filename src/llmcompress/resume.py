@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +80,15 @@ class Stages:
             "cuts": [asdict(cut) for cut in cuts],
             "tokenizer": tokenizer is not None,
         }
-        save(model, self._stage, tokenizer=tokenizer, metadata=metadata)
+        # Under torchrun and its like every process comes here, with the same model.
+        if os.environ.get("RANK", "0") == "0":
+            save(model, self._stage, tokenizer=tokenizer, metadata=metadata)
+            shutil.rmtree(self.work_dir, ignore_errors=True)
+
+    @property
+    def work_dir(self) -> Path:
+        """Where the step that `find` last looked for may keep its unfinished work; gone once it is kept."""
+        return self._stage.with_name(f"{self._stage.name}.unfinished")
 
     def _advance(self, step: Compressor) -> Path:
         self._digest.update(json.dumps(step.to_dict(), sort_keys=True).encode())

@@ -35,6 +35,7 @@ def make_rows(
     *,
     max_length: int,
     labelled: bool,
+    joined: bool = True,
 ) -> list[Row]:
     """Tokenise the examples into unpadded training rows, each with `input_ids`, its number, and what its head needs.
 
@@ -45,6 +46,7 @@ def make_rows(
         examples: at least one; those without a label get rows that no hard loss counts.
         max_length: tokens a row, cut to what the model can take.
         labelled: whether labels are wanted; language models always have them.
+        joined: whether texts of a causal model are joined and cut into windows, or read one by one.
 
     Raises:
         MissingInputError: the texts hold fewer than two tokens.
@@ -53,8 +55,8 @@ def make_rows(
     longest = longest_input(model, tokenizer)
     length = min(max_length, longest) if longest is not None else max_length
     if head == "causal_lm":
-        paired = any(example.pair is not None for example in examples)
-        rows = _continuations(tokenizer, examples, length) if paired else _windows(tokenizer, examples, length)
+        alone = not joined or any(example.pair is not None for example in examples)
+        rows = list((_one_by_one if alone else _windows)(tokenizer, examples, length))
     elif head == "seq2seq_lm":
         rows = _pairs(tokenizer, examples, length)
     elif head == "masked_lm":
@@ -102,6 +104,12 @@ def collate(head: Head, rows: Sequence[Row], *, pad: int, decoder_start: int | N
     return batch
 
 
+def pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to pad with: that of the model, of the tokenizer, or any, since padding is masked."""
+    pads = (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((pad for pad in pads if pad is not None), 0)
+
+
 def _windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> list[Row]:
     """Cut the joined texts into windows; each begins with BOS if the tokenizer puts one before a text by itself."""
     stream = token_stream(examples, tokenizer)
@@ -116,23 +124,24 @@ def _windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], le
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)} for ids in windows]
 
 
-def _continuations(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> list[Row]:
-    """Put the second text behind the first, which counts only where it is alone, and loses its start if it is long."""
+def _one_by_one(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> Iterator[Row]:
+    """Read each text by itself, in several rows if it is long; behind a first text its second one is what counts."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
     for example in examples:
-        prompt = _without_end(tokenizer(example.text, verbose=False)["input_ids"], tokenizer)
+        first = _without_end(tokenizer(example.text, verbose=False)["input_ids"], tokenizer)
         if example.pair is None:
-            ids = (prompt + end)[:length]
-            labels = list(ids)
+            whole = first + end
+            parts = [(whole[at : at + length], 0) for at in range(0, len(whole), length)]
         else:
-            answer = (list(tokenizer(example.pair, add_special_tokens=False, verbose=False)["input_ids"]) + end)[
-                : length - 1
-            ]
-            prompt = prompt[-(length - len(answer)) :]
-            ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    return [row for row in rows if len(row["input_ids"]) >= 2]
+            second = list(tokenizer(example.pair, add_special_tokens=False, verbose=False)["input_ids"]) + end
+            answer = second[: length - 1]
+            # A long first text loses its start.
+            prompt = first[-(length - len(answer)) :]
+            parts = [(prompt + answer, len(prompt))]
+        for ids, asked in parts:
+            if len(ids) >= 2:
+                labels = [IGNORED] * asked + ids[asked:]
+                yield {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def _without_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

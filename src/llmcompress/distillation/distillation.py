@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,28 +17,31 @@ from pydantic import (
     model_validator,
 )
 
-from ..anatomy.vocabulary import vocabulary_size
 from ..compressor import Action, Compressor, Context, Cut, Need, Rounding, Rounds, still_there
 from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
 from .alignment import Alignment, align, feature_actions
-from .batches import Row, collate, make_rows
+from .arguments import Precision, Training, check_training, use_bf16
+from .augmentation import MaskedWords
+from .batches import collate, make_rows, pad_token
 from .cache import TeacherCache
-from .cached_teacher import Collator
 from .checks import common_classes, refuse_mismatch, refuse_uncacheable, refuse_untrainable
+from .early_stopping import EarlyStopping
+from .generation import Generation
 from .heads import Head, head_of
 from .labels import check_labels
 from .layer_map import LayersField, layer_map
+from .lora import LoRA
 from .loss_choice import Alpha, Features, Soft, SoftLoss, Temperature, reads_of
-from .masking import Masking
+from .masking import masking_for
 from .objective import Objective
-from .observation import Teacher
 from .schedule import least, most
 from .sources import told
 from .student import Student, make_student, plan_student, read_student
 from .teachers import Teachers, is_original, read_teachers, weights_of
 from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
-from .trainer import Precision, train, use_bf16
+from .train import train
+from .ways import Ways, check_ways, way_actions, word_copies
 from .zeros import pruned_weights
 
 if TYPE_CHECKING:
@@ -100,6 +103,15 @@ class KnowledgeDistillation(Compressor):
         warmup: share of the steps in which the learning rate rises from 0, in [0, 1).
         weight_decay: of AdamW.
         gradient_accumulation: batches that make one step.
+        gradient_checkpointing: keeps only what enters each block and computes the rest again in the backward pass: less
+            memory for the time of one more forward pass.
+        lora: `LoRA(rank=8)` or its dict: low-rank changes of the linear layers are trained and added at the end.
+        generation: `Generation(way="on_policy")` or its dict: a language model also learns from texts that the teacher
+            or it itself wrote.
+        augment: `MaskedWords(model="bert-base-uncased")` or its dict: classifiers and readers of questions also learn
+            what the teacher makes of copies of the texts with some words replaced.
+        early_stopping: `EarlyStopping(task=...)` or its dict: training stops when the student gets no better on a task
+            or on rows held out, and the best weights are the result.
         precision: `"bf16"` multiplies in bfloat16, `"fp32"` does not; `"auto"` takes bf16 where the hardware has it.
         quantize_for: a step such as `WeightOnlyQuantization(bits=3)`, or its dict: the student computes with weights
             (and activations) rounded as that step will round them, and learns to make up for it (quantization-aware
@@ -136,6 +148,11 @@ class KnowledgeDistillation(Compressor):
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
     gradient_accumulation: int = Field(1, gt=0, description="batches that make one optimizer step")
     precision: Precision = Field("auto", description="arithmetic of the matrix products")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    lora: LoRA | None = Field(None, description="low-rank changes are trained instead of the weights")
+    generation: Generation | None = Field(None, description="training on texts that teacher or student wrote")
+    augment: MaskedWords | None = Field(None, description="copies of the texts with words replaced")
+    early_stopping: EarlyStopping | None = Field(None, description="when to stop before the end")
     quantize_for: SerializeAsAny[Compressor] | None = Field(None, description="the quantization step to train for")
 
     @model_validator(mode="before")
@@ -150,6 +167,23 @@ class KnowledgeDistillation(Compressor):
             if epochs is None and steps is None:
                 return {**fields, "epochs": _DEFAULT_EPOCHS}
         return fields
+
+    @model_validator(mode="after")
+    def _ways_that_go_together(self) -> KnowledgeDistillation:
+        if self.lora is not None and self.quantize_for is not None:
+            raise ConfigError(
+                "KnowledgeDistillation must have lora or quantize_for, got both: weights that stay as they are cannot "
+                "learn to be rounded."
+            )
+        on_policy = self.generation is not None and self.generation.way == "on_policy"
+        if (on_policy or self.augment is not None) and least(self.alpha) == 0 and not self.features:
+            raise ConfigError(
+                f"KnowledgeDistillation.alpha must be above 0 on policy and for copies with words replaced, which the "
+                f"teacher judges alone, got {self.alpha!r}."
+            )
+        if on_policy and self.cache is not None:
+            raise ConfigError("KnowledgeDistillation.cache must be left out on policy, where texts are written anew.")
+        return self
 
     @field_validator("quantize_for", mode="before")
     @classmethod
@@ -175,7 +209,7 @@ class KnowledgeDistillation(Compressor):
 
     @property
     def _asks_teacher(self) -> bool:
-        return most(self.alpha) > 0 or bool(reads_of(self.features))
+        return most(self.alpha) > 0 or bool(reads_of(self.features)) or self.generation is not None
 
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Tell which blocks stay, how it is trained, and which zeros are held.
@@ -190,7 +224,9 @@ class KnowledgeDistillation(Compressor):
         actions = list(planned.actions)
         span = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         does = f"distil for {span}" if self._asks_teacher else f"fine-tune for {span}"
-        actions.append(Action(path="", does=does, reason="all trainable weights"))
+        trained = "all trainable weights" if self.lora is None else f"{self.lora}, added to the weights at the end"
+        actions.append(Action(path="", does=does, reason=trained))
+        actions.extend(way_actions(self.generation, self.augment))
         actions.extend(teacher_actions(lesson.teachers, lesson.alignments, lesson.head, self.cache))
         for teacher, aligned in zip(lesson.teachers, lesson.alignments, strict=True):
             history = history_of(teacher, context.history)
@@ -222,9 +258,17 @@ class KnowledgeDistillation(Compressor):
             )
         lesson = self._check(model, context)
         head, tokenizer = lesson.head, lesson.student.tokenizer or context.tokenizer
-        labelled = least(self.alpha) < 1
+        examples = context.data
+        if self.augment is not None:
+            examples = [*examples, *word_copies(examples, self.augment, context, model.device)]
         rows = make_rows(
-            head, lesson.student.model, tokenizer, context.data, max_length=self.max_length, labelled=labelled
+            head,
+            lesson.student.model,
+            tokenizer,
+            examples,
+            max_length=self.max_length,
+            labelled=least(self.alpha) < 1,
+            joined=self.generation is None,
         )
         model = make_student(model, self.student, context)
         alignments = self._alignments(head, model, lesson.teachers, tokenizer, context)
@@ -236,14 +280,16 @@ class KnowledgeDistillation(Compressor):
             features=self.features,
             alignment=alignments[0] if alignments else Alignment(),
         )
-        start = getattr(model.config, "decoder_start_token_id", None)
-        collator = partial(collate, head, pad=_pad_token(model, tokenizer), decoder_start=start)
+        training = self._training(model, tokenizer, context)
+        ways = Ways(self.generation, head, self.max_length, training)
+        rows = ways.teacher_rows(rows, lesson.teachers, alignments, context.teacher)
+        collator = partial(collate, head, pad=training.pad, decoder_start=training.decoder_start)
         teaching = Teaching(
             planned=lesson.teachers,
             original=context.teacher,
             objective=objective,
             alignments=alignments,
-            examples=context.data,
+            examples=examples,
             rows=rows,
             tokenizer=tokenizer,
             collator=collator,
@@ -252,39 +298,30 @@ class KnowledgeDistillation(Compressor):
             max_length=self.max_length,
         )
         with teaching.answering(self.cache, batch_size=self.batch_size, context=context) as teacher:
-            losses = self._train(model, teacher, rows, objective, collator, tokenizer, context)
-        course = " -> ".join(f"{loss:.4g}" for loss in losses)
-        context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=f"loss {course}"))
+            course = train(
+                model,
+                teacher,
+                rows,
+                objective,
+                training,
+                collator=collator,
+                roundings=self._roundings(model),
+                masking=masking_for(model, tokenizer) if head == "masked_lm" else None,
+                on_policy=ways.on_policy(model),
+            )
+        context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=str(course)))
         return model
 
-    def _train(
-        self,
-        model: PreTrainedModel,
-        teacher: Teacher | None,
-        rows: Sequence[Row],
-        objective: Objective,
-        collator: Collator,
-        tokenizer: PreTrainedTokenizerBase,
-        context: Context,
-    ) -> list[float]:
-        return train(
-            model,
-            teacher,
-            rows,
-            objective,
-            collator=collator,
-            epochs=self.epochs,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            gradient_accumulation=self.gradient_accumulation,
-            precision=self.precision,
+    def _training(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Training:
+        same = {field.name for field in fields(Training)} & set(type(self).model_fields)
+        return Training(
+            **{name: getattr(self, name) for name in same},
+            pad=pad_token(model, tokenizer),
+            decoder_start=getattr(model.config, "decoder_start_token_id", None),
             seed=context.seed,
             progress=context.progress,
-            roundings=self._roundings(model),
-            remake=_masking(model, tokenizer) if objective.head == "masked_lm" else None,
+            folder=context.work_dir,
+            tokenizer=tokenizer,
         )
 
     def _alignments(
@@ -327,6 +364,13 @@ class KnowledgeDistillation(Compressor):
         planned = plan_student(model, self.student, context)
         model = planned.model
         refuse_untrainable(model)
+        check_training(
+            model,
+            gradient_checkpointing=self.gradient_checkpointing,
+            lora=self.lora,
+            early_stopping=self.early_stopping,
+        )
+        check_ways(head, model, self.generation, self.augment)
         if context.data is not None and least(self.alpha) < 1:
             check_labels(head, model, context.data)
         if head == "regression" and self.soft != SoftLoss():
@@ -354,18 +398,3 @@ class KnowledgeDistillation(Compressor):
             own_tokenizer = any(teacher.tokenizer is not None for teacher in teachers)
             refuse_uncacheable(self.cache, objective, classes, own_tokenizer=own_tokenizer)
         return Lesson(head, planned, teachers, alignments)
-
-
-def _masking(model: PreTrainedModel, tokenizer: Any) -> Masking:
-    if tokenizer.mask_token_id is None:
-        raise MissingInputError(
-            f"KnowledgeDistillation needs a tokenizer with a mask token for {type(model).__name__}, got "
-            f"{type(tokenizer).__name__} without one; pass the tokenizer that the model was trained with."
-        )
-    return Masking(tokenizer.mask_token_id, vocabulary_size(model))
-
-
-def _pad_token(model: PreTrainedModel, tokenizer: Any) -> int:
-    pads = (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    # Padding is masked, so that any token serves where none is set aside for it.
-    return next((pad for pad in pads if pad is not None), 0)

@@ -117,6 +117,7 @@ def targets(head: Head, batch: Batch) -> torch.Tensor:
 
 
 def labelled(head: Head, batch: Batch) -> torch.Tensor:
-    """Return which positions of `logits_of` have a label: a mask of shape (...)."""
+    """Return which positions of `logits_of` have a label: a mask of shape (...); none of rows that are `unlabelled`."""
     labels = targets(head, batch)
-    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+    known = ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+    return known & ~batch["unlabelled"].view(-1, *[1] * (known.dim() - 1)) if "unlabelled" in batch else known

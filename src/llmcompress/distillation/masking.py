@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..anatomy.vocabulary import vocabulary_size
+from ..errors import MissingInputError
 from .heads import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,11 @@ class Masking:
         """Return the batch with tokens hidden; `counted` and `labels` tell which.
 
         Args:
-            batch: from `collate` of a masked language model, on the CPU; `counted` is what may be chosen.
-            generator: draws what is chosen.
+            batch: from `collate` of a masked language model; `counted` is what may be chosen.
+            generator: draws what is chosen, on the CPU.
         """
-        ids, maskable = batch["input_ids"], batch["counted"].bool()
+        place = batch["input_ids"].device
+        ids, maskable = batch["input_ids"].cpu(), batch["counted"].bool().cpu()
         draw = torch.rand(ids.shape, generator=generator).masked_fill(~maskable, 2.0)
         chosen = maskable & ((draw < self.share) | (draw == draw.min(-1, keepdim=True).values))
         way = torch.rand(ids.shape, generator=generator)
@@ -48,7 +55,21 @@ class Masking:
         hidden = torch.where(way < 0.8, self.mask_token, torch.where(way < 0.9, others, ids))
         return {
             **batch,
-            "input_ids": torch.where(chosen, hidden, ids),
-            "labels": batch["labels"].masked_fill(~chosen, IGNORED),
-            "counted": chosen.long(),
+            "input_ids": torch.where(chosen, hidden, ids).to(place),
+            "labels": batch["labels"].masked_fill(~chosen.to(place), IGNORED),
+            "counted": chosen.long().to(place),
         }
+
+
+def masking_for(model: PreTrainedModel, tokenizer: Any) -> Masking:
+    """Return how tokens are hidden from `model`.
+
+    Raises:
+        MissingInputError: the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise MissingInputError(
+            f"KnowledgeDistillation needs a tokenizer with a mask token for {type(model).__name__}, got "
+            f"{type(tokenizer).__name__} without one; pass the tokenizer that the model was trained with."
+        )
+    return Masking(tokenizer.mask_token_id, vocabulary_size(model))

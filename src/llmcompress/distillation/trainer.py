@@ -1,43 +1,30 @@
-"""The training loop: `transformers.Trainer` with a distillation loss, leaving no trace but the trained weights.
+"""The trainer: `transformers.Trainer` with a distillation loss.
 
-Trainer and accelerate do the running (mixed precision, accumulation, several processes); what is here computes the
-loss, counts over the global batch, and gives model and caller back everything that training touches.
+Trainer and accelerate do the running (mixed precision, accumulation, several processes, checkpoints); what is here
+computes the loss and counts over the global batch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import Trainer
 
-from ..compressor import Rounding
 from ..errors import CompressionError
 from .batches import Row
-from .fake_quantization import fake_quantized
-from .first_rows import fitted_projections
+from .checkpoints import WEIGHTS, load_weights, save_weights
+from .generation import OnPolicy
 from .heads import Batch, model_inputs
+from .masking import Masking
 from .objective import Objective
-from .observation import Observer, Teacher, observing
-from .projections import projected
-from .zeros import HeldZeros
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Precision = Literal["auto", "fp32", "bf16"]
-_FITTED_ROWS = 32
-Remake = Callable[[Batch, torch.Generator], dict[str, torch.Tensor]]
+from .observation import Observed, Observer, Teacher
+from .order import LikeLengths
 
 
 class DistillationTrainer(Trainer):
@@ -48,8 +35,8 @@ class DistillationTrainer(Trainer):
         teacher: answers to a batch, without a gradient and not wrapped by accelerate; None where the objective asks
             none.
         objective: the loss.
-        remake: what is done to each batch when its turn comes (masking, generation); its generator is the same however
-            often a run was interrupted.
+        masking: hides tokens of each batch when its turn comes, or None.
+        on_policy: replaces batches by what the student writes, or None.
         more: what `Trainer` takes: `model`, `args`, `train_dataset`, `data_collator`, `callbacks`.
     """
 
@@ -59,14 +46,16 @@ class DistillationTrainer(Trainer):
         student: Observer,
         teacher: Teacher | None,
         objective: Objective,
-        remake: Remake | None = None,
+        masking: Masking | None = None,
+        on_policy: OnPolicy | None = None,
         **more: Any,
     ) -> None:
         super().__init__(**more)
         self.student = student
         self.teacher = teacher
         self.objective = objective
-        self.remake = remake
+        self.masking = masking
+        self.on_policy = on_policy
         # The loss is divided by the counts of the whole accumulated batch; Trainer must not divide once more. Releases
         # before the second attribute look at the first one.
         self.model_accepts_loss_kwargs = True
@@ -79,8 +68,9 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        if self.remake is not None:
-            batches = [self.remake(batch, self._generator(part)) for part, batch in enumerate(batches)]
+        remake = self.masking or self.on_policy
+        if remake is not None:
+            batches = [remake(batch, self._generator(part)) for part, batch in enumerate(batches)]
         counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum").clamp(min=1)
 
@@ -97,10 +87,7 @@ class DistillationTrainer(Trainer):
         # Fake quantization rounds a weight once a pass, though models may read it several times (each of the experts).
         with parametrize.cached():
             seen = self.student(fed, run=model)
-        target = None
-        if self.teacher is not None and self.objective.asks_teacher:
-            with torch.no_grad():
-                target = self.teacher(inputs)
+        target = self.teach(inputs)
         counts = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
         # The last step has the last value of a schedule.
         progress = self.state.global_step / max(self.state.max_steps - 1, 1)
@@ -116,168 +103,42 @@ class DistillationTrainer(Trainer):
         loss = loss * self.accelerator.num_processes
         return (loss, seen.outputs) if return_outputs else loss
 
+    def teach(self, inputs: Batch) -> Observed | None:
+        """Return what the teacher puts out for a batch; None where it is not asked."""
+        if self.teacher is None or not self.objective.asks_teacher:
+            return None
+        with torch.no_grad():
+            return self.teacher(inputs)
+
+    def loss_on(self, held: Sequence[Row]) -> float:
+        """Return the loss on rows that are not trained on, as it is weighted at the end of the training."""
+        size = self.args.per_device_train_batch_size
+        batches = [self._prepare_inputs(self.data_collator(held[at : at + size])) for at in range(0, len(held), size)]
+        if self.masking is not None:
+            batches = [self.masking(batch, torch.Generator().manual_seed(at)) for at, batch in enumerate(batches)]
+        counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0).clamp(min=1)
+        loss = 0.0
+        for batch in batches:
+            with self.accelerator.autocast():
+                seen = self.student(model_inputs(batch))
+            # No schedule shall pass for progress.
+            loss += float(self.objective(seen, self.teach(batch), batch, counts.to(self.args.device), progress=1.0))
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the losses in `state.log_history`, and write nothing anywhere."""
         self.state.log_history.append({**logs, "step": self.state.global_step})
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        # Rows of like length share a batch, so little is padded. The generator of its own makes every process draw the
-        # same order, whatever its dropout took from the global one.
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        generator = torch.Generator().manual_seed(self.args.seed)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(size, lengths=[len(row["input_ids"]) for row in rows], generator=generator)
+        return LikeLengths([len(row["input_ids"]) for row in rows], size=size, seed=self.args.seed)
 
+    # Checkpoints: weights alone, in safetensors; nothing is pickled that could run code when it is read.
 
-class _RestoreZeros(TrainerCallback):
-    def __init__(self, zeros: HeldZeros) -> None:
-        self._zeros = zeros
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            save_weights(self.model, Path(output_dir or self.args.output_dir) / WEIGHTS)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self._zeros.restore()
-
-
-def train(
-    model: PreTrainedModel,
-    teacher: Teacher | None,
-    rows: Sequence[Row],
-    objective: Objective,
-    *,
-    collator: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
-    epochs: float | None,
-    steps: int | None,
-    learning_rate: float,
-    batch_size: int,
-    warmup: float,
-    weight_decay: float,
-    gradient_accumulation: int,
-    precision: Precision,
-    seed: int,
-    progress: bool,
-    roundings: Sequence[Rounding] = (),
-    remake: Remake | None = None,
-) -> list[float]:
-    """Train `model` in place and return the losses: of the first step, then the mean of each epoch.
-
-    With `roundings` the student computes as a later quantization step will have it; see `fake_quantized`.
-
-    The weights are all that changes: device, dtype, modes, config, forward, gradients and the caller's random state
-    are as before, also if training fails. Weights below 32 bits are trained in fp32 and rounded at the end.
-
-    Raises:
-        CompressionError: the loss is NaN or infinite.
-    """
-    with ExitStack() as undo:
-        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="llmcompress-"))
-        undo.enter_context(_random_state_kept())
-        undo.enter_context(_traces_removed(model))
-        pairs = objective.alignment.pairs
-        student = undo.enter_context(observing(model, objective.reads, [{mine for mine, _ in own} for own in pairs]))
-        if teacher is not None:
-            # As many rows whatever the size of a batch is, so that processes may share them.
-            shown = rows[:_FITTED_ROWS]
-            batches = (collator(shown[at : at + batch_size]) for at in range(0, len(shown), batch_size))
-            layers = fitted_projections(student, teacher, objective, batches)
-            undo.enter_context(projected(model, layers, [f"{prefix}hidden_states" for prefix in student.prefixes]))
-        zeros = HeldZeros(model)
-        undo.enter_context(zeros.masked_gradients())
-        undo.enter_context(fake_quantized(model, roundings))
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs if epochs is not None else 1,
-            max_steps=steps if steps is not None else -1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=gradient_accumulation,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=warmup,
-            weight_decay=weight_decay,
-            bf16=use_bf16(precision, model.device),
-            use_cpu=model.device.type == "cpu",
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="epoch",
-            logging_first_step=True,
-            report_to="none",
-            disable_tqdm=not progress,
-            remove_unused_columns=False,
-            dataloader_pin_memory=model.device.type == "cuda",
-        )
-        # One process drives one device: DataParallel would copy the student, not the teacher.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = DistillationTrainer(
-            model=model,
-            student=student,
-            teacher=teacher,
-            objective=objective,
-            remake=remake,
-            args=arguments,
-            train_dataset=list(rows),
-            data_collator=collator,
-            callbacks=[_RestoreZeros(zeros)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        trainer.accelerator.free_memory()
-    return losses
-
-
-def use_bf16(precision: Precision, device: torch.device) -> bool:
-    """Tell whether matrix products are in bfloat16; `"auto"` takes it where the hardware gains by it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # AVX-512's bf16 dot product alone loses more in casts than it gains (measured: 1.1x to 1.4x slower than fp32 on
-        # MiniLM); matrix tiles pay.
-        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    return False
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def _traces_removed(model: PreTrainedModel) -> Iterator[None]:
-    """Train in fp32, and undo all that Trainer and accelerate leave on a model beside its weights."""
-    attributes = set(vars(model))
-    device, cache = model.device, getattr(model.config, "use_cache", None)
-    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    # Steps of a small learning rate vanish in the rounding of half precision.
-    for parameter in dtypes:
-        parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
-    try:
-        with _modes_kept(model):
-            yield
-    finally:
-        model.to(device)
-        model.zero_grad(set_to_none=True)
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)
-        # Accelerate puts its autocast around `forward` as an attribute of the instance.
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
-        if cache is not None:
-            model.config.use_cache = cache
-        elif "use_cache" in vars(model.config):
-            del model.config.use_cache
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)

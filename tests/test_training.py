@@ -1,0 +1,170 @@
+"""Training itself: goes on after a kill with the same weights, stops early with the best, takes less memory."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.compressor import Context
+from llmcompress.data import Example
+from llmcompress.distillation.checkpoints import last_checkpoint
+from llmcompress.distillation.zeros import pruned_weights
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "by"]
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import test_training
+from llmcompress.distillation import zeros
+restore, done = zeros.HeldZeros.restore, []
+def kill(self):
+    restore(self)
+    done.append(None)
+    if len(done) == 8:
+        os._exit(9)
+zeros.HeldZeros.restore = kill
+test_training.run(sys.argv[2])
+"""
+
+
+def texts(count=24):
+    import random
+
+    draw = random.Random(0)
+    return [(" ".join(draw.choices(WORDS, k=draw.randint(2, 6))), draw.randint(0, 1)) for _ in range(count)]
+
+
+def run(resume_dir=None):
+    """Prune and distil with dropout, accumulation and two and a half epochs: all that a restart could lose count of."""
+    torch.set_num_threads(1)
+    distil = lc.KnowledgeDistillation(
+        epochs=2.5, batch_size=4, gradient_accumulation=2, learning_rate=1e-2, alpha=0.5, max_length=24,
+        precision="fp32", early_stopping=lc.EarlyStopping(evaluations=4, patience=9, held_out=0.2),
+    )  # fmt: skip
+    chain = [lc.MagnitudePruning(pattern="2:4"), distil]
+    return lc.compress(
+        tiny_model("bert"), chain, data=texts(), tokenizer=tiny_tokenizer(), resume_dir=resume_dir, progress=False
+    )
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(tmp_path):
+    whole = run()
+    assert max(module.p for module in whole.model.modules() if isinstance(module, torch.nn.Dropout)) > 0
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)],
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    (unfinished,) = tmp_path.glob("*.unfinished")
+    kept = last_checkpoint(unfinished)
+    assert kept is not None
+    assert not [file.name for file in kept.iterdir() if file.name == "training_args.bin"]
+    (kept.parent / "checkpoint-99").mkdir()  # one that the kill left half written
+    again = run(tmp_path)
+    assert again.report.steps[1].touched[-1] == whole.report.steps[1].touched[-1]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def distil(student, teacher, data=None, **fields):
+    step = lc.KnowledgeDistillation(
+        **{"steps": 6, "batch_size": 8, "max_length": 24, "precision": "fp32", "learning_rate": 3e-3, **fields}
+    )
+    context = Context(
+        data=lc.load_examples(data or texts()), tokenizer=tiny_tokenizer(), teacher=teacher, progress=False
+    )
+    step.plan(student, context)
+    return step.compress(student, context), context
+
+
+def test_the_best_student_is_given_back_and_training_stops_without_a_better_one():
+    teacher = tiny_model("bert")
+    task = lc.TextClassification(texts())
+    step = {"alpha": 0.0, "steps": 60, "learning_rate": 1e-2}
+    stop = lc.EarlyStopping(task=task, patience=2, evaluations=30)
+    student, context = distil(copy.deepcopy(teacher), teacher, early_stopping=stop, **step)
+    told = context.told[-1].reason
+    scores = [float(one.split(" at ")[0]) for one in told.split("evaluated ")[1].split(";")[0].split(", ")]
+    found = task.evaluate(student, tiny_tokenizer(), progress=False).value
+    assert found == pytest.approx(max(scores), abs=1e-3)
+    assert len(scores) < 30
+    assert scores.index(max(scores)) == len(scores) - 3
+    assert found > task.evaluate(teacher, tiny_tokenizer(), progress=False).value
+
+
+def test_a_recipe_tells_the_task_that_decides(tmp_path):
+    file = tmp_path / "dev.tsv"
+    file.write_text("good\t1\nbad\t0\n")
+    step = lc.KnowledgeDistillation(steps=1, early_stopping=lc.EarlyStopping(task=lc.TextClassification(file)))
+    recipe = step.to_dict()
+    assert recipe["early_stopping"]["task"] == {"name": "text_classification", "data": str(file)}
+    assert lc.compressors.create(recipe).to_dict() == recipe
+    bare = lc.KnowledgeDistillation(steps=1, early_stopping=lc.EarlyStopping(task=lc.TextClassification([("good", 1)])))
+    with pytest.raises(lc.ConfigError, match="must be passed as an object where its data is no file"):
+        lc.compressors.create(bare.to_dict())
+    with pytest.raises(lc.UnsupportedModelError, match="LanguageModeling needs"):
+        distil(tiny_model("bert"), tiny_model("bert"), early_stopping={"task": lc.LanguageModeling(["a text to read"])})
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_activations_that_are_computed_again_give_the_same_weights(family):
+    teacher = tiny_model(family)
+    kept, again = (
+        distil(
+            copy.deepcopy(teacher), tiny_model(family, seed=1), features={"hidden": 1.0}, gradient_checkpointing=wanted
+        )[0]
+        for wanted in (False, True)
+    )
+    moved = max(float((a - b).abs().max()) for a, b in zip(kept.parameters(), teacher.parameters(), strict=True))
+    apart = max(float((a - b).abs().max()) for a, b in zip(kept.parameters(), again.parameters(), strict=True))
+    assert apart < 1e-3 * moved
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in again.modules())
+    assert set(vars(again)) == set(vars(teacher))
+
+
+def test_low_rank_changes_are_added_to_the_weights_and_leave_the_rest_alone():
+    pytest.importorskip("peft")
+    teacher = tiny_model("llama")
+    student = tiny_model("llama", seed=1)
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    zeros = {name: int(zero.sum()) for name, _, zero in pruned_weights(student)}
+    attributes = set(vars(student))
+    result, context = distil(student, teacher, alpha=1.0, steps=30, lora=lc.LoRA(rank=4))
+    assert {name: int(zero.sum()) for name, _, zero in pruned_weights(result)} == zeros
+    assert [name for name, _ in result.named_parameters()] == [
+        n for n in before if n in dict(result.named_parameters())
+    ]
+    assert set(vars(result)) == attributes
+    assert all(parameter.requires_grad for parameter in result.parameters())
+    for name, tensor in result.state_dict().items():
+        change = tensor - before[name]
+        assert bool(change.any()) == ("_proj" in name), name
+        if "_proj" in name and "up_proj" not in name:
+            assert int(torch.linalg.matrix_rank(change, tol=1e-5)) <= 4
+    losses = [float(loss) for loss in context.told[-1].reason.split(";")[0].removeprefix("loss ").split(" -> ")]
+    assert losses[-1] < 0.9 * losses[0]
+    with pytest.raises(lc.ConfigError, match="must have lora or quantize_for, got both"):
+        lc.KnowledgeDistillation(lora={}, quantize_for="dynamic_quantization")
+    with pytest.raises(lc.NothingToCompressError, match="whose name ends as one of"):
+        distil(student, teacher, lora={"targets": ["nowhere"]})
+
+
+def test_a_loss_of_nan_names_its_rows():
+    data = [Example("a", label=0.5), Example("bb", label=float("inf")), Example("cc", label=0.5)]
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=32, num_labels=1))
+    with pytest.raises(lc.CompressionError, match=r"got inf at step \d of 9 on the rows 1;"):
+        distil(model, model, data=data, alpha=0.0, epochs=3, steps=None, batch_size=1)

@@ -1,0 +1,201 @@
+"""Ways to learn: texts that the teacher or the student wrote, and copies with words replaced."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.compressor import Context
+from llmcompress.data import Example
+from llmcompress.distillation.arguments import Training
+from llmcompress.distillation.batches import collate, make_rows
+from llmcompress.distillation.generation import OnPolicy, Writer
+from llmcompress.distillation.heads import IGNORED, counted, labelled, model_inputs
+from llmcompress.distillation.ways import Ways
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
+
+
+def texts(count=12, pairs=False):
+    draw = random.Random(0)
+    made = [" ".join(draw.choices(WORDS, k=draw.randint(2, 6))) for _ in range(count)]
+    return [Example(text, text[::-1] if pairs else None, draw.randint(0, 1)) for text in made]
+
+
+def loud(family, seed=0):
+    """A random model that has an opinion, so that what it writes is no accident of rounding."""
+    model = tiny_model(family, seed=seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name and "shared" not in name:
+                parameter.mul_(3)
+    return model
+
+
+def rows_of(head, model, data, **fields):
+    return make_rows(head, model, tiny_tokenizer(), data, max_length=24, labelled=True, joined=False, **fields)
+
+
+@pytest.mark.parametrize(("head", "family"), [("causal_lm", "llama"), ("seq2seq_lm", "t5")])
+def test_what_the_teacher_writes_is_what_it_writes_to_each_prompt_alone(head, family):
+    teacher, data = loud(family), texts(pairs=family == "t5")
+    rows = rows_of(head, teacher, data)
+    settings = lc.Generation(share=0.5, max_new_tokens=6, prompt_tokens=5, temperature=0)
+    training = Training(None, 1, 1e-3, 4, 0, 0, 1, "fp32")
+    written = Ways(settings, head, 24, training).teacher_rows(rows, teacher, None)
+    changed = [index for index, (old, new) in enumerate(zip(rows, written, strict=True)) if old != new]
+    assert len(changed) == 6
+    for index in changed:
+        answer = [token for token in written[index]["labels"] if token != IGNORED]
+        prompt = rows[index]["input_ids"] if family == "t5" else rows[index]["input_ids"][:5]
+        alone = teacher.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+        alone = alone[1:] if family == "t5" else alone[5:]
+        assert answer == alone
+        if family == "llama":
+            assert written[index]["input_ids"] == prompt + answer
+            assert written[index]["labels"][:5] == [IGNORED] * 5
+
+
+def test_what_was_written_is_not_written_again_after_a_kill(tmp_path):
+    teacher = loud("llama")
+    rows = rows_of("causal_lm", teacher, texts())
+    training = Training(None, 1, 1e-3, 4, 0, 0, 1, "fp32", folder=tmp_path)
+    ways = Ways(lc.Generation(share=1), "causal_lm", 24, training)
+    first = ways.teacher_rows(rows, teacher, None)
+    assert first != rows
+    assert ways.teacher_rows(rows, None, None) == first  # no teacher: it is not asked
+
+
+def test_on_policy_the_student_writes_and_no_label_counts():
+    student = loud("llama", seed=1)
+    rows = rows_of("causal_lm", student, texts())
+    batch = collate("causal_lm", rows, pad=0)
+    settings = lc.Generation(way="on_policy", prompt_tokens=4, max_new_tokens=8)
+    writer = Writer(student, "causal_lm", settings, max_length=24, pad=0)
+    policy = OnPolicy(writer, "causal_lm", share=0.5, pad=0, decoder_start=None)
+    before = torch.get_rng_state()
+    found = [policy(batch, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert torch.equal(torch.get_rng_state(), before)
+    replaced = [one for one in found if "unlabelled" in one]
+    assert 10 <= len(replaced) <= 30
+    again = policy(batch, torch.Generator().manual_seed(next(s for s, one in enumerate(found) if "unlabelled" in one)))
+    assert torch.equal(again["input_ids"], replaced[0]["input_ids"])
+    assert not torch.equal(replaced[1]["input_ids"], replaced[0]["input_ids"])
+    one = replaced[0]
+    assert torch.equal(one["input_ids"][:, :4], batch["input_ids"][:, :4])
+    assert int(labelled("causal_lm", one).sum()) == 0
+    assert bool((counted("causal_lm", one)[:, :3] == 0).all())
+    assert int(counted("causal_lm", one).sum()) > len(rows)
+    with torch.no_grad():  # what was drawn is likely to the student
+        logits = student(**model_inputs(one)).logits[:, :-1].log_softmax(-1)
+    mask = counted("causal_lm", one)
+    drawn = logits.gather(-1, one["input_ids"][:, 1:, None])[..., 0][mask].mean()
+    assert float(drawn) > float(logits[mask].mean()) + 0.5
+
+
+@pytest.mark.parametrize("way", ["sequence", "on_policy"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_both_ways_bring_the_student_nearer_to_the_teacher(family, way):
+    teacher, data = loud(family), texts(pairs=family == "t5")
+    step = lc.KnowledgeDistillation(
+        steps=30, alpha=0.8, learning_rate=3e-3, batch_size=6, max_length=24, precision="fp32",
+        generation={"way": way, "share": 0.5, "max_new_tokens": 8, "prompt_tokens": 4},
+    )  # fmt: skip
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    before = apart(teacher, student, data)
+    context = Context(data=data, tokenizer=tiny_tokenizer(), teacher=teacher, progress=False)
+    assert any("train on written texts: 50% of" in str(action.does) for action in step.plan(student, context))
+    assert apart(teacher, step.compress(student, context), data) < 0.7 * before
+
+
+def apart(teacher, student, data):
+    head = "seq2seq_lm" if teacher.config.is_encoder_decoder else "causal_lm"
+    batch = collate(head, rows_of(head, teacher, data), pad=0, decoder_start=0)
+    with torch.no_grad():
+        ours, theirs = (one(**model_inputs(batch)).logits.log_softmax(-1) for one in (student, teacher))
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)
+    mask = batch["labels"] != IGNORED
+    return float(kl[mask].mean())
+
+
+@pytest.fixture(scope="module")
+def masked_lm(tmp_path_factory):
+    """A masked language model that would have a z everywhere, or at least a q."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("masked-lm")
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = "<extra_0>"
+    sizes = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(**sizes, intermediate_size=16))
+    with torch.no_grad():
+        for letter, bias in (("z", 9.0), ("q", 8.0), ("!", 12.0), ("<pad>", 13.0)):
+            model.cls.predictions.bias[tokenizer.convert_tokens_to_ids(letter)] = bias
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_copies_have_other_words_and_no_labels(masked_lm):
+    settings = lc.MaskedWords(model=str(masked_lm), copies=20, share=0.4, candidates=2)
+    data = [Example("the cat - sat z", "a dog", 1), Example("ran", None, 0)]
+    made = settings.copies_of(data, device="cpu", seed=0, progress=False)
+    assert made == settings.copies_of(data, device="cpu", seed=0, progress=False)
+    assert made != settings.copies_of(data, device="cpu", seed=1, progress=False)
+    assert {example.label for example in made} == {None}
+    pairs = [example for example in made if example.pair is not None]
+    words = [example.text.split() for example in pairs]
+    assert {word[2] for word in words} == {"-"}  # nothing that is no word
+    assert {word[4] for word in words} == {"z", "q"}  # not by itself
+    replaced = [
+        word != old
+        for example in words
+        for word, old in zip(example, ["the", "cat", "-", "sat"], strict=False)
+        if old != "-"
+    ]
+    assert 0.25 < sum(replaced) / len(replaced) < 0.55
+    assert {word for example in words for word in example} <= {"the", "cat", "-", "sat", "z", "q"}
+    assert {example.text for example in made if example.pair is None} == {"z", "q"}
+
+
+def test_a_classifier_learns_what_the_teacher_makes_of_the_copies(masked_lm, tmp_path):
+    teacher = tiny_model("bert")
+    step = lc.KnowledgeDistillation(
+        steps=4, alpha=0.5, student="layers:1", max_length=24, augment=lc.MaskedWords(model=masked_lm, copies=3)
+    )
+    result = lc.compress(teacher, step, data=texts(), tokenizer=tiny_tokenizer(), progress=False)
+    (told,) = [action.does for action in result.report.steps[0].touched if str(action.does).startswith("train on")]
+    assert int(told.split()[2]) > 2.5 * 12
+    assert lc.compressors.create(step.to_dict()) == step
+    assert result.report.recipe["steps"][0]["augment"]["model"] == str(masked_lm)
+
+
+def test_ways_that_a_head_does_not_allow_are_refused(masked_lm):
+    def refused(error, match, family, **fields):
+        model = tiny_model(family)
+        with pytest.raises(error, match=match):
+            lc.compress(
+                model,
+                lc.KnowledgeDistillation(steps=1, **fields),
+                data=texts(),
+                tokenizer=tiny_tokenizer(),
+                progress=False,
+            )
+
+    refused(lc.UnsupportedModelError, "generation must be None for BertFor.* writes no texts", "bert", generation={})
+    refused(lc.UnsupportedModelError, "augment must be None for Llama", "llama", augment={"model": str(masked_lm)})
+    refused(lc.ConfigError, "alpha must be above 0", "llama", alpha=0.0, generation={"way": "on_policy"})
+    refused(
+        lc.UnsupportedModelError,
+        "must be a masked language model, got Bert",
+        "bert",
+        augment={"model": tiny_model("bert")},
+    )
+    refused(lc.ConfigError, "MaskedWords.model must be a folder", "bert", augment={"model": "/nowhere/at all"})
