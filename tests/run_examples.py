@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import BertForMaskedLM
 
 from llmcompress import pipeline
 from llmcompress.evaluation import cost, latency
@@ -32,6 +33,10 @@ def lay_out(folder: Path) -> None:
     for name, family in (("my-classifier", "bert"), ("my-language-model", "llama")):
         tiny_model(family).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = "<extra_0>"
+    tokenizer.save_pretrained(folder / "my-masked-model")
+    BertForMaskedLM(tiny_model("bert").config).save_pretrained(folder / "my-masked-model")
     for name, rows in (("train.csv", ROWS), ("test.csv", ROWS[:4])):
         with (folder / name).open("w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *rows])
