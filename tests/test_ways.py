@@ -9,10 +9,13 @@ import torch
 import llmcompress as lc
 from llmcompress.compressor import Context
 from llmcompress.data import Example
+from llmcompress.distillation.alignment import Alignment
 from llmcompress.distillation.arguments import Training
 from llmcompress.distillation.batches import collate, make_rows
 from llmcompress.distillation.generation import OnPolicy, Writer
 from llmcompress.distillation.heads import IGNORED, counted, labelled, model_inputs
+from llmcompress.distillation.teachers import weights_of
+from llmcompress.distillation.teaching import PlannedTeacher
 from llmcompress.distillation.ways import Ways
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
@@ -35,6 +38,12 @@ def loud(family, seed=0):
     return model
 
 
+def alone(teacher):
+    """The original as the one teacher."""
+    ((source, share),) = weights_of(None)
+    return [PlannedTeacher(source, share, teacher)], [Alignment()], teacher
+
+
 def rows_of(head, model, data, **fields):
     return make_rows(head, model, tiny_tokenizer(), data, max_length=24, labelled=True, joined=False, **fields)
 
@@ -45,15 +54,14 @@ def test_what_the_teacher_writes_is_what_it_writes_to_each_prompt_alone(head, fa
     rows = rows_of(head, teacher, data)
     settings = lc.Generation(share=0.5, max_new_tokens=6, prompt_tokens=5, temperature=0)
     training = Training(None, 1, 1e-3, 4, 0, 0, 1, "fp32")
-    written = Ways(settings, head, 24, training).teacher_rows(rows, teacher, None)
+    written = Ways(settings, head, 24, training).teacher_rows(rows, *alone(teacher))
     changed = [index for index, (old, new) in enumerate(zip(rows, written, strict=True)) if old != new]
     assert len(changed) == 6
     for index in changed:
         answer = [token for token in written[index]["labels"] if token != IGNORED]
         prompt = rows[index]["input_ids"] if family == "t5" else rows[index]["input_ids"][:5]
-        alone = teacher.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
-        alone = alone[1:] if family == "t5" else alone[5:]
-        assert answer == alone
+        written_alone = teacher.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+        assert answer == written_alone[1 if family == "t5" else 5 :]
         if family == "llama":
             assert written[index]["input_ids"] == prompt + answer
             assert written[index]["labels"][:5] == [IGNORED] * 5
@@ -64,9 +72,9 @@ def test_what_was_written_is_not_written_again_after_a_kill(tmp_path):
     rows = rows_of("causal_lm", teacher, texts())
     training = Training(None, 1, 1e-3, 4, 0, 0, 1, "fp32", folder=tmp_path)
     ways = Ways(lc.Generation(share=1), "causal_lm", 24, training)
-    first = ways.teacher_rows(rows, teacher, None)
+    first = ways.teacher_rows(rows, *alone(teacher))
     assert first != rows
-    assert ways.teacher_rows(rows, None, None) == first  # no teacher: it is not asked
+    assert ways.teacher_rows(rows, *alone(None)) == first  # no teacher: it is not asked
 
 
 def test_on_policy_the_student_writes_and_no_label_counts():
