@@ -394,7 +394,7 @@ class KnowledgeDistillation(Compressor):
         alignments = self._alignments(head, model, teachers, tokenizer, context, planned.cuts)
         if self.cache is not None and teachers:
             objective = Objective(head, self.soft, self.temperature, self.alpha, self.features, alignments[0])
-            classes = classes_of(teachers[0].empty, alignments[0])
+            classes = classes_of(head, teachers[0].empty, alignments[0])
             own_tokenizer = any(teacher.tokenizer is not None for teacher in teachers)
             refuse_uncacheable(self.cache, objective, classes, own_tokenizer=own_tokenizer)
         return Lesson(head, planned, teachers, alignments)

@@ -68,7 +68,9 @@ def narrowing(model: PreTrainedModel, spec: str, context: Context) -> tuple[Comp
             refusal = refusal or error
             continue
         if refusal is not None:
-            actions.append(Action(path="", reason=f"only {' and '.join(axes)} become narrower: {refusal}"))
+            # What else to ask for is advice for the pruning step.
+            told = str(refusal).partition(";")[0]
+            actions.append(Action(path="", reason=f"only {' and '.join(axes)} become narrower: {told}"))
         return step, actions
     assert refusal is not None
     raise refusal

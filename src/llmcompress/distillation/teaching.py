@@ -19,7 +19,7 @@ from .alignment import Alignment
 from .batches import Row
 from .cache import TeacherCache, entry_name, rows_digest
 from .cached_teacher import Collator, cached_teacher
-from .heads import Head
+from .heads import LANGUAGE_MODELS, Head
 from .loss_choice import SoftLoss
 from .objective import Objective
 from .observation import Teacher
@@ -225,7 +225,7 @@ class Teaching:
 
     def _about(self, cache: TeacherCache, temperature: float) -> dict[str, Any]:
         """Return all that decides what is in an entry."""
-        classes = classes_of(self.planned[0].empty, self.alignments[0])
+        classes = classes_of(self.objective.head, self.planned[0].empty, self.alignments[0])
         whole = cache.keeps_all(self.objective.head, classes)
         tokens = self.alignments[0].tokens
         return {
@@ -271,7 +271,7 @@ def teacher_actions(
         yield Action(path="", does=f"learn from {' and '.join(shares)}", reason=next(iter(reads), None))
     if cache is not None and teachers:
         width = int(getattr(teachers[0].empty.config.get_text_config(), "hidden_size", 0) or 0)
-        taken = cache.bytes_per_token(head, classes_of(teachers[0].empty, alignments[0]), width)
+        taken = cache.bytes_per_token(head, classes_of(head, teachers[0].empty, alignments[0]), width)
         yield Action(
             path="", does=f"keep the teacher's answers in {cache.folder}", reason=f"{taken:.4g} bytes an answer"
         )
@@ -287,11 +287,21 @@ def history_of(teacher: PlannedTeacher, history: Sequence[Cut]) -> list[Cut]:
     return [cut for cut in history if cut.axis not in sizes or first[cut.axis] == sizes[cut.axis]]
 
 
-def classes_of(teacher: PreTrainedModel, alignment: Alignment) -> int:
-    """Return how many tokens of a teacher are compared."""
-    if alignment.tokens is not None:
-        return len(alignment.tokens)
-    return int(alignment.classes or teacher.config.get_text_config().vocab_size)
+def classes_of(head: Head, teacher: PreTrainedModel, alignment: Alignment) -> int:
+    """Return how many classes of a teacher are compared; of a reader of questions, whose classes are places, one.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> classes_of("classification", tiny_model("bert"), Alignment())
+        2
+        >>> classes_of("causal_lm", tiny_model("llama"), Alignment(tokens=torch.arange(9)))
+        9
+    """
+    if head in LANGUAGE_MODELS:
+        if alignment.tokens is not None:
+            return len(alignment.tokens)
+        return int(alignment.classes or teacher.config.get_text_config().vocab_size)
+    return {"multi_label": 2, "question_answering": 1}.get(head, int(teacher.config.num_labels))
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
