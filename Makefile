@@ -37,6 +37,7 @@ sanitize: install
 
 bench: install
 	$(RUN) benchmarks/int8_bert.py
+	$(RUN) benchmarks/int8_llama.py
 	$(RUN) benchmarks/sst2_chains.py
 
 schema: install

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,9 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that does other work too")
     parser.add_argument("--shapes", default="1x16,1x128,8x128", help="batch x tokens, comma-separated")
     parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
     arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time needs --threads 1")
+    clock, told = (time.process_time, " of the CPU") if arguments.cpu_time else (time.perf_counter, "")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig()).eval()
@@ -33,11 +38,11 @@ def main() -> None:
     engines = {name: make(model, arguments.threads) for name, make in makers.items()}
     print(f"# int8, BERT-base shape\n\n{describe_machine()}")
     print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
-    print("Median milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
+    print(f"Median milliseconds{told} a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     print_table(
         {
-            f"{batch}x{tokens}": take_turns(engines, inputs_of(batch, tokens), arguments.rounds)
+            f"{batch}x{tokens}": take_turns(engines, inputs_of(batch, tokens), arguments.rounds, clock)
             for batch, tokens in shapes
         }
     )
