@@ -1,16 +1,20 @@
 """Losses on what is inside: what is read of a model, what is laid beside it, and that training on it works."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import llmcompress as lc
 from llmcompress.compressor import Context, Cut
-from llmcompress.distillation.alignment import heads_left
+from llmcompress.distillation.alignment import Alignment, heads_left
+from llmcompress.distillation.batches import collate, make_rows
+from llmcompress.distillation.heads import IGNORED, head_of, model_inputs
+from llmcompress.distillation.losses.states import relative_error
 from llmcompress.distillation.losses.table import FEATURE_LOSSES
 from llmcompress.distillation.objective import Objective
-from llmcompress.distillation.observation import observing
+from llmcompress.distillation.observation import Observed, observing
 from llmcompress.testing import FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
 
 
@@ -29,7 +33,7 @@ def distil(teacher, step, *, student=None, history=()):
 
 def losses_of(context):
     told = next(action.reason for action in context.told if (action.reason or "").startswith("loss "))
-    return [float(loss) for loss in told.removeprefix("loss ").split(" -> ")]
+    return [float(loss) for loss in told.removeprefix("loss ").split(";")[0].split(" -> ")]
 
 
 def bert(hidden=32, heads=2, layers=2, *, seed=0, **more):
@@ -113,6 +117,46 @@ def test_features_train_the_student_towards_the_teacher(family, monkeypatch):
     still = [name for name in FEATURE_LOSSES if courses[name][-1] > 0.98 * courses[name][0]]
     assert not still, courses
     assert result.config._attn_implementation == teacher.config._attn_implementation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_features_are_means_over_blocks_and_over_the_tokens_of_each_stack(family):
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    head = head_of(student)
+    data = tiny_data(teacher, 3)
+    rows = make_rows(head, student, tiny_tokenizer(), data, max_length=24, labelled=True)
+    batch = collate(head, rows, pad=0, decoder_start=0)
+    masks = [batch["attention_mask"].bool()] + ([batch["labels"] != IGNORED] if family == "t5" else [])
+    pairs = [((0, 1), (1, 0))] * len(masks)
+    with observing(student, ["states"]) as mine, observing(teacher, ["states"]) as theirs:
+        seen = [observe(model_inputs(batch)) for observe in (mine, theirs)]
+    errors = [
+        relative_error(seen[0].states[stack][own + 1], seen[1].states[stack][other + 1], mask=mask)
+        for stack, mask in enumerate(masks)
+        for own, other in pairs[stack]
+    ]
+    objective = Objective(head, alpha=0.0, features={"hidden": 3.0}, alignment=Alignment(pairs=pairs))
+    part = objective.parts(*seen, batch, objective.counts(batch))["hidden"]
+    assert float(part) == pytest.approx(3 * float(torch.stack(errors).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_adapters_learn_what_the_features_ask(family):
+    pytest.importorskip("peft")
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    step = step_of(
+        steps=12,
+        batch_size=8,
+        alpha=1.0,
+        features={"relations": 5.0},
+        learning_rate=3e-2,
+        lora={"rank": 8},
+    )
+    result, context = distil(teacher, step, student=student)
+    # What is caught is what leaves the adapter too: else nothing of it would be learned.
+    assert losses_of(context)[-1] < 0.8 * losses_of(context)[0]
+    assert not any("lora" in name for name, _ in result.named_modules())
 
 
 def test_a_student_of_another_width_learns_through_projections_that_are_gone_afterwards(tmp_path):
@@ -205,6 +249,21 @@ def test_weights_and_temperature_follow_their_schedule(monkeypatch):
     assert step.needs == {"data", "tokenizer", "teacher"}
     distil(teacher, step)
     assert seen == [0.0, 0.5, 1.0]
+    # What is made of it: weights fall on their line, and the temperature is the one of the moment.
+    torch.manual_seed(0)
+    one, other = (Observed(SimpleNamespace(logits=torch.randn(4, 2)), states=[torch.randn(3, 4, 5, 8)]) for _ in "ab")
+    batch = {"labels": torch.tensor([0, 1, 0, 1]), "attention_mask": torch.ones(4, 5)}
+    aligned = Alignment(pairs=[((0, 0), (1, 1))])
+
+    def parts(progress=0.0, **fields):
+        objective = Objective("classification", alignment=aligned, **fields)
+        return objective.parts(one, other, batch, objective.counts(batch), progress=progress)
+
+    halfway = parts(0.5, alpha=(1.0, 0.0), temperature=(4.0, 1.0), features={"hidden": (1.0, 0.0)})
+    halved = parts(alpha=0.5, temperature=2.5, features={"hidden": 0.5})
+    assert {name: float(loss) for name, loss in halfway.items()} == {name: float(loss) for name, loss in halved.items()}
+    assert set(parts(1.0, alpha=(1.0, 0.0), features={"hidden": (1.0, 0.0)})) == {"hard"}
+    assert float(halved["soft"]) != float(parts(alpha=0.5, temperature=4.0)["soft"])
     again = type(step).model_validate_json(step.model_dump_json())
     assert again == step
     assert again.alpha == (1.0, 0.0)

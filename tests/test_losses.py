@@ -153,6 +153,15 @@ def test_losses_of_hidden_states_are_means_over_the_tokens_that_count():
     assert float(cosine_distance(student, teacher, mask=mask)) == pytest.approx((first + 1) / 2)
 
 
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_feature_losses_are_divided_by_the_count_that_is_given(name):
+    torch.manual_seed(0)
+    feature = FEATURE_LOSSES[name]
+    inputs, heads = feature_inputs(feature.reads), {"heads": 2} if name == "relations" else {}
+    whole = float(feature.function(*inputs, mask=MASK, **heads))
+    assert float(feature.function(*inputs, mask=MASK, count=torch.tensor(12), **heads)) == pytest.approx(whole / 4)
+
+
 def test_attention_losses_against_brute_force():
     torch.manual_seed(0)
     keys = MASK[:, None, None, :]

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from ..anatomy.find import anatomy
 from ..compressor import Rounding
 from ..errors import ConfigError
 from .arguments import Training, training_arguments
@@ -100,6 +101,8 @@ def train(
         undo.enter_context(random_state_kept())
         undo.enter_context(traces_removed(model))
         arguments = training_arguments(training, folder, model.device)
+        # Its parts have the names by which they are known before adapters and shards are put around them.
+        body = anatomy(model) if objective.reads & {"relations", "attention"} else None
         if sharded:
             model = undo.enter_context(sharded_copy(model))
         zeros = ShardedZeros(model) if sharded else HeldZeros(model)
@@ -111,7 +114,8 @@ def train(
         if training.gradient_checkpointing:
             undo.enter_context(checkpointed_activations(model))
         pairs = objective.alignment.pairs
-        student = undo.enter_context(observing(model, objective.reads, [{mine for mine, _ in own} for own in pairs]))
+        blocks = [{mine for mine, _ in own} for own in pairs]
+        student = undo.enter_context(observing(model, objective.reads, blocks, body=body))
         if teacher is not None:
             # As many rows whatever the size of a batch is, so that processes may share them.
             shown, size = rows[:_FITTED_ROWS], training.batch_size
