@@ -152,6 +152,15 @@ def test_a_narrower_student_has_half_of_every_width_that_can_be_cut_and_learns(f
     assert torch.equal(again(**inputs).logits, result.model.eval()(**inputs).logits)
 
 
+def test_all_widths_of_a_model_with_few_key_heads_go_together():
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**sizes, head_dim=16, num_hidden_layers=1, vocab_size=128)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    does = [action.does for action in lc.KnowledgeDistillation(student="width:0.5").plan(model, Context())]
+    assert does[:3] == ["4 -> 2 heads", "352 -> 176 FFN channels", "128 -> 64 hidden features"]
+
+
 # Students that are models of their own
 
 

@@ -80,16 +80,30 @@ def solve_config(
         changed = {name for name in others.keys() | shapes.keys() if shapes.get(name) != others.get(name)}
         return bool(changed) and all(shapes.get(name) == target.get(name) for name in changed)
 
+    def brings_an_axis(others: Shapes, shapes: Shapes) -> bool:
+        # The other axes of the same tensors may be another attribute's: hidden features beside heads.
+        return (
+            others.keys() == shapes.keys()
+            and all(
+                len(shape) == len(target[name])
+                and all(size in (old, new) for size, old, new in zip(shape, others[name], target[name], strict=True))
+                for name, shape in shapes.items()
+                if shape != others[name]
+            )
+            and shapes != others
+        )
+
     chosen: Values = {}
-    for start in ({}, fixed) if fixed else ({},):
-        chosen = dict(start)
-        others = shapes_if(chosen)
-        for path, new in candidates:
-            shapes = shapes_if({**chosen, path: new})
-            if shapes is not None and others is not None and brings_a_part(others, shapes):
-                chosen[path], others = new, shapes
-        if len(chosen) > len(start) and fits(chosen):
-            return chosen
+    for brings in (brings_an_axis, brings_a_part):
+        for start in ({}, fixed) if fixed else ({},):
+            chosen = dict(start)
+            others = shapes_if(chosen)
+            for path, new in candidates:
+                shapes = shapes_if({**chosen, path: new})
+                if shapes is not None and others is not None and brings(others, shapes):
+                    chosen[path], others = new, shapes
+            if len(chosen) > len(start) and fits(chosen):
+                return chosen
     # What no attribute brings by itself, a few together may.
     rest = [entry for entry in candidates if chosen.get(entry[0]) != entry[1]][:_MOST_CANDIDATES]
     for count in range(1, _TOGETHER + 1):
