@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,30 @@ def test_two_processes_end_with_the_same_weights_and_as_one_process_with_the_sam
         pruned = next(tensor for name, tensor in first.items() if "down_proj" in name)
         assert bool((pruned[:, ::2] == 0).all())
         assert float((pruned[:, 1::2] != 0).float().mean()) > 0.99
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_torchrun(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from llmcompress.testing import tiny_model, tiny_tokenizer
+
+    tiny_model("llama").save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "texts.txt").write_text("\n\n".join(["a cat sat on a mat", "the dog ran"] * 8))
+    script = Path(__file__).resolve().parent.parent / "examples" / "distributed" / "distill.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
+    command += ["teacher", "texts.txt", "student", "--student", "layers:1", "--steps", "2", "--max-length", "16"]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 1
+    assert done.stdout.count("knowledge_distillation") == 1
+    assert not list((tmp_path / "student.stages").glob("*.unfinished"))

@@ -11,10 +11,13 @@ from ..compressor import Cut, still_there
 from ..errors import ConfigError, UnsupportedModelError
 from .cache import TeacherCache
 from .heads import LANGUAGE_MODELS, Head, head_of
+from .loss_choice import reads_of
+from .schedule import least
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .distillation import KnowledgeDistillation
     from .objective import Objective
 
 
@@ -144,3 +147,29 @@ def refuse_uncacheable(
             f"KnowledgeDistillation.soft must be a loss between probabilities of tokens where only {cache.top_k} of "
             f"{classes} are kept, got {objective.soft.name!r}; raise top_k, or leave the cache out."
         )
+
+
+def refuse_together(step: KnowledgeDistillation) -> None:
+    """Refuse fields that do not go together.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    who = "KnowledgeDistillation"
+    if step.lora is not None and step.quantize_for is not None:
+        raise ConfigError(
+            f"{who} must have lora or quantize_for, got both: weights that stay as they are cannot learn to be rounded."
+        )
+    inside = reads_of(step.features) & {"attention", "relations"}
+    if step.lora is not None and inside:
+        raise ConfigError(
+            f"{who} must have lora or features of {' and '.join(sorted(inside))}, got both: adapters hide the queries, "
+            f"keys and values; use features={{'hidden': 1.0}}."
+        )
+    on_policy = step.generation is not None and step.generation.way == "on_policy"
+    if (on_policy or step.augment is not None) and least(step.alpha) == 0 and not step.features:
+        raise ConfigError(
+            f"{who}.alpha must be above 0 on policy and for copies, which the teacher judges alone, got {step.alpha!r}."
+        )
+    if on_policy and step.cache is not None:
+        raise ConfigError(f"{who}.cache must be left out on policy, where texts are written anew.")

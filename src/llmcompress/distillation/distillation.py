@@ -25,7 +25,7 @@ from .arguments import Precision, Training, check_training, use_bf16
 from .augmentation import MaskedWords
 from .batches import collate, make_rows, pad_token
 from .cache import TeacherCache
-from .checks import common_classes, refuse_mismatch, refuse_uncacheable, refuse_untrainable
+from .checks import common_classes, refuse_mismatch, refuse_together, refuse_uncacheable, refuse_untrainable
 from .early_stopping import EarlyStopping
 from .generation import Generation
 from .heads import Head, head_of
@@ -170,19 +170,7 @@ class KnowledgeDistillation(Compressor):
 
     @model_validator(mode="after")
     def _ways_that_go_together(self) -> KnowledgeDistillation:
-        if self.lora is not None and self.quantize_for is not None:
-            raise ConfigError(
-                "KnowledgeDistillation must have lora or quantize_for, got both: weights that stay as they are cannot "
-                "learn to be rounded."
-            )
-        on_policy = self.generation is not None and self.generation.way == "on_policy"
-        if (on_policy or self.augment is not None) and least(self.alpha) == 0 and not self.features:
-            raise ConfigError(
-                f"KnowledgeDistillation.alpha must be above 0 on policy and for copies with words replaced, which the "
-                f"teacher judges alone, got {self.alpha!r}."
-            )
-        if on_policy and self.cache is not None:
-            raise ConfigError("KnowledgeDistillation.cache must be left out on policy, where texts are written anew.")
+        refuse_together(self)
         return self
 
     @field_validator("quantize_for", mode="before")

@@ -152,6 +152,8 @@ def train(
         last = last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         log = trainer.state.log_history
+        # The folder may go as soon as one process is back; none shall still read from it.
+        trainer.accelerator.wait_for_everyone()
         trainer.accelerator.free_memory()
     return Course(
         losses=tuple(entry["loss"] for entry in log if "loss" in entry),
