@@ -78,7 +78,7 @@ def test_the_example_runs_under_torchrun(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     (tmp_path / "texts.txt").write_text("\n\n".join(["a cat sat on a mat", "the dog ran"] * 8))
     script = Path(__file__).resolve().parent.parent / "examples" / "distributed" / "distill.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     command += ["teacher", "texts.txt", "student", "--student", "layers:1", "--steps", "2", "--max-length", "16"]
     done = subprocess.run(
         list(map(str, command)),

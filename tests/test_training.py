@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress import resume
 from llmcompress.compressor import Context
 from llmcompress.data import Example
 from llmcompress.distillation.checkpoints import last_checkpoint
@@ -73,6 +74,27 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(tmp_p
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_run_that_was_killed_behind_the_last_step_takes_no_further_one(tmp_path, monkeypatch):
+    teacher = tiny_model("bert")
+    step = lc.KnowledgeDistillation(
+        steps=5, batch_size=4, max_length=24, learning_rate=1e-2, precision="fp32", early_stopping={"evaluations": 5}
+    )
+    given = {"data": texts(), "tokenizer": tiny_tokenizer(), "progress": False}
+    whole = lc.compress(teacher, step, **given)
+
+    def kill(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            lc.compress(teacher, step, resume_dir=tmp_path, **given)
+    again = lc.compress(teacher, step, resume_dir=tmp_path, **given)
+    assert again.report.steps[0].touched == whole.report.steps[0].touched
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
 def distil(student, teacher, data=None, **fields):

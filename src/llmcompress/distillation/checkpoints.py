@@ -25,6 +25,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in found if _is_complete(path)), None)
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what Trainer tells of itself there: `global_step`, `max_steps`, `log_history` and more."""
+    return dict(json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
+
+
 def save_weights(model: nn.Module, file: Path) -> None:
     """Write all parameters and buffers of `model`, each once, atomically.
 
@@ -77,6 +82,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        return "global_step" in json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        return "global_step" in state_of(checkpoint)
     except (OSError, ValueError):
         return False

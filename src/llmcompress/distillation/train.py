@@ -18,7 +18,7 @@ from ..compressor import Rounding
 from ..errors import ConfigError
 from .arguments import Training, training_arguments
 from .batches import Row
-from .checkpoints import last_checkpoint
+from .checkpoints import WEIGHTS, last_checkpoint, load_weights, state_of
 from .early_stopping import EarlyStopping, KeepBest, held_out_rows
 from .fake_quantization import fake_quantized
 from .first_rows import fitted_projections
@@ -149,18 +149,27 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if stop is not None:
             trainer.add_callback(KeepBest(stop, model, _measure(trainer, stop, held_rows, training)))
-        last = last_checkpoint(folder)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        log = trainer.state.log_history
+        log, steps = _run(trainer, last_checkpoint(folder))
         # The folder may go as soon as one process is back; none shall still read from it.
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.free_memory()
     return Course(
         losses=tuple(entry["loss"] for entry in log if "loss" in entry),
         evaluations=tuple((entry["step"], entry["evaluation"]) for entry in log if "evaluation" in entry),
-        steps=trainer.state.global_step,
+        steps=steps,
         adapted=adapted_layers,
     )
+
+
+def _run(trainer: DistillationTrainer, last: Path | None) -> tuple[list[dict[str, Any]], int]:
+    """Train to the end, on from the checkpoint `last` if there is one; return the log and the steps taken."""
+    if last is not None and (state := state_of(last))["global_step"] >= state["max_steps"]:
+        # Killed behind its last step; Trainer would take one more.
+        load_weights(trainer.model, last / WEIGHTS)
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        return state["log_history"], state["global_step"]
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return trainer.state.log_history, trainer.state.global_step
 
 
 def _measure(
