@@ -4,7 +4,8 @@ Both start from the same blocks of the teacher and see the same windows in the s
 Scored on the first 60 windows of 256 tokens of tinystories, in nats a token (lower is better); trained on another part
 of the same stories, and once more with tinyshakespeare mixed in half and half: text of another kind, on which the
 teacher is asked all the same. The difference has a 95 % interval, paired by window (the seeds of a window are drawn
-together).
+together). `--ways` names more: with texts that the teacher writes beforehand (sequence level), or the student as it
+learns (on policy); both take longer.
 
     python benchmarks/distillation_lm.py --seeds 0 1 2 --threads 1 --assets FOLDER
 """
@@ -25,9 +26,14 @@ from _tinystories import loss, texts_of, token_ids, training_texts, window_losse
 
 ROOT = Path(__file__).resolve().parent.parent
 
+CORPORA = ["stories", "stories and Shakespeare"]
+TAUGHT = {"alpha": 1.0, "temperature": 1.0, "features": {"hidden": 1.0}}
+PLAIN = "trained without a teacher"
 WAYS = {
-    "trained without a teacher": {"alpha": 0.0},
-    "distilled": {"alpha": 1.0, "temperature": 1.0, "features": {"hidden": 1.0}},
+    PLAIN: {"alpha": 0.0},
+    "distilled": TAUGHT,
+    "distilled, sequence level": TAUGHT | {"generation": lc.Generation(way="sequence", share=0.5)},
+    "distilled, on policy": TAUGHT | {"generation": lc.Generation(way="on_policy", share=0.5)},
 }
 
 
@@ -37,19 +43,23 @@ def corpora(assets: Path) -> dict[str, list[str]]:
     plays = (assets / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     texts = [plays[at : at + 2000] for at in range(0, len(plays), 2000)]
     mixed = list(chain.from_iterable(zip(stories, texts, strict=False)))
-    return {"stories": stories, "stories and Shakespeare": mixed}
+    return dict(zip(CORPORA, (stories, mixed), strict=True))
+
+
+def pieces(texts: list[str], length: int = 250) -> list[str]:
+    """Cut texts into what fits into one window: texts that are continued are read one by one, not joined."""
+    return [text[at : at + length] for text in texts for at in range(0, len(text), length)]
 
 
 def rows(found: dict[tuple[str, str], list[Scores]]) -> Iterator[str]:
     """Yield the lines of the table."""
     yield "| trained on | way | NLL of each seed | mean | difference to training without a teacher [95 %] |"
     yield "|---|---|---|---|---|"
-    plain = next(iter(WAYS))
     for (corpus, way), runs in found.items():
         means = [statistics.fmean(scores) for scores in runs]
         gain = ""
-        if way != plain:
-            test = difference(runs, found[corpus, plain])
+        if way != PLAIN and (corpus, PLAIN) in found:
+            test = difference(runs, found[corpus, PLAIN])
             gain = f"{test.change:+.4f} [{test.low:+.4f}, {test.high:+.4f}]"
         each = ", ".join(f"{mean:.4f}" for mean in means)
         yield f"| {corpus} | {way} | {each} | {statistics.fmean(means):.4f} | {gain} |"
@@ -61,6 +71,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="keeps finished runs")
     parser.add_argument("--model", default="babyllama-tok105-hf")
     parser.add_argument("--student", default="layers:0,4")
+    parser.add_argument("--corpora", nargs="+", default=CORPORA, choices=CORPORA)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS)[:2], choices=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)
@@ -80,7 +92,9 @@ def main() -> None:
         flush=True,
     )
     runs = Runs(options.cache / "distillation-lm.jsonl")
-    found: dict[tuple[str, str], list[Scores]] = {(corpus, way): [] for corpus in texts for way in WAYS}
+    found: dict[tuple[str, str], list[Scores]] = {
+        (corpus, way): [] for corpus in options.corpora for way in options.ways
+    }
     for seed in options.seeds:
         for corpus, way in found:
             step = lc.KnowledgeDistillation(
@@ -92,10 +106,11 @@ def main() -> None:
             )
 
             def run(step: lc.KnowledgeDistillation = step, corpus: str = corpus, seed: int = seed) -> Scores:
-                student = lc.compress(
-                    teacher, step, data=texts[corpus], tokenizer=tokenizer, seed=seed, progress=False
-                ).model
-                return window_losses(student, ids)
+                data = texts[corpus]
+                if step.generation is not None:  # no more than are learned from: to write takes long
+                    data = pieces(data)[: options.steps * options.batch]
+                result = lc.compress(teacher, step, data=data, tokenizer=tokenizer, seed=seed, progress=False)
+                return window_losses(result.model, ids)
 
             what = {"model": options.model, "step": str(step), "corpus": corpus, "seed": seed}
             found[corpus, way].append(runs.scores(what, run))
