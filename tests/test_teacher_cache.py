@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,11 @@ import llmcompress as lc
 from llmcompress.compressor import Context
 from llmcompress.distillation import teachers
 from llmcompress.distillation.answers import Answers, likeliest
+from llmcompress.distillation.batches import collate, make_rows
+from llmcompress.distillation.cached_teacher import cached_teacher
+from llmcompress.distillation.heads import model_inputs
 from llmcompress.distillation.losses.divergences import forward_kl, reverse_kl
+from llmcompress.distillation.objective import Objective
 from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
 
 FIELDS = {"batch_size": 8, "max_length": 24, "precision": "fp32", "learning_rate": 1e-3, "steps": 4}
@@ -142,6 +150,34 @@ def test_a_pass_that_was_killed_goes_on_where_it_stopped(tmp_path, monkeypatch):
     asked.clear()
     distil(teacher, cache=cache)
     assert asked == []
+
+
+def test_of_several_that_ask_at_once_one_writes_and_the_others_wait(tmp_path):
+    teacher, passes = tiny_model("bert"), []
+    objective = Objective("classification")
+    rows = make_rows("classification", teacher, tiny_tokenizer(), tiny_data(teacher, 16), max_length=24, labelled=False)
+
+    @contextmanager
+    def live():
+        passes.append(1)
+        time.sleep(0.3)
+        with teachers.asking([teachers.Member(teacher, 1.0, objective)], autocast=False) as ask:
+            yield ask
+
+    def read(_):
+        found = cached_teacher(
+            live, lc.TeacherCache(folder=tmp_path), "entry", {}, rows, objective,
+            collator=collator, temperature=1.0, batch_size=8, progress=False,
+        )  # fmt: skip
+        return found(collator(rows)).answers.logits
+
+    collator = partial(collate, "classification", pad=0)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(read, range(3)))
+    assert len(passes) == 1
+    with torch.no_grad():
+        expected = teacher(**model_inputs(collator(rows))).logits
+    assert all(torch.allclose(one.float(), expected, atol=1e-3) for one in answers)
 
 
 def test_an_entry_belongs_to_one_teacher_one_set_of_rows_and_one_temperature(tmp_path):
