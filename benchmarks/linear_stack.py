@@ -20,7 +20,7 @@ from _turns import print_table, take_turns
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid
 from llmcompress.quantization.modules import Int8Linear
-from llmcompress.quantization.packed_modules import PackedLinear
+from llmcompress.quantization.packed_modules import Compute, PackedLinear
 
 LAYERS, WIDTH = 32, 2048
 Engine = Callable[[torch.Tensor], object]
@@ -39,9 +39,8 @@ def int8(layers: list[nn.Linear]) -> Engine:
     return nn.Sequential(*(Int8Linear.from_float(layer) for layer in layers))
 
 
-def packed(bits: int, compute: str) -> Callable[[list[nn.Linear]], Engine]:
+def packed(grid: Grid, compute: Compute) -> Callable[[list[nn.Linear]], Engine]:
     def make(layers: list[nn.Linear]) -> Engine:
-        grid = Grid(bits, 64)
         coded = (PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid, compute) for layer in layers)
         return nn.Sequential(*coded)
 
@@ -100,8 +99,12 @@ ENGINES: dict[str, Callable[[list[nn.Linear]], Engine]] = {
     "torch fp32": fp32,
     "torch bf16": bf16,
     "llmcompress int8": int8,
-    "llmcompress int4, compute='int8'": packed(4, "int8"),
-    "llmcompress int4, compute='float'": packed(4, "float"),
+    "llmcompress int4, groups of 32": packed(Grid(4, 32), "int8"),
+    "llmcompress int4, groups of 128": packed(Grid(4, 128), "int8"),
+    "llmcompress int4, groups of 128, symmetric": packed(Grid(4, 128, symmetric=True), "int8"),
+    "llmcompress nf4, groups of 64": packed(Grid(4, 64, codebook="nf4"), "int8"),
+    "llmcompress int3, groups of 64": packed(Grid(3, 64), "int8"),
+    "llmcompress int4, groups of 64, compute='float'": packed(Grid(4, 64), "float"),
     "bitsandbytes nf4": bitsandbytes_nf4,
     "ONNX Runtime int4": onnx_int4,
 }

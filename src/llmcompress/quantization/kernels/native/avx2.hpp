@@ -26,6 +26,7 @@ struct Avx2 {
   static Floats splat(float x) { return _mm256_set1_ps(x); }
   static Floats load(const float* x) { return _mm256_loadu_ps(x); }
   static Ints load(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+  static void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
   static void store(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
   static void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }

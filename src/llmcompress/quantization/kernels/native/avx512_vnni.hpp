@@ -20,6 +20,7 @@ struct Avx512Vnni {
   static Floats splat(float x) { return _mm512_set1_ps(x); }
   static Floats load(const float* x) { return _mm512_loadu_ps(x); }
   static Ints load(const void* x) { return _mm512_loadu_si512(x); }
+  static void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
   static void store(void* to, Ints v) { _mm512_storeu_si512(to, v); }
   static void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

@@ -24,6 +24,11 @@ struct NeonDot {
   static Floats splat(float x) { return vdupq_n_f32(x); }
   static Floats load(const float* x) { return vld1q_f32(x); }
   static Ints load(const void* x) { return ints(vld1q_u8(static_cast<const uint8_t*>(x))); }
+  static void prefetch(const void* x) {
+#if !defined(_MSC_VER)
+    __builtin_prefetch(x);
+#endif
+  }
   static void store(void* to, Ints v) { vst1q_u8(static_cast<uint8_t*>(to), bytes(v)); }
   static void store(float* to, Floats v) { vst1q_f32(to, v); }
   static Floats mul(Floats a, Floats b) { return vmulq_f32(a, b); }

@@ -75,8 +75,6 @@ struct CodePanel {
     for (int r = 0; r < outputs && first + r < a.rows; ++r) {
       uint8_t* codes = rows + r * stride;
       unpack_row<Set>(a.codes + (first + r) * a.code_bytes, a.bits, a.columns, codes);
-      if (steps)
-        for (int64_t k = 0; k < a.columns; ++k) codes[k] = steps[codes[k]];
       grid.load(a, first + r, 0);
       for (int64_t g = 0; g < a.groups; ++g) {
         scale[g * outputs + r] = grid.scale_of(0)[g];
@@ -97,12 +95,15 @@ struct CodePanel {
 
  private:
   void turn(int64_t column, int64_t count, int64_t to) {
+    const auto table = steps ? Set::load_table(steps) : Set::zero_ints();
     for (int64_t q = 0; q < count; q += Set::lanes) {
       for (int half = 0; half < 2; ++half) {
         typename Set::Ints turned[Set::lanes];
         Set::transpose(rows + half * Set::lanes * stride + column + q * 4, stride, turned);
-        for (int i = 0; i < Set::lanes; ++i)
-          Set::store(static_cast<void*>(quads + ((to + q + i) * 2 + half) * Set::lanes * 4), turned[i]);
+        for (int i = 0; i < Set::lanes; ++i) {
+          const auto own = steps ? Set::look_up(table, turned[i]) : turned[i];
+          Set::store(static_cast<void*>(quads + ((to + q + i) * 2 + half) * Set::lanes * 4), own);
+        }
       }
     }
   }

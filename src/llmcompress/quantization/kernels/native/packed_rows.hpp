@@ -96,15 +96,19 @@ struct WholeSums {
   }
 
   // What vectors [v, end) give each output and row of activations.
+  // `ahead` is how far behind these codes those of the next outputs lie: a row is too short for the processor to see
+  // where reading goes on.
   template <int outputs, int rows>
-  void add(const uint8_t* const (&codes)[outputs], const int8_t* const (&x)[rows], int64_t v, int64_t end,
-           Ints (&sums)[outputs][rows]) const {
+  void add(const uint8_t* const (&codes)[outputs], const int8_t* const (&x)[rows], int64_t ahead, int64_t v,
+           int64_t end, Ints (&sums)[outputs][rows]) const {
     Partial parts[outputs][rows];
     for (int r = 0; r < outputs; ++r)
       for (int m = 0; m < rows; ++m) parts[r][m] = Set::zero_partial();
     for (; v < end; ++v) {
       for (int r = 0; r < outputs; ++r) {
-        const Ints packed = Set::load(static_cast<const void*>(codes[r] + v * kBytes<Set>));
+        const uint8_t* at = codes[r] + v * kBytes<Set>;
+        const Ints packed = Set::load(static_cast<const void*>(at));
+        if constexpr (rows == 1) Set::prefetch(at + ahead);
         for (int f = 0; f < fields; ++f) {
           Ints own = Set::template byte_field<width>(packed, f);
           if constexpr (lookup) own = Set::look_up(table, own);
@@ -142,11 +146,12 @@ struct WholeSums {
       }
     };
     const int64_t vectors = walk.vectors, in_group = walk.group, in_vector = walk.groups;
+    const int64_t ahead = outputs * a.code_bytes;
     if (within || in_group == 1) {
       for (int64_t v = 0; v < vectors; ++v) {
         Ints sums[outputs][rows];
         nothing(sums);
-        add(codes, x, v, v + 1, sums);
+        add(codes, x, ahead, v, v + 1, sums);
         scaled(within ? v * in_vector : v, sums);
       }
     } else {
@@ -154,8 +159,8 @@ struct WholeSums {
         Ints sums[outputs][rows];
         nothing(sums);
         const int64_t end = v + in_group < vectors ? v + in_group : vectors;
-        for (; v + depth <= end; v += depth) add(codes, x, v, v + depth, sums);
-        for (; v < end; ++v) add(codes, x, v, v + 1, sums);
+        for (; v + depth <= end; v += depth) add(codes, x, ahead, v, v + depth, sums);
+        for (; v < end; ++v) add(codes, x, ahead, v, v + 1, sums);
         scaled(g, sums);
       }
     }

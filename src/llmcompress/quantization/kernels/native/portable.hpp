@@ -42,6 +42,7 @@ struct Portable {
     memcpy(v.at, x, sizeof v.at);
     return v;
   }
+  static void prefetch(const void*) {}
   static void store(void* to, const Ints& v) { memcpy(to, v.at, sizeof v.at); }
   static void store(float* to, const Floats& v) { memcpy(to, v.at, sizeof v.at); }
   static Floats mul(const Floats& a, const Floats& b) {
