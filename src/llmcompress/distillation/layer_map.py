@@ -35,20 +35,20 @@ def read_layers(given: Any) -> Any:
         >>> read_layers("last"), read_layers([1, 3, 5]), read_layers([[0, 1], [2, 5]])
         ('last', (1, 3, 5), ((0, 1), (2, 5)))
     """
-    if given in ("auto", "uniform", "last"):
+    if isinstance(given, str) and given in ("auto", "uniform", "last"):
         return given
-    entries = (
-        [tuple(e) if isinstance(e, (list, tuple)) else e for e in given] if isinstance(given, (list, tuple)) else []
-    )
-    numbers = [number for entry in entries for number in (entry if isinstance(entry, tuple) else (entry,))]
-    whole = all(type(number) is int and number >= 0 for number in numbers)
-    alike = len({len(entry) if isinstance(entry, tuple) else 0 for entry in entries} | {0, 2}) == 2
-    students = [entry[0] for entry in entries if isinstance(entry, tuple) and entry]
-    if not entries or not whole or not alike or len({isinstance(entry, tuple) for entry in entries}) != 1:
-        raise ConfigError(f"KnowledgeDistillation.layers must be {_FORMS}, got {given!r}.")
-    if len(set(students)) < len(students):
-        raise ConfigError(f"KnowledgeDistillation.layers must name each student block once, got {given!r}.")
-    return tuple(entries)
+    if isinstance(given, (list, tuple)) and given:
+        if all(_is_block(entry) for entry in given):
+            return tuple(given)
+        if all(isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_block, pair)) for pair in given):
+            if len({mine for mine, _ in given}) < len(given):
+                raise ConfigError(f"KnowledgeDistillation.layers must name each student block once, got {given!r}.")
+            return tuple((mine, theirs) for mine, theirs in given)
+    raise ConfigError(f"KnowledgeDistillation.layers must be {_FORMS}, got {given!r}.")
+
+
+def _is_block(number: Any) -> bool:
+    return type(number) is int and number >= 0
 
 
 def layer_map(
