@@ -219,6 +219,47 @@ def queries(model):
     return kept[0]
 
 
+def test_experts_are_scaled_with_the_norm_before_them_and_clipped_one_by_one():
+    def model_with_outliers():
+        model = tiny_model("mixtral")
+        with torch.no_grad():
+            model.model.layers[0].post_attention_layernorm.weight[:4] *= 30
+        return model
+
+    def output(model):
+        kept = []
+        model.model.layers[0].mlp.experts.register_forward_hook(lambda *call: kept.append(call[-1]))
+        model(**tiny_inputs(model))
+        return kept[0]
+
+    def error(step):
+        model, told = run(step, model_with_outliers())
+        expected = output(model_with_outliers())
+        return ((output(model) - expected).norm() / expected.norm()).item(), told
+
+    wide = "model.layers.0.mlp.experts.gate_up_proj"
+    plain, _ = error(lc.WeightOnlyQuantization(bits=3, group_size=32, compute="float", targets=(wide,)))
+    aware, told = error(awq(bits=3, targets=(wide,)))
+    assert aware < 0.6 * plain
+    assert error(awq(bits=3, targets=(wide,), scales=False))[0] < 0.8 * plain
+    assert told[wide].reason == "scaled with model.layers.0.post_attention_layernorm"
+    assert wide in told["model.layers.0.post_attention_layernorm"].reason
+    _, told = run(awq(), model_with_outliers())
+    assert "clipped, not scaled" in told["model.layers.0.mlp.experts.down_proj"].reason
+
+
+def test_experts_that_no_token_reaches_are_rounded_plainly_and_told():
+    model, name = tiny_model("mixtral"), "model.layers.1.mlp.experts.down_proj"
+    model.model.layers[1].mlp.gate.weight.data.zero_()  # the same two of four for every token
+    weights, grid = model.model.layers[1].mlp.experts.down_proj.detach().clone(), Grid(4, 32)
+    model, told = run(awq(scales=False), model)
+    packed = model.model.layers[1].mlp.experts
+    plain = [torch.equal(packed.matrix("down_proj", n), on(min_max(w, grid), w, grid)) for n, w in enumerate(weights)]
+    left = ", ".join(str(number) for number, same in enumerate(plain) if same)
+    assert sum(plain) == 2
+    assert told[name].reason == f"experts {left}: rounded plainly: no calibration token reached it"
+
+
 def test_the_report_tells_what_each_layer_is_scaled_with():
     _, told = run(awq(), tiny_model("gpt2"))
     assert told["transformer.h.0.mlp.c_fc"].reason == "scaled with transformer.h.0.ln_2"
@@ -269,7 +310,7 @@ def test_a_layer_that_no_token_reaches_is_rounded_plainly_and_told():
     weight, grid = network.up_proj.weight.detach().clone(), Grid(4, 32)
     _, told = run(awq(scales=False), model)
     assert torch.equal(network.up_proj.dequantized(), on(min_max(weight, grid), weight, grid))
-    assert told["model.layers.1.mlp.up_proj"].reason == "no calibration token reached it"
+    assert told["model.layers.1.mlp.up_proj"].reason == "rounded plainly: no calibration token reached it"
 
 
 @pytest.mark.assets

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field, model_validator
 
-from ..anatomy.layers import WeightLayer
 from ..anatomy.scaling import ScaleSite, fold, scale_sites
 from ..anatomy.stacks import find_stacks
-from ..calibration import calibration_batches
+from ..calibration import Statistic, calibration_batches
 from ..compressor import Action, Context
 from ..errors import ConfigError
 from ..registry import register
 from .calibrated_grouping import CalibratedGrouping
 from .clipping import clipped
-from .grid import Coded, Grid, Range, encode, min_max
+from .fitting import quantize
+from .grid import Coded, Grid, encode
 from .grouped import Target, by_weight, finish
 from .remarks import joined
 from .scale_search import InputMoments, Reader, ScaleChoice, search_scales
@@ -37,8 +38,9 @@ class AWQ(CalibratedGrouping):
     The folder is the one `WeightOnlyQuantization` writes.
 
     A layer is scaled where something before it can be divided that nothing else reads, which is found by trying; the
-    others are clipped only, and the report says which. 3-D experts, and by default embeddings and heads,
-    stay in float; embeddings that `overrides` names are rounded plainly. Zeros of a pruned model stay zeros.
+    others are clipped only, and the report says which: those in the middle of 3-D experts, for instance. Experts that
+    no calibration token reached are rounded plainly, and told. Embeddings and heads stay in float by default;
+    embeddings that `overrides` names are rounded plainly. Zeros of a pruned model stay zeros.
 
     Args:
         samples: how many texts of the data to calibrate on at most.
@@ -112,28 +114,24 @@ class AWQ(CalibratedGrouping):
         batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
         sites = self._sites(model, targets)
         self._tell_sites(targets, sites, context)
-        grids = {target.layer.name: target.grid for target in targets}
-        layers = {layer.name: layer for layer in self._heard(targets)}
+        known = {target.layer.name: target for target in targets}
+        layers = self._heard(targets)
         sharing = by_weight(targets)
-        heard = list(layers.values())
-        for turn in self._turns(model, batches, heard, InputMoments.of, progress=context.progress):
-            done: list[tuple[Target, Coded]] = []
-            seen = {name: cast(InputMoments, statistic) for name, [statistic] in turn.statistics.items()}
+        for turn in self._turns(model, batches, layers, InputMoments.of, progress=context.progress):
             for site in sites:
-                names = [name for name in site.consumers if name in seen and seen[name].count]
-                if names:
-                    readers = [Reader(upright(layers[name]), grids[name], seen[name]) for name in names]
-                    self._scale(model, site, names, readers, context)
-            for name, inputs in seen.items():
-                layer, grid = layers[name], grids[name]
-                if not inputs.count:
-                    context.tell(Action(path=name, does=self._rounded, reason="no calibration token reached it"))
-                coded = self._round(layer, grid, inputs)
-                done += [(target, coded) for target in sharing.pop(id(layer.weight))]
+                readers = [reader for name in site.consumers for reader in _readers(known.get(name), turn.statistics)]
+                if readers:
+                    self._scale(model, site, readers, turn.statistics, context)
+            done: list[tuple[Target, Coded]] = []
+            for name, statistics in turn.statistics.items():
+                target = known[name]
+                rounded = partial(self._round, target.grid)
+                coded = self._rounded_parts(target, statistics, rounded, context, unseen=name in turn.unseen)
+                done += [(other, coded) for other in sharing.pop(id(target.layer.weight))]
             self._replace(model, done)
         tables = []
         for together in sharing.values():
-            coded = _on_grid(upright(together[0].layer), together[0].grid, None)
+            coded = quantize(upright(together[0].layer), together[0].grid)
             tables += [(target, coded) for target in together]
         self._replace(model, tables)
         finish(model)
@@ -173,14 +171,15 @@ class AWQ(CalibratedGrouping):
         self,
         model: PreTrainedModel,
         site: ScaleSite,
-        names: Sequence[str],
         readers: Sequence[Reader],
+        statistics: Mapping[str, Sequence[Statistic]],
         context: Context,
     ) -> None:
         """Search the scales of a site and fold them; the readers' sums become those of the divided inputs."""
         choice = search_scales(site, readers, self.n_grid)
         if choice.after >= choice.before:
-            reason = f"not divided: no scale lowers the rounding error of {', '.join(names)}"
+            names = ", ".join(name for name in site.consumers if name in statistics)
+            reason = f"not divided: no scale lowers the rounding error of {names}"
             context.tell(Action(path=site.source, reason=reason))
             return
         fold(model, site, choice.scales)
@@ -189,16 +188,23 @@ class AWQ(CalibratedGrouping):
         context.tell(Action(path=site.source, does=_told(choice), reason=f"folded into {', '.join(site.consumers)}"))
 
     @torch.no_grad()
-    def _round(self, layer: WeightLayer, grid: Grid, inputs: InputMoments) -> Coded:
-        """Choose the ranges of a layer, and put its weights on the grid."""
-        weight = upright(layer)
-        found = clipped(weight, grid, inputs.products / inputs.count) if self.clip and inputs.count else None
-        return _on_grid(weight, grid, found)
+    def _round(self, grid: Grid, weight: torch.Tensor, inputs: Statistic) -> tuple[Coded, Sequence[str]]:
+        """Choose the ranges of a matrix (outputs, inputs), and put its weights on the grid."""
+        moments = cast(InputMoments, inputs)
+        if not self.clip:
+            return quantize(weight, grid), ()
+        scale, zero = clipped(weight, grid, moments.products / moments.count)
+        return Coded(encode(weight, scale, zero, grid), scale, zero), ()
 
 
-def _on_grid(weight: torch.Tensor, grid: Grid, found: Range | None) -> Coded:
-    scale, zero = found if found is not None else min_max(weight, grid)
-    return Coded(encode(weight, scale, zero, grid), scale, zero)
+def _readers(target: Target | None, statistics: Mapping[str, Sequence[Statistic]]) -> list[Reader]:
+    """Return the matrices of a layer whose inputs are known: one, or one for each expert that tokens reached."""
+    seen = statistics.get(target.layer.name, ()) if target is not None else ()
+    if target is None or not any(one.count for one in seen):
+        return []
+    matrices = upright(target.layer).chunk(len(seen))
+    pairs = zip(matrices, (cast(InputMoments, one) for one in seen), strict=True)
+    return [Reader(matrix, target.grid, one) for matrix, one in pairs if one.count]
 
 
 def _told(choice: ScaleChoice) -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
+import torch
 from pydantic import Field
 
-from ..anatomy.layers import WeightLayer
+from ..anatomy.layers import Kind, WeightLayer
 from ..anatomy.turns import in_turns
-from ..calibration import Statistic, block_by_block, observe
+from ..calibration import InputProducts, Statistic, block_by_block, observe
 from ..compressor import Action, Context, Need
+from .fitting import quantize
+from .grid import Coded
 from .grouped import GroupedQuantization, Target
 from .remarks import joined
+from .upright import upright
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -38,6 +42,7 @@ class Heard:
 class CalibratedGrouping(GroupedQuantization):
     """Base of the strategies that choose codes by statistics of a layer's inputs on calibration texts."""
 
+    _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d", "experts")
     _rounded: ClassVar[str]
     """How a layer is rounded of whose inputs nothing is known, in words."""
 
@@ -75,6 +80,48 @@ class CalibratedGrouping(GroupedQuantization):
         """Return the targets whose weight no layer shares whose inputs are looked at."""
         heard = {id(layer.weight) for layer in self._heard(targets)}
         return [target for target in targets if id(target.layer.weight) not in heard]
+
+    def _rounded_parts(
+        self,
+        target: Target,
+        statistics: Sequence[Statistic],
+        rounded: Callable[[torch.Tensor, Statistic], tuple[Coded, Sequence[str]]],
+        context: Context,
+        *,
+        unseen: bool,
+    ) -> Coded:
+        """Round a layer, or one expert after the other; plainly where nothing is known of the inputs, which is told.
+
+        Args:
+            target: the layer.
+            statistics: one, or one for each expert, all `InputProducts`.
+            rounded: codes a matrix (outputs, inputs), and returns remarks.
+            context: is told the remarks.
+            unseen: whether the inputs of the layer cannot be told.
+        """
+        unknown = "its inputs cannot be seen" if unseen else "no calibration token reached it"
+        remarks: dict[str, list[int]] = defaultdict(list)
+        parts = []
+        for number, (matrix, statistic) in enumerate(
+            zip(upright(target.layer).chunk(len(statistics)), statistics, strict=True)
+        ):
+            if statistic.count and cast(InputProducts, statistic).products.any():
+                coded, found = rounded(matrix, statistic)
+            else:
+                why = "its inputs were zero on every calibration token" if statistic.count else unknown
+                coded, found = quantize(matrix, target.grid), [f"{self._rounded}: {why}"]
+            parts.append(coded)
+            for remark in found:
+                remarks[remark].append(number)
+        for remark, numbers in remarks.items():
+            where = f"experts {', '.join(map(str, numbers))}: " if len(statistics) > 1 else ""
+            context.tell(Action(path=target.layer.name, does=str(target), reason=f"{where}{remark}"))
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return Coded(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+        )
 
     def _turns(
         self,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field
 
-from ..anatomy.layers import Kind
 from ..calibration import InputProducts, Statistic, calibration_batches
 from ..calibration.hessian import damped_root, remark_on
-from ..compressor import Action, Context
+from ..compressor import Context
 from ..registry import register
 from .calibrated_grouping import CalibratedGrouping
 from .fitting import Fit, fit, quantize
@@ -95,7 +93,6 @@ class GPTQ(CalibratedGrouping):
         PackedLinear(64, 128, bias=False, bits=4, group_size=32, affine, compute='auto')
     """
 
-    _kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d", "experts")
     _rounded: ClassVar[str] = "rounded to nearest"
 
     true_sequential: bool = Field(False, description="calibrate within a block, too, on what quantized layers put out")
@@ -123,8 +120,8 @@ class GPTQ(CalibratedGrouping):
             curvatures = _Curvatures(self.dampening, self.act_order)
             for name, statistics in heard.statistics.items():
                 target = known[name]
-                why = "its inputs cannot be seen" if name in heard.unseen else "no calibration token reached it"
-                coded = self._round_layer(target, statistics, curvatures, why, context)
+                rounded = partial(self._round, curvatures, target.grid)
+                coded = self._rounded_parts(target, statistics, rounded, context, unseen=name in heard.unseen)
                 done += [(other, coded) for other in sharing.pop(id(target.layer.weight))]
                 if not heard.last:
                     # The layers behind it are calibrated on what it will put out.
@@ -145,42 +142,12 @@ class GPTQ(CalibratedGrouping):
     def _auto_fit(self) -> Fit:
         return self.fit
 
-    def _round_layer(
-        self,
-        target: Target,
-        statistics: Sequence[Statistic],
-        curvatures: _Curvatures,
-        unknown: str,
-        context: Context,
-    ) -> Coded:
-        """Round each matrix of a layer; `unknown` says why, where nothing was seen of its inputs."""
-        remarks: dict[str, list[int]] = defaultdict(list)
-        parts = []
-        weight = upright(target.layer)
-        for part, (matrix, statistic) in enumerate(zip(weight.chunk(len(statistics)), statistics, strict=True)):
-            products = cast(InputProducts, statistic).products
-            if not statistic.count or not products.any():
-                why = "its inputs were zero on every calibration token" if statistic.count else unknown
-                remarks[f"{self._rounded}: {why}"].append(part)
-                parts.append(quantize(matrix, target.grid))
-                continue
-            coded, found = self._round(matrix, curvatures.of(products), target.grid)
-            parts.append(coded)
-            for remark in found:
-                remarks[remark].append(part)
-        for remark, numbers in remarks.items():
-            where = f"experts {', '.join(map(str, numbers))}: " if len(statistics) > 1 else ""
-            context.tell(Action(path=target.layer.name, does=str(target), reason=f"{where}{remark}"))
-        zeros = [part.zero for part in parts if part.zero is not None]
-        return Coded(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scale for part in parts]),
-            torch.cat(zeros) if zeros else None,
-        )
-
     @torch.no_grad()
-    def _round(self, weight: torch.Tensor, curvature: _Curvature, grid: Grid) -> tuple[Coded, list[str]]:
+    def _round(
+        self, curvatures: _Curvatures, grid: Grid, weight: torch.Tensor, inputs: Statistic
+    ) -> tuple[Coded, list[str]]:
         """Round `weight` (rows, columns); return the codes, and remarks for the report."""
+        curvature = curvatures.of(cast(InputProducts, inputs).products)
         remarks = []
         pruned = share_of_zeros(weight)
         zeros = weight == 0 if pruned > PRUNED else None

@@ -72,7 +72,7 @@ class InputMoments(InputProducts):
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer that reads the channels of a site and will be rounded.
+    """A layer, or one expert of it, that reads the channels of a site and will be rounded.
 
     Attributes:
         weight: float32 (outputs, inputs).
@@ -118,7 +118,9 @@ def search_scales(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> Sc
     """
     forms, scales = _candidates(site, readers, n_grid)
     factors = scales[:, site.columns.to(scales.device)]
-    errors = torch.stack([_errors(reader, factors) for reader in readers if reader.inputs.count]).sum(0)
+    # Of experts each sees some of the tokens only.
+    tokens = max(reader.inputs.count for reader in readers)
+    errors = torch.stack([_errors(reader, factors) for reader in readers if reader.inputs.count]).sum(0) / tokens
     # An overflow in the stored scales is no gain.
     best = int(errors.nan_to_num(torch.inf).argmin())
     if not errors[best] < errors[0]:
@@ -161,7 +163,7 @@ def _shares(reader: Reader) -> torch.Tensor:
 
 
 def _errors(reader: Reader, factors: torch.Tensor) -> torch.Tensor:
-    """Return the squared error of a reader's outputs, a token, for each of `factors` (candidates, columns)."""
+    """Return the squared error of a reader's outputs, over all tokens, for each of `factors` (candidates, columns)."""
     weight, grid = reader.weight, reader.grid
     errors = []
     for some in factors.split(max(_HELD // weight.numel(), 1)):
@@ -169,5 +171,5 @@ def _errors(reader: Reader, factors: torch.Tensor) -> torch.Tensor:
         rounded = decode(quantize(scaled, grid), grid).view(len(some), *weight.shape).div_(some.unsqueeze(1))
         repeated = weight.expand_as(rounded).flatten(0, 1)
         lost = output_errors(repeated, rounded.flatten(0, 1), reader.inputs.products)
-        errors.append(lost.view(len(some), -1).sum(1) / reader.inputs.count)
+        errors.append(lost.view(len(some), -1).sum(1))
     return torch.cat(errors)
