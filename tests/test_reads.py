@@ -1,5 +1,7 @@
 """Weights that the code of a model reads past their layer: found, told, and left alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,18 @@ def test_each_way_is_found_with_its_reason(reading):
     }
     assert dict(reading.named_modules()) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in reading.modules())
+
+
+def test_a_model_is_run_once_as_long_as_its_layers_stay(reading):
+    model, runs = Reading(reading.config).eval(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    first = read_directly(model)
+    assert runs
+    runs.clear()
+    assert read_directly(copy.deepcopy(model)) == first
+    assert not runs
+    model.called = Scaled(64, 64)
+    assert read_directly(model).keys() == {*first, "called"}
 
 
 def test_a_model_without_weights_is_judged_by_its_classes():

@@ -7,7 +7,7 @@ it, or casts the inputs to `layer.weight.dtype`, would get codes for weights, an
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from .probe import probe_inputs, probe_outputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NOTE = "_llmcompress_reads"
 _PLAIN = {"linear": nn.Linear, "conv1d": Conv1D, "embedding": nn.Embedding}
 # What asks only for a tensor's form, which a layer of codes has as well; the dtype is looked at on its own.
 _DTYPE = torch.Tensor.dtype.__get__
@@ -55,10 +56,11 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
 
     The model runs once on a few tokens (twice where it asks for the dtype of a weight), with every use of a weight
     watched. A model that cannot be run so (it reads neither token ids nor pixels, or holds no weights yet) is judged
-    by the classes of its layers alone.
+    by the classes of its layers alone. What was found is noted on the model, and on copies of it, for as long as its
+    layers stay what they are: a plan and the work after it ask the same.
 
     Args:
-        model: a float model; it is left as it was.
+        model: a float model; but for that note it is left as it was.
         stored: the dtype that the weights would have; some models know int8 and leave it alone.
 
     Returns:
@@ -71,6 +73,16 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
         {'backbone.layers.0.mixer.dt_proj': 'the code of MambaMixer reads its weight instead of calling it', ...}
     """
     known = weight_layers(model)
+    layers = ((layer.name, type(layer.module), layer.weight.shape, layer.weight.is_meta) for layer in known)
+    form = (stored, model.dtype, *layers)
+    noted: dict[Hashable, dict[str, str]] = vars(model).setdefault(_NOTE, {})
+    if form not in noted:
+        noted.clear()
+        noted[form] = _found(model, known, stored)
+    return dict(noted[form])
+
+
+def _found(model: PreTrainedModel, known: Sequence[WeightLayer], stored: torch.dtype) -> dict[str, str]:
     layers = [layer for layer in known if layer.kind in _PLAIN]
     stacks = [layer for layer in known if layer.kind == "experts"]
     reasons = {layer.name: reason for layer in layers if (reason := _own_forward(layer)) is not None}

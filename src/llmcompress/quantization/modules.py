@@ -14,12 +14,12 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import CompressionError
 from . import kernels
 from .affine import dequantize_rows, quantize_rows
 from .kernels import Activations, Stored
+from .linear_form import LinearForm
 
 Spec = Mapping[str, Any]
 
@@ -103,6 +103,35 @@ class QuantizedModule(nn.Module, ABC):
         return super().__getattr__(name)
 
 
+class CodedEmbedding(QuantizedModule):
+    """An embedding table in codes: the sizes that models ask a table for, and the dtype that it answers in.
+
+    Attributes:
+        num_embeddings: rows.
+        embedding_dim: columns.
+        padding_idx: as in `nn.Embedding`; kept for the code of models that asks for it.
+        output_dtype: of the vectors that are looked up; follows the model when that is cast.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    output_dtype: torch.dtype
+
+    def _describe(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: torch.dtype) -> None:
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.output_dtype = padding_idx, dtype
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
+        # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+
 class Int8Module(QuantizedModule):
     """A layer with int8 weights and one scale a row.
 
@@ -182,16 +211,8 @@ class Int8Linear(Int8Module):
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Linear:
         """Build an empty layer of the size of `module`, an `nn.Linear` or a `Conv1D`."""
-        weight = cast(torch.Tensor, module.weight)
-        rows, columns = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
-        return cls(
-            columns,
-            rows,
-            bias=module.bias is not None,
-            activations=spec["activations"],
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        form = LinearForm.of(module)
+        return cls(form.inputs, form.outputs, activations=spec["activations"], **form.options)
 
     @classmethod
     def from_float(cls, module: nn.Module, activations: Activations = "tensor") -> Int8Linear:
@@ -202,10 +223,9 @@ class Int8Linear(Int8Module):
             >>> layer.weight.dtype, layer(torch.zeros(3, 4)).shape
             (torch.int8, torch.Size([3, 2]))
         """
-        layer = cls.from_spec(module, {"activations": activations})
-        weight = cast(torch.Tensor, module.weight)
-        layer.fill(weight.T if isinstance(module, Conv1D) else weight)
-        layer.bias = cast("nn.Parameter | None", module.bias)
+        layer, form = cls.from_spec(module, {"activations": activations}), LinearForm.of(module)
+        layer.fill(form.weight)
+        layer.bias = form.bias
         return layer.train(module.training)
 
     def spec(self) -> dict[str, Any]:
@@ -262,7 +282,7 @@ class Int8Linear(Int8Module):
         return {**self.__dict__, "_packed": None}
 
 
-class Int8Embedding(Int8Module):
+class Int8Embedding(CodedEmbedding, Int8Module):
     """An embedding table in int8 with one scale a row, returned in `output_dtype`.
 
     Args:
@@ -285,10 +305,7 @@ class Int8Embedding(Int8Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, device)
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.padding_idx = padding_idx
-        self.output_dtype = dtype
+        self._describe(num_embeddings, embedding_dim, padding_idx, dtype)
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8Embedding:
@@ -318,15 +335,6 @@ class Int8Embedding(Int8Module):
         """Map `ids` (...) to vectors (..., embedding_dim)."""
         codes = F.embedding(ids, self.weight)
         return (codes.to(torch.float32) * self.scale[ids].unsqueeze(-1)).to(self.output_dtype)
-
-    def extra_repr(self) -> str:
-        """Return what `print(model)` shows of the layer."""
-        return f"{self.num_embeddings}, {self.embedding_dim}"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
-        # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

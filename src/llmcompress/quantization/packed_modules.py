@@ -7,12 +7,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import CompressionError
 from . import kernels
 from .grid import Coded, Grid, decode
-from .modules import NoBackward, QuantizedModule, Spec
+from .linear_form import LinearForm
+from .modules import CodedEmbedding, NoBackward, QuantizedModule, Spec
 from .packed_matrix import PackedMatrix
 from .packing import pack, packed_width, unpack
 
@@ -147,17 +147,8 @@ class PackedLinear(PackedModule):
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> PackedLinear:
         """Build an empty layer of the size of `module`, an `nn.Linear` or a `Conv1D`."""
-        weight = cast(torch.Tensor, module.weight)
-        rows, columns = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
-        return cls(
-            columns,
-            rows,
-            grid_from_spec(spec),
-            bias=module.bias is not None,
-            compute=spec["compute"],
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        form = LinearForm.of(module)
+        return cls(form.inputs, form.outputs, grid_from_spec(spec), compute=spec["compute"], **form.options)
 
     @classmethod
     def from_coded(cls, module: nn.Module, coded: Coded, grid: Grid, compute: Compute = "auto") -> PackedLinear:
@@ -246,7 +237,7 @@ class PackedLinear(PackedModule):
         return {**self.__dict__, "_derived": None}
 
 
-class PackedEmbedding(PackedModule):
+class PackedEmbedding(CodedEmbedding, PackedModule):
     """An embedding table with packed rows, returned in `output_dtype`.
 
     Args:
@@ -271,10 +262,7 @@ class PackedEmbedding(PackedModule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, grid, device)
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.padding_idx = padding_idx
-        self.output_dtype = dtype
+        self._describe(num_embeddings, embedding_dim, padding_idx, dtype)
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> PackedEmbedding:
@@ -304,9 +292,4 @@ class PackedEmbedding(PackedModule):
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self._grid_repr()}"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
-        # No stored tensor has the model's dtype, so a cast is noticed on an empty one that has.
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)
+        return f"{super().extra_repr()}, {self._grid_repr()}"

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from . import kernels
 from .kernels import Stored
+from .linear_form import LinearForm
 from .modules import Int8Linear, QuantizedModule, Spec
 
 
@@ -53,9 +53,8 @@ class Int8StaticLinear(Int8Linear):
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8StaticLinear:
         """Build an empty layer of the size of `module`, an `nn.Linear` or a `Conv1D`."""
-        weight = cast(torch.Tensor, module.weight)
-        rows, columns = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
-        return cls(columns, rows, bias=module.bias is not None, device=weight.device, dtype=weight.dtype)
+        form = LinearForm.of(module)
+        return cls(form.inputs, form.outputs, **form.options)
 
     @classmethod
     def calibrated(cls, module: nn.Module, scale: float, zero_point: int) -> Int8StaticLinear:
@@ -71,10 +70,9 @@ class Int8StaticLinear(Int8Linear):
             >>> layer(torch.zeros(3, 4)).shape, float(layer.input_scale) < 0.011
             (torch.Size([3, 2]), True)
         """
-        layer = cls.from_spec(module, {})
-        weight = cast(torch.Tensor, module.weight)
-        layer.fill(weight.T if isinstance(module, Conv1D) else weight)
-        layer.bias = cast("nn.Parameter | None", module.bias)
+        layer, form = cls.from_spec(module, {}), LinearForm.of(module)
+        layer.fill(form.weight)
+        layer.bias = form.bias
         layer.input_scale.fill_(scale)
         layer.input_zero_point.fill_(zero_point)
         return cast(Int8StaticLinear, layer.train(module.training))
