@@ -1,9 +1,9 @@
 """SST-2: students of a fine-tuned MiniLM, distilled, beside the same students fine-tuned without the teacher.
 
 Both start from the same weights (what is left of the teacher) and see the same sentences for the same epochs at the
-same learning rate; only the loss differs. Recipes were chosen on the dev split. Prints a Markdown table: test accuracy
-of each seed, the mean's share of the teacher's, and the difference of the two ways, with its 95 % interval (paired by
-sentence; a sentence's seeds are drawn together).
+same learning rate; only the loss differs. Choose recipes with `--split dev`, never on test. Prints a Markdown table:
+test accuracy of each seed, the mean's share of the teacher's, and the difference of the two ways, with its 95 %
+interval (paired by sentence; a sentence's seeds are drawn together).
 
     python benchmarks/distillation_sst2.py --seeds 0 1 2 --threads 2
     python benchmarks/distillation_sst2.py --students "1 layer" --split dev --epochs 1
