@@ -141,15 +141,17 @@ def test_features_are_means_over_blocks_and_over_the_tokens_of_each_stack(family
     assert float(part) == pytest.approx(3 * float(torch.stack(errors).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_adapters_learn_what_the_features_ask(family):
+@pytest.mark.parametrize(
+    ("family", "feature"), [("llama", "relations"), ("gpt_neox", "relations"), ("llama", "attention")]
+)
+def test_adapters_learn_what_the_features_ask(family, feature):
     pytest.importorskip("peft")
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
     step = step_of(
         steps=12,
         batch_size=8,
         alpha=1.0,
-        features={"relations": 5.0},
+        features={feature: 5.0},
         learning_rate=3e-2,
         lora={"rank": 8},
     )

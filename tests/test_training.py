@@ -178,8 +178,6 @@ def test_low_rank_changes_are_added_to_the_weights_and_leave_the_rest_alone():
     assert losses[-1] < 0.9 * losses[0]
     with pytest.raises(lc.ConfigError, match="must have lora or quantize_for, got both"):
         lc.KnowledgeDistillation(lora={}, quantize_for="dynamic_quantization")
-    with pytest.raises(lc.ConfigError, match="must have lora or features of relations, got both"):
-        lc.KnowledgeDistillation(lora={}, features={"relations": 1.0})
     with pytest.raises(lc.NothingToCompressError, match="whose name ends as one of"):
         distil(student, teacher, lora={"targets": ["nowhere"]})
 

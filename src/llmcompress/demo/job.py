@@ -117,7 +117,7 @@ def run(
     out, cache = Path(out), Path(cache) if cache is not None else cache_folder()
     training: dict[str, Any] = {"max_length": max_length, "precision": "fp32"}
     fine_tune = KnowledgeDistillation(alpha=0.0, epochs=teacher_epochs, learning_rate=3e-4, **training)
-    training["hidden"] = 1.0
+    training["features"] = {"hidden": 1.0}
     recover = KnowledgeDistillation(epochs=_RECOVERY_EPOCHS, learning_rate=2e-4, **training)
     distil = KnowledgeDistillation(epochs=epochs, learning_rate=5e-4, batch_size=16, **training)
     _check_places(out, cache)

@@ -11,7 +11,6 @@ from ..compressor import Cut, still_there
 from ..errors import ConfigError, UnsupportedModelError
 from .cache import TeacherCache
 from .heads import LANGUAGE_MODELS, Head, head_of
-from .loss_choice import reads_of
 from .schedule import least
 
 if TYPE_CHECKING:
@@ -159,12 +158,6 @@ def refuse_together(step: KnowledgeDistillation) -> None:
     if step.lora is not None and step.quantize_for is not None:
         raise ConfigError(
             f"{who} must have lora or quantize_for, got both: weights that stay as they are cannot learn to be rounded."
-        )
-    inside = reads_of(step.features) & {"attention", "relations"}
-    if step.lora is not None and inside:
-        raise ConfigError(
-            f"{who} must have lora or features of {' and '.join(sorted(inside))}, got both: adapters hide the queries, "
-            f"keys and values; use features={{'hidden': 1.0}}."
         )
     on_policy = step.generation is not None and step.generation.way == "on_policy"
     if (on_policy or step.augment is not None) and least(step.alpha) == 0 and not step.features:
