@@ -31,7 +31,6 @@ struct Avx2 {
   static void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
@@ -42,7 +41,6 @@ struct Avx2 {
   static Floats load_halves(const uint16_t* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
-  static Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 
   // -- activations
   static Ints max(Ints a, Ints b) { return _mm256_max_epi32(a, b); }

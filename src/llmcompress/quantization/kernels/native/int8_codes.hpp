@@ -6,16 +6,13 @@
 
 #include <cstdint>
 
+#include "activations.hpp"
 #include "int8_weight.hpp"
 #include "parallel.hpp"
 
 namespace llmc {
 
 namespace {
-
-// Below this many floats a second thread costs more than it saves.
-constexpr int64_t kFewToCode = 1 << 14;
-constexpr float kLeastUnit = 1.17549435e-38F;
 
 // The lowest and the highest value, 0 among them; both NaN where a value is not finite.
 struct Ends {
@@ -68,7 +65,7 @@ template <class Set>
 void find_range(const float* x, int64_t count, int64_t threads, Coding* coding) {
   constexpr int64_t most = 64;
   Ends parts[most], all;
-  const int64_t wanted = count <= kFewToCode ? 1 : threads < most ? threads : most;
+  const int64_t wanted = count <= kFewFloats ? 1 : threads < most ? threads : most;
   const int64_t part = (count + wanted - 1) / wanted;
   parallel_for(wanted, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end && i * part < count; ++i)
@@ -76,7 +73,7 @@ void find_range(const float* x, int64_t count, int64_t threads, Coding* coding) 
   });
   for (int64_t i = 0; i < wanted; ++i) all.see(parts[i]);
   const float levels = static_cast<float>(coding->levels), unit = (all.high - all.low) / levels;
-  coding->unit = unit < kLeastUnit ? kLeastUnit : unit;
+  coding->unit = unit < kTiny ? kTiny : unit;
   const float zero = nearbyintf(-all.low / coding->unit);
   coding->zero = static_cast<int32_t>(zero >= levels ? levels : zero >= 0 ? zero : 0);  // 0 for NaN
 }
@@ -106,7 +103,7 @@ float code_int8_row(const float* x, int64_t columns, const Coding& coding, typen
   if (coding.grain == Grain::token) {
     const Ends ends = ends_of<Set>(x, columns);
     largest = -ends.low > ends.high ? -ends.low : ends.high;
-    largest = largest < kLeastUnit ? kLeastUnit : largest;
+    largest = largest < kTiny ? kTiny : largest;
     unit = largest / static_cast<float>(coding.levels / 2);
   }
   if (unit != unit) {

@@ -1,8 +1,6 @@
 // Tiles of int8 products with NEON's dot product of signed bytes: codes of activations are kept less 128.
 #pragma once
 
-#include <string.h>
-
 #include "neon_dot.hpp"
 
 namespace llmc {
@@ -16,21 +14,13 @@ struct Int8NeonDot : NeonDot {
 
   static Floats min(Floats a, Floats b) { return vminq_f32(a, b); }  // of NaN and another: NaN
   static Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
-  static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
-  static Floats to_floats(Ints v) { return vcvtq_f32_s32(v); }
-  static void store(float* to, Floats v) { vst1q_f32(to, v); }
   static Ints splat_ints(int32_t v) { return vdupq_n_s32(v); }
   static Ints load_ints(const int32_t* v) { return vld1q_s32(v); }
   static Ints min(Ints a, Ints b) { return vminq_s32(a, b); }
   static Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
-  static void prefetch(const void* at) { __builtin_prefetch(at); }
 
   static void store_codes(Code* to, Ints v) { store_bytes(to, v); }
-  static int8x16_t four_codes(const Code* at) {
-    int32_t four;
-    memcpy(&four, at, sizeof four);
-    return vreinterpretq_s8_s32(vdupq_n_s32(four));
-  }
+  static int8x16_t four_codes(const Code* at) { return vreinterpretq_s8_s32(splat_four(at)); }
   static int8x16_t load_codes(const int8_t* at) { return vld1q_s8(at); }
   static Ints dot(Ints sum, int8x16_t a, int8x16_t w) { return vdotq_s32(sum, a, w); }
   static Ints dot_twice(Ints sum, int8x16_t a, int8x16_t w, int8x16_t b, int8x16_t v) { return dot(dot(sum, a, w), b, v); }

@@ -33,23 +33,16 @@ struct Int8Portable : Portable {
       return static_cast<float>(product + static_cast<double>(c.at[i]));
     });
   }
-  static Floats to_floats(const Ints& v) {
-    return each<Floats>([&](int i) { return static_cast<float>(v.at[i]); });
-  }
-  static void store(float* to, const Floats& v) { memcpy(to, v.at, sizeof v.at); }
   static Ints splat_ints(int32_t v) {
     return each<Ints>([=](int) { return v; });
   }
-  static Ints load_ints(const int32_t* v) {
-    return each<Ints>([=](int i) { return v[i]; });
-  }
+  static Ints load_ints(const int32_t* v) { return load(static_cast<const void*>(v)); }
   static Ints min(const Ints& a, const Ints& b) {
     return each<Ints>([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
   }
   static Ints add(const Ints& a, const Ints& b) {
     return each<Ints>([&](int i) { return a.at[i] + b.at[i]; });
   }
-  static void prefetch(const void*) {}
 
   static void store_codes(Code* to, const Ints& v) {
     for (int i = 0; i < lanes; ++i) to[i] = static_cast<Code>(v.at[i] < 0 ? 0 : v.at[i] > 255 ? 255 : v.at[i]);

@@ -155,7 +155,7 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   for (int64_t done = 0; done < rows; done += chunk) {
     const int64_t count = rows - done < chunk ? rows - done : chunk;
     const float* const from = x + done * w.inputs;
-    parallel_for(count, 1 + kFewToCode / w.inputs, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(count, 1 + kFewFloats / w.inputs, threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         unit[row] = code_int8_row<Set>(from + row * w.inputs, w.inputs, coding, codes + row * stride);
     });
