@@ -172,6 +172,21 @@ def test_linear_follows_a_change_of_its_codes_and_has_no_backward():
         layer(x.requires_grad_()).sum().backward()
 
 
+@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("native", [True, False])
+def test_linear_follows_zero_points_that_are_replaced(compute, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels.packed, "native", lambda: None)
+    linear, grid = nn.Linear(32, 8, bias=False), Grid(4, 32)
+    layer = PackedLinear.from_coded(linear, quantize(linear.weight, grid), grid, compute)
+    x = random(2, 32)
+    with torch.no_grad():
+        before = layer(x)
+        layer.zero = layer.zero.bitwise_xor(1)
+        expected = x @ layer.dequantized().T
+        assert relative(layer(x), expected) < 0.02 < relative(before, expected)
+
+
 def test_embedding_reads_its_rows():
     table, grid = nn.Embedding(10, 48, padding_idx=3), Grid(4, 16)
     layer = PackedEmbedding.from_coded(table, quantize(table.weight, grid), grid)

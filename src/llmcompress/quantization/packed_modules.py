@@ -202,14 +202,15 @@ class PackedLinear(PackedModule):
             )
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
-        return cast(torch.Tensor, self._kernel()(x, self._parameters["bias"], self.matrix()))
+        matrix = self.matrix()
+        return cast(torch.Tensor, self._kernel(matrix)(x, self._parameters["bias"], matrix))
 
-    def _kernel(self) -> Any:
-        """Return the product made for this weight on its device; made anew when a tensor was replaced or written to."""
+    def _kernel(self, matrix: PackedMatrix) -> Any:
+        """Return the product made for these tensors; made anew when one was replaced or written to."""
         known = self._derived
-        if known is None or known[0] != kernels.product_state(self.weight, self.scale, self.compute):
+        if known is None or known[0] != kernels.product_state(matrix, self.compute):
             # One assignment: another thread sees the old product or the new one, whole.
-            known = self._derived = kernels.product_of(self.matrix(), self.compute)
+            known = self._derived = kernels.product_of(matrix, self.compute)
         return known[1]
 
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
