@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .positions import Count
+from .positions import Count, counted
 
 
 def attention_kl(
@@ -24,10 +24,11 @@ def attention_kl(
         >>> float(attention_kl(even, even))
         0.0
     """
+    heads = student.shape[1]
     student, teacher, count = _queries(student, teacher, mask, count)
     smallest = torch.finfo(student.dtype).tiny
     error = teacher * (teacher.clamp(min=smallest).log() - student.clamp(min=smallest).log())
-    return error.sum() / student.shape[1] / count
+    return error.sum() / heads / count
 
 
 def attention_mse(
@@ -42,8 +43,9 @@ def attention_mse(
         >>> float(attention_mse(left, right))
         2.0
     """
+    heads = student.shape[1]
     student, teacher, count = _queries(student, teacher, mask, count)
-    return (student - teacher).square().sum() / student.shape[1] / count
+    return (student - teacher).square().sum() / heads / count
 
 
 def relation_kl(
@@ -104,10 +106,6 @@ def _relations(vectors: torch.Tensor, heads: int, mask: torch.Tensor | None) -> 
 def _queries(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, count: Count
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """Keep the rows of the queries that count: (queries, heads, keys)."""
-    student, teacher = student.transpose(1, 2).float(), teacher.detach().to(student.device).transpose(1, 2).float()
-    if mask is None:
-        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-    else:
-        student, teacher = student[mask], teacher[mask]
-    return student, teacher, max(len(student), 1) if count is None else count
+    """Keep the queries that count, each with its row of every head side by side (..., heads x keys)."""
+    student, teacher = (maps.transpose(1, 2).flatten(2).float() for maps in (student, teacher.detach()))
+    return counted(student, teacher, mask, count)
