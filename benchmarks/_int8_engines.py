@@ -1,19 +1,66 @@
-"""Engines that run a model in int8 on a CPU: ours and its peers, each a function of the inputs."""
+"""Engines that run a model in int8 on a CPU, ours and its peers, and the command line by which they are timed."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import llmcompress as lc
+from _machine import describe_machine
 from llmcompress.testing import tiny_data, tiny_tokenizer
 
 Engine = Callable[[dict[str, torch.Tensor]], object]
+
+
+def command_line(description: str | None, columns: str, default: str, told: str) -> argparse.Namespace:
+    """Read the options, `--columns` among them under the name of what a column is, and set torch's threads.
+
+    Args:
+        description: of the script.
+        columns: what the columns of the table are, in the plural.
+        default: the columns, comma-separated.
+        told: what they are, in words.
+
+    Returns:
+        The options, and `clock`, by which passes are timed.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that does other work too")
+    parser.add_argument(f"--{columns}", default=default, help=f"{told}, comma-separated")
+    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
+    arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time needs --threads 1")
+    arguments.clock = time.process_time if arguments.cpu_time else time.perf_counter
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    return arguments
+
+
+def chosen(
+    makers: Mapping[str, Callable[[Any, int], Any]], model: Any, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Make the engines that are asked for."""
+    names = [name for name in arguments.engines.split(",") if name] or makers
+    return {name: make(model, arguments.threads) for name, make in makers.items() if name in names}
+
+
+def print_head(title: str, arguments: argparse.Namespace) -> None:
+    """Print what the table is of."""
+    print(f"# {title}\n\n{describe_machine()}")
+    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
+    clock = " of the CPU" if arguments.cpu_time else ""
+    print(f"Median milliseconds{clock} a pass [10th, 90th percentile]; speed relative to fp32 eager.\n", flush=True)
 
 
 def eager(run: Callable[..., object]) -> Engine:

@@ -6,43 +6,25 @@ medians. Prints Markdown.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
 from collections.abc import Callable
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from _int8_engines import Engine, dynamic, eager, onnx_int8, static, torch_ao
-from _machine import describe_machine
+from _int8_engines import Engine, chosen, command_line, dynamic, eager, onnx_int8, print_head, static, torch_ao
 from _turns import print_table, take_turns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that does other work too")
-    parser.add_argument("--shapes", default="1x16,1x128,8x128", help="batch x tokens, comma-separated")
-    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
-    arguments = parser.parse_args()
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time needs --threads 1")
-    clock, told = (time.process_time, " of the CPU") if arguments.cpu_time else (time.perf_counter, "")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = command_line(__doc__, "shapes", "1x16,1x128,8x128", "batch x tokens")
     model = BertForSequenceClassification(BertConfig()).eval()
-    chosen = [name for name in arguments.engines.split(",") if name]
-    makers = {name: make for name, make in ENGINES.items() if not chosen or name in chosen}
-    engines = {name: make(model, arguments.threads) for name, make in makers.items()}
-    print(f"# int8, BERT-base shape\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
-    print(f"Median milliseconds{told} a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
+    engines = chosen(ENGINES, model, arguments)
+    print_head("int8, BERT-base shape", arguments)
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     print_table(
         {
-            f"{batch}x{tokens}": take_turns(engines, inputs_of(batch, tokens), arguments.rounds, clock)
+            f"{batch}x{tokens}": take_turns(engines, inputs_of(batch, tokens), arguments.rounds, arguments.clock)
             for batch, tokens in shapes
         }
     )

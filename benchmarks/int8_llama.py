@@ -6,16 +6,13 @@ engines take turns in each round. Prints Markdown.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from _int8_engines import Engine, dynamic, eager, onnx_int8, static, torch_ao
-from _machine import describe_machine
+from _int8_engines import Engine, chosen, command_line, dynamic, eager, onnx_int8, print_head, static, torch_ao
 from _turns import print_table, take_turns
 
 _TOKENS = 128
@@ -30,29 +27,17 @@ _CONFIG = LlamaConfig(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that does other work too")
-    parser.add_argument("--passes", default="prefill,decode", help="comma-separated")
-    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
-    arguments = parser.parse_args()
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time needs --threads 1")
-    clock, told = (time.process_time, " of the CPU") if arguments.cpu_time else (time.perf_counter, "")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = command_line(__doc__, "passes", "prefill,decode", "which passes")
     model = LlamaForCausalLM(_CONFIG).eval()
-    chosen = [name for name in arguments.engines.split(",") if name]
-    makers = {name: make for name, make in ENGINES.items() if not chosen or name in chosen}
-    print(f"# int8, a Llama of {model.num_parameters() / 1e6:.0f} million weights\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
-    print(f"Median milliseconds{told} a pass [10th, 90th percentile]; speed relative to fp32 eager.\n")
-    engines = {name: make(model, arguments.threads) for name, make in makers.items()}
+    print_head(f"int8, a Llama of {model.num_parameters() / 1e6:.0f} million weights", arguments)
+    engines = chosen(ENGINES, model, arguments)
     print_table(
         {
             name: take_turns(
-                {engine: own[name] for engine, own in engines.items()}, inputs_of(name), arguments.rounds, clock
+                {engine: own[name] for engine, own in engines.items()},
+                inputs_of(name),
+                arguments.rounds,
+                arguments.clock,
             )
             for name in arguments.passes.split(",")
         }
