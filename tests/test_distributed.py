@@ -17,11 +17,11 @@ SHARDED = ["--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSF
 SHARDED += ["--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "false"]
 
 
-def launch(folder, way, *, processes, batch_size):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *way, "--num_processes", processes]
-    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+def run(command, folder):
+    """Run a command in a folder, and return what it prints."""
     done = subprocess.run(
-        [str(part) for part in (*command, distributed_distillation.__file__, folder, batch_size, "llama")],
+        [str(part) for part in command],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
@@ -29,6 +29,13 @@ def launch(folder, way, *, processes, batch_size):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def launch(folder, way, *, processes, batch_size):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *way, "--num_processes", processes]
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    run([*command, distributed_distillation.__file__, folder, batch_size, "llama"], folder)
 
 
 def weights(folder):
@@ -80,16 +87,7 @@ def test_the_example_runs_under_torchrun(tmp_path):
     script = Path(__file__).resolve().parent.parent / "examples" / "distributed" / "distill.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     command += ["teacher", "texts.txt", "student", "--student", "layers:1", "--steps", "2", "--max-length", "16"]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = run(command, tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 1
-    assert done.stdout.count("knowledge_distillation") == 1
+    assert told.count("knowledge_distillation") == 1
     assert not list((tmp_path / "student.stages").glob("*.unfinished"))

@@ -7,16 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llmcompress.quantization import kernels
-from llmcompress.quantization.kernels import int8, int8_native, native
+from llmcompress.quantization.kernels import int8, int8_native
 from llmcompress.quantization.modules import Int8Linear
+from native_sets import HERE, built
 
-HERE = []
-for name in native.SETS:
-    try:
-        HERE.append(native.load(name))
-    except native.NotBuilt:
-        continue
-pytestmark = pytest.mark.skipif(not HERE, reason="native kernels are not built: no C++ compiler at installation")
+pytestmark = built
 every_set = pytest.mark.parametrize("own", HERE, ids=lambda own: own.name)
 WAYS = ["tensor", "token", "stored"]
 

@@ -15,14 +15,8 @@ from llmcompress.quantization.grid import LEVELS, Grid, decode, spread
 from llmcompress.quantization.kernels import int8, native
 from llmcompress.quantization.packed_matrix import PackedMatrix
 from llmcompress.quantization.packing import pack
+from native_sets import HERE, built
 
-HERE = []
-for name in native.SETS:
-    try:
-        HERE.append(native.load(name))
-    except native.NotBuilt:
-        continue
-built = pytest.mark.skipif(not HERE, reason="native kernels are not built: no C++ compiler at installation")
 every_set = pytest.mark.parametrize("kernels", HERE, ids=lambda kernels: kernels.name)
 
 
