@@ -18,6 +18,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from tqdm.auto import tqdm
 
 from .anatomy.footprint import Footprint, footprint
+from .anatomy.kept import random_state_kept
 from .anatomy.probe import probe_inputs, probe_outputs
 from .checkpoint import load
 from .compressor import Action, Compressor, Context, Need
@@ -356,13 +357,8 @@ def _is_finite(model: PreTrainedModel) -> bool:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed Python, numpy and torch inside, and give the caller's random state back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with random_state_kept():
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield

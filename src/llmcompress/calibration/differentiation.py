@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..anatomy.kept import modes_kept
+
 
 @contextmanager
 def differentiable(model: nn.Module, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -19,17 +21,15 @@ def differentiable(model: nn.Module, parameters: Sequence[torch.Tensor]) -> Iter
         ...     print([parameter.requires_grad for parameter in layer.parameters()])
         [True, False]
     """
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires in wanted:
-            parameter.requires_grad_(requires)
+    with modes_kept(model):
+        try:
+            model.eval()
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, requires in wanted:
+                parameter.requires_grad_(requires)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..anatomy.kept import modes_kept
 from .states import States
 
 if TYPE_CHECKING:
@@ -61,15 +62,12 @@ class Forward:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Any:
         """Run one batch and return the model's outputs, or None where the pass was stopped on its way."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            return self.model(**batch, **self.options)
-        except Stopped:
-            return None
-        finally:
-            for module, training in modes:
-                module.training = training
+        with modes_kept(self.model):
+            self.model.eval()
+            try:
+                return self.model(**batch, **self.options)
+            except Stopped:
+                return None
 
 
 @contextmanager

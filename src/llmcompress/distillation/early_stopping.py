@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from pydantic import Field, PlainSerializer, PlainValidator
 from transformers import TrainerCallback
 
+from ..anatomy.kept import modes_kept, random_state_kept
 from ..compressor import Settings
 from ..errors import ConfigError
 from ..registry import tasks
 from .checkpoints import load_weights, save_weights
-from .isolation import modes_kept, random_state_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from ..anatomy.kept import modes_kept
 from ..errors import UnsupportedModelError
 from .heads import Batch, model_inputs
 from .objective import Objective
@@ -54,13 +55,9 @@ def _states(objective: Objective) -> Iterator[tuple[int, int, int]]:
 @torch.no_grad()
 def _both(student: Observer, teacher: Teacher, batch: Batch) -> tuple[Observed, Observed]:
     inputs = model_inputs(batch)
-    training = {module: module.training for module in student.model.modules()}
-    student.model.eval()
-    try:
+    with modes_kept(student.model):
+        student.model.eval()
         mine = student({name: value.to(student.model.device) for name, value in inputs.items()})
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return mine, teacher(batch)
 
 

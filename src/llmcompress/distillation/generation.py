@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from tqdm.auto import tqdm
 
+from ..anatomy.kept import modes_kept
 from ..compressor import Settings
 from .batches import Row, collate
 from .heads import IGNORED, Batch, Head
-from .isolation import modes_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +74,7 @@ class Writer:
         self._max_length, self._pad, self._tokens = max_length, pad, tokens
         ends = model.generation_config.eos_token_id
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self._numbers = {} if tokens is None else {theirs: ours for ours, theirs in enumerate(tokens.tolist())}
 
     def write(self, rows: Sequence[Row], seed: int) -> list[Row]:
         """Return the rows with what the model wrote as their labels; those that leave it no room stay as they are."""
@@ -134,9 +135,8 @@ class Writer:
         answer = ids[: end + 1]
         if self._tokens is None:
             return answer
-        number = {theirs: ours for ours, theirs in enumerate(self._tokens.tolist())}
-        known = next((place for place, token in enumerate(answer) if token not in number), len(answer))
-        return [number[token] for token in answer[:known]]
+        known = next((place for place, token in enumerate(answer) if token not in self._numbers), len(answer))
+        return [self._numbers[token] for token in answer[:known]]
 
 
 def prompt_of(row: Row, tokens: int) -> list[int]:

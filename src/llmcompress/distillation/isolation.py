@@ -1,41 +1,17 @@
-"""What training touches of model and caller beside the weights, given back afterwards."""
+"""What training touches of a model beside the weights, given back afterwards."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import nn
+
+from ..anatomy.kept import modes_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give the caller's random state of Python, numpy and torch back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give each module its train or eval mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
+from ..anatomy.kept import modes_kept
 from ..errors import ConfigError
 from .answers import Answers
 from .heads import Batch, Head, model_inputs
@@ -155,7 +155,8 @@ def asking(members: Sequence[Member], *, autocast: bool) -> Iterator[Teacher]:
     with ExitStack() as undo:
         observers = []
         for member in members:
-            undo.enter_context(_in_eval_mode(member.model))
+            undo.enter_context(modes_kept(member.model))
+            member.model.eval()
             blocks = [{theirs for _, theirs in pairs} for pairs in member.objective.alignment.pairs]
             observers.append(undo.enter_context(observing(member.model, member.objective.reads, blocks)))
         teacher = LiveTeacher(members, observers)
@@ -166,14 +167,3 @@ def asking(members: Sequence[Member], *, autocast: bool) -> Iterator[Teacher]:
                 return teacher(batch)
 
         yield ask
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ..anatomy.find import anatomy
+from ..anatomy.kept import random_state_kept
 from ..compressor import Rounding
 from ..errors import ConfigError
 from .arguments import Training, training_arguments
@@ -23,7 +24,7 @@ from .early_stopping import EarlyStopping, KeepBest, held_out_rows
 from .fake_quantization import fake_quantized
 from .first_rows import fitted_projections
 from .generation import OnPolicy
-from .isolation import checkpointed_activations, random_state_kept, traces_removed
+from .isolation import checkpointed_activations, traces_removed
 from .lora import adapted
 from .masking import Masking
 from .objective import Objective

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..anatomy.kept import modes_kept
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -25,15 +27,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> [module.training for module in model.modules()]
         [True, True, False]
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        # train() would also switch modules that the caller had frozen in eval mode.
-        for module in training:
-            module.training = True
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        yield
 
 
 @contextmanager

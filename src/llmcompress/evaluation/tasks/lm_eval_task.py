@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
+from ...anatomy.kept import random_state_kept
 from ...errors import ConfigError, MissingInputError, UnknownNameError, did_you_mean
 from ...registry import tasks
 from ..inference import evaluating
@@ -102,7 +101,7 @@ class LMEvalTask(Task):
         check_positive("batch_size", batch_size)
         self.check(model)
         # lm-eval seeds the caller's random numbers, sets a padding token in the tokenizer, and ties weights anew.
-        with _random_numbers_kept(), evaluating(model), _without_tying(model):
+        with random_state_kept(), evaluating(model), _without_tying(model):
             found = self._run(model, copy.deepcopy(tokenizer), batch_size, progress)
         return self._read(model, found, batch_size)
 
@@ -286,17 +285,6 @@ def _prompt(sample: Mapping[str, Any]) -> str:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    python, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
 
 
 @contextmanager
