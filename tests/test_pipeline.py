@@ -136,6 +136,34 @@ def test_broken_outputs_are_withheld(bert):
         _compress(bert, Break())
 
 
+def test_what_is_frozen_stays_so_in_a_run_that_goes_on(bert, tmp_path, monkeypatch):
+    steps = [lc.StructuredPruning(), lc.KnowledgeDistillation(steps=2, max_length=8, learning_rate=1e-2)]
+    inputs = {"data": tiny_data(bert), "tokenizer": tiny_tokenizer()}
+    words = bert.get_input_embeddings().weight.requires_grad_(False)
+    try:
+        whole = _compress(bert, steps, **inputs).model
+
+        def killed(self, model, context):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lc.KnowledgeDistillation, "compress", killed)
+            with pytest.raises(KeyboardInterrupt):
+                _compress(bert, steps, resume_dir=tmp_path, **inputs)
+        resumed = _compress(bert, steps, resume_dir=tmp_path, **inputs).model
+        words.requires_grad_(True)
+        with monkeypatch.context() as patch:
+            # Its stages are not those of a model that is trained whole.
+            patch.setattr(lc.StructuredPruning, "compress", killed)
+            with pytest.raises(KeyboardInterrupt):
+                _compress(bert, steps, resume_dir=tmp_path, **inputs)
+    finally:
+        words.requires_grad_(True)
+    assert torch.equal(resumed.get_input_embeddings().weight, words)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
 def test_resume_continues_behind_the_last_stage(bert, tmp_path, monkeypatch):
     steps = [
         lc.StructuredPruning(),

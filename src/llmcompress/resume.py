@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Stages:
     """Finished stages in one folder, each under a key that everything before it goes into.
 
-    The key of a stage hashes the weights and the config of the model, the data, the seed, the library versions and the
-    recipe so far: a changed recipe reuses its unchanged prefix and nothing else.
+    The key of a stage hashes the weights and the config of the model, what of it is frozen, the data, the seed, the
+    library versions and the recipe so far: a changed recipe reuses its unchanged prefix and nothing else.
 
     Args:
         folder: where the stages are; made if absent.
@@ -42,7 +42,7 @@ class Stages:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._digest = hashlib.sha256(model_digest(model).encode())
         self._digest.update(json.dumps([asdict(example) for example in data or ()]).encode())
-        self._digest.update(json.dumps([seed, library_versions()]).encode())
+        self._digest.update(json.dumps([seed, library_versions(), _frozen(model)]).encode())
         self._count = 0
         self._device = model.device
 
@@ -64,6 +64,8 @@ class Stages:
             raise CheckpointError(f"{stage} is no stage of a run (it has no record); delete it or pass another folder.")
         cuts = [Cut(**{**cut, "kept": tuple(cut["kept"])}) for cut in metadata["cuts"]]
         model = load(stage).to(self._device).eval()
+        for name in metadata["frozen"]:
+            model.get_parameter(name).requires_grad_(False)
         tokenizer = find_tokenizer(model, who="resume_dir") if metadata["tokenizer"] else None
         return model, StepRecord.model_validate(metadata["record"]), cuts, tokenizer
 
@@ -79,6 +81,8 @@ class Stages:
             "record": record.model_dump(mode="json"),
             "cuts": [asdict(cut) for cut in cuts],
             "tokenizer": tokenizer is not None,
+            # A file of weights does not tell it, and a later step trains what is not frozen.
+            "frozen": _frozen(model),
         }
         # Under torchrun and its like every process comes here, with the same model.
         if os.environ.get("RANK", "0") == "0":
@@ -96,3 +100,8 @@ class Stages:
         self._stage = self._folder / f"{self._count:02d}-{name}-{self._digest.hexdigest()[:16]}"
         self._count += 1
         return self._stage
+
+
+def _frozen(model: PreTrainedModel) -> list[str]:
+    """Return the names of the weights that training leaves alone."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
