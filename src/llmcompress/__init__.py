@@ -15,6 +15,7 @@ _HOME = {
     "checkpoint": ("load",),
     "comparison": ("Comparison", "compare"),
     "compressor": ("Action", "Compressor", "Context", "Cut"),
+    "contents": ("Contents", "show"),
     "data": ("Example", "load_examples"),
     "distillation.cache": ("TeacherCache",),
     "distillation.augmentation": ("MaskedWords",),

@@ -7,6 +7,8 @@ from .compressor import Action as Action
 from .compressor import Compressor as Compressor
 from .compressor import Context as Context
 from .compressor import Cut as Cut
+from .contents import Contents as Contents
+from .contents import show as show
 from .data import Example as Example
 from .data import load_examples as load_examples
 from .distillation.augmentation import MaskedWords as MaskedWords

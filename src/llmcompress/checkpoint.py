@@ -51,7 +51,7 @@ def save(
     """
     folder = Path(folder)
     extra = _checked(metadata)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
     try:
@@ -227,7 +227,7 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     return model
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Raise unless `folder` is absent, empty, or holds nothing but what an earlier `save` wrote."""
     if not folder.exists():
         return

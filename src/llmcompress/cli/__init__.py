@@ -1,0 +1,76 @@
+"""The command line: `llmcompress VERB`, or `python -m llmcompress VERB`; each family of verbs is a file.
+
+Starting it imports no torch: a verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import ClaimError, CompressionError, VerificationError
+from .compress import compress
+from .demo import demo
+from .lists import list_strategies, list_tasks
+from .measure import compare, evaluate
+from .show import show
+from .support import support
+
+_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="llmcompress",
+    help="Compress Hugging Face models, and prove what it cost and gained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(f"llmcompress {__version__}")
+
+
+app.command()(compress)
+app.command()(evaluate)
+app.command()(compare)
+app.command()(show)
+app.command("list")(list_strategies)
+app.command("tasks")(list_tasks)
+app.command()(support)
+app.command()(demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, 1 for a failed claim, 2 for bad input, 130 for Ctrl-C."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    problems = Console(stderr=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
+        try:
+            status = typer.main.get_command(app).main(args=argv, prog_name="llmcompress", standalone_mode=False)
+        except (ClaimError, VerificationError) as error:
+            problems.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            return _FAILED
+        except CompressionError as error:
+            problems.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            return _BAD_INPUT
+        except (KeyboardInterrupt, typer.Abort):
+            status = _INTERRUPTED
+        except Exception as error:
+            # Usage errors: newer releases of typer have a click of their own, older ones raise click's.
+            if not hasattr(error, "show"):
+                raise
+            error.show()
+            return int(getattr(error, "exit_code", _BAD_INPUT))
+    if status == _INTERRUPTED:  # which newer releases of typer return
+        problems.print("\n[yellow]interrupted; nothing half-written[/]", highlight=False)
+    return status if isinstance(status, int) else 0

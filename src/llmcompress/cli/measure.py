@@ -1,0 +1,134 @@
+"""The verbs `evaluate` and `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ClaimError, ConfigError
+from .options import (
+    PRINTED,
+    BatchSize,
+    Data,
+    Json,
+    Model,
+    Settings,
+    Split,
+    TaskName,
+    Threads,
+    TokenizerFolder,
+    check_endings,
+    make_task,
+    read_tokenizer,
+    tell,
+)
+
+_Latency = Annotated[bool, typer.Option(help="time the forward pass")]
+_Memory = Annotated[bool, typer.Option("--memory", help="measure peak memory in a fresh process")]
+
+
+def evaluate(
+    model: Model,
+    task: TaskName,
+    data: Data,
+    split: Split = "test",
+    settings: Settings = None,
+    tokenizer: TokenizerFolder = None,
+    batch_size: BatchSize = 32,
+    latency: _Latency = True,
+    memory: _Memory = False,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Measure the quality, size and speed of a model.
+
+    llmcompress evaluate my-classifier --task text_classification --data test.csv
+    """
+    from ..evaluation.evaluate import evaluate as measure
+    from ..evaluation.inference import threads_set_to
+
+    check_endings({".json": json})
+    asked = make_task(task, data, split, settings)
+    with threads_set_to(threads):
+        found = measure(
+            model, asked, tokenizer=read_tokenizer(tokenizer), batch_size=batch_size, latency=latency, memory=memory
+        )
+    tell(str(found), found.to_json(), json)
+
+
+def compare(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="[NAME=]folder or hub name")],
+    candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE...", help="[NAME=]folder or hub name")],
+    task: TaskName,
+    data: Data,
+    split: Split = "test",
+    settings: Settings = None,
+    tokenizer: TokenizerFolder = None,
+    batch_size: BatchSize = 32,
+    latency: _Latency = True,
+    memory: _Memory = False,
+    threads: Threads = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write the report as one HTML page")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="write it in Markdown")] = None,
+    json: Json = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="write one row a model as CSV")] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION", help="exit with 1 if it holds for a candidate: 'accuracy_drop>0.01'"),
+    ] = None,
+) -> None:
+    """Measure base and candidates side by side, and compare each candidate with the base.
+
+    llmcompress compare fp32 int8 --task text_classification --data test.csv --fail-if 'accuracy_drop>0.01'
+    """
+    from ..claims import Condition
+    from ..comparison import compare as measure
+    from ..evaluation.inference import threads_set_to
+
+    conditions = [Condition.parse(text) for text in fail_if or ()]
+    places = {".html": html, ".md": markdown, ".json": json, ".csv": csv}
+    check_endings(places)
+    asked = make_task(task, data, split, settings)
+    with threads_set_to(threads):
+        found = measure(
+            _named([base, *candidates]),
+            asked,
+            tokenizer=read_tokenizer(tokenizer),
+            batch_size=batch_size,
+            latency=latency,
+            memory=memory,
+        )
+    typer.echo(found.to_json() if json == PRINTED else str(found))
+    for place in places.values():
+        if place is not None and place != PRINTED:
+            typer.echo(f"wrote {found.save(place)}", err=json == PRINTED)
+    failed = [
+        f"{entry.name}: {condition} holds, it is {condition.value(found, entry):.4g}"
+        for entry in found.candidates
+        for condition in conditions
+        if condition.holds(found, entry)
+    ]
+    if failed:
+        raise ClaimError("; ".join(failed) + ".")
+
+
+def _named(sources: Sequence[str]) -> dict[str, str]:
+    """Name models by what stands before `=`, else by the last part of their path.
+
+    >>> _named(["models/bert", "small=out/model"])
+    {'bert': 'models/bert', 'small': 'out/model'}
+    """
+    named: dict[str, str] = {}
+    for source in sources:
+        name, equals, folder = source.partition("=")
+        if not equals or Path(source).exists():
+            name, folder = Path(source).name or source, source
+        if name in named:
+            raise ConfigError(
+                f"every model must have a name of its own, got {name!r} twice; write NAME={folder} for one of them."
+            )
+        named[name] = folder
+    return named

@@ -1,0 +1,105 @@
+"""What several verbs share: options of one name and meaning, the task they describe, and how a verb answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import CheckpointError, ConfigError, did_you_mean
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or hub name")]
+Recipe = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="the steps, in YAML")]
+TaskName = Annotated[
+    str, typer.Option("--task", metavar="NAME", help="text_classification, language_modeling, ...: `llmcompress tasks`")
+]
+Data = Annotated[
+    str, typer.Option("--data", metavar="DATA", help=".csv, .tsv, .jsonl, .json or .txt file, or hub data set")
+]
+Split = Annotated[str, typer.Option(metavar="NAME", help="split of a hub data set")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="setting of the task, such as window=256; may be repeated"),
+]
+TokenizerFolder = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="FOLDER", help="tokenizer, where the model's folder has none")
+]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="examples a batch, at most")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="threads of torch; else torch's own choice")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="seeds every step")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="also write everything as JSON; - prints it instead of the table"),
+]
+
+PRINTED = Path("-")
+
+
+def tell(text: str, document: str, json: Path | None) -> None:
+    """Print `text` and write `document` to the file that `--json` names; where that is `-`, print only `document`."""
+    if json == PRINTED:
+        typer.echo(document)
+        return
+    typer.echo(text)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(document, encoding="utf-8")
+
+
+def check_endings(places: Mapping[str, Path | None]) -> None:
+    """Refuse a file whose name does not end as its content does; `-` is no file.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    for ending, place in places.items():
+        if place is not None and place != PRINTED and place.suffix.lower() != ending:
+            raise ConfigError(f"the file must end in {ending}, got {str(place)!r}.")
+
+
+def make_task(name: str, data: str, split: str, settings: Sequence[str] | None) -> Any:
+    """Build the task that `--task`, `--data`, `--split` and `--set` describe.
+
+    Raises:
+        UnknownNameError: no task has this name.
+        ConfigError: a setting is none of the task's, or out of range.
+    """
+    from dataclasses import fields
+
+    import yaml
+
+    from ..registry import tasks as known
+
+    task: Any = known.get(name)
+    allowed = {field.name for field in fields(task)} - {"data", "split", "tokenizer"}
+    given: dict[str, Any] = {"split": split}
+    for text in settings or ():
+        field, equals, value = text.partition("=")
+        if not equals or field not in allowed:
+            raise ConfigError(
+                f"--set must be FIELD=VALUE with a field of {name}, got {text!r}{did_you_mean(field, allowed) or '.'} "
+                f"It has: {', '.join(sorted(allowed))}."
+            )
+        try:
+            given[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {field} must be a YAML value, got {value!r}.") from error
+    return task(data, **given)
+
+
+def read_tokenizer(folder: str | None) -> Any:
+    """Return the tokenizer of `folder`, or None where none is named.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    if folder is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--tokenizer {folder} cannot be loaded: {str(error).splitlines()[0]}") from error

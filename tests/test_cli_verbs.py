@@ -1,0 +1,140 @@
+"""The verbs that make and look at models: `compress`, `show`, `list`, `tasks`; each told as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli import app, main
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+FILMS = [("a good film", 1), ("a bad film", 0), ("so dull", 0), ("what a joy to see", 1)] * 3
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("cli")
+    tiny_model("bert").save_pretrained(place / "base")
+    tiny_tokenizer().save_pretrained(place / "base")
+    (place / "films.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in FILMS), encoding="utf-8")
+    (place / "recipe.yaml").write_text(
+        "name: pipeline\nsteps:\n- {name: magnitude_pruning, sparsity: 0.5}\n- {name: static_quantization, samples: 8}"
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def compressed(place: Path) -> Path:
+    """The folder that `compress` writes, with what it wrote as JSON beside it."""
+    films, recipe, out = str(place / "films.tsv"), str(place / "recipe.yaml"), place / "small"
+    arguments = ["compress", str(place / "base"), "--recipe", recipe, "--data", films, "--out", str(out), "--seed", "3"]
+    task = ["--task", "text_classification", "--task-data", films, "--set", "max_length=8"]
+    told = ["--resume", str(place / "stages"), "--json", str(place / "report.json"), "--no-progress"]
+    assert main([*arguments, *task, *told]) == 0
+    return out
+
+
+def test_compress_does_what_python_does(place: Path, compressed: Path) -> None:
+    report = lc.Report.model_validate_json((place / "report.json").read_text(encoding="utf-8"))
+    chain = lc.Pipeline.from_yaml(place / "recipe.yaml")
+    task = lc.TextClassification(FILMS, max_length=8)
+    ours = lc.compress(str(place / "base"), chain.steps, data=FILMS, task=task, seed=3, progress=False)
+    assert report.recipe == ours.report.recipe
+    assert report.seed == 3
+    assert [record.score.metrics for record in report.steps] == [record.score.metrics for record in ours.report.steps]
+    loaded = lc.load(compressed)
+    for name, tensor in ours.model.state_dict().items():
+        assert loaded.state_dict()[name].equal(tensor), name
+    assert len(list((place / "stages").iterdir())) == 2
+
+
+def test_json_on_standard_output_is_all_there_is(place: Path, compressed: Path) -> None:
+    (place / "prune.yaml").write_text("name: magnitude_pruning")
+    # A folder that an earlier run wrote is replaced.
+    out = shutil.copytree(compressed, place / "again")
+    arguments = ["compress", str(place / "base"), "--recipe", str(place / "prune.yaml"), "--out", str(out)]
+    found = CliRunner().invoke(app, [*arguments, "--json", "-"])
+    assert found.exit_code == 0, found.output
+    assert [step["step"]["name"] for step in json.loads(found.stdout)["steps"]] == ["magnitude_pruning"]
+    assert "static_quantization" not in (out / "llmcompress.json").read_text()
+
+
+def test_show_tells_recipe_sizes_bits_and_scores(place: Path, compressed: Path, capsys) -> None:
+    assert main(["show", str(compressed)]) == 0
+    told = capsys.readouterr().out
+    for part in ("BertForSequenceClassification", "blocks 2", "int8_static_linear", "sparsity: 0.5", "accuracy"):
+        assert part in told
+    assert main(["show", str(compressed), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"]["recipe"]["steps"][0]["sparsity"] == 0.5
+    on_disk = (compressed / "model.safetensors").stat().st_size
+    assert found["files"]["model.safetensors"] == on_disk
+    header = int.from_bytes((compressed / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert sum(one["bytes"] for one in found["stored"]) == on_disk - header
+
+
+def test_show_reads_a_folder_of_any_origin(place: Path, capsys) -> None:
+    assert main(["show", str(place / "base")]) == 0
+    told = capsys.readouterr().out
+    assert "float32" in told
+    assert "did not write this folder" in told
+
+
+def test_list_names_every_strategy_and_its_fields(built_in_strategies, capsys) -> None:
+    assert main(["list", "--json", "-"]) == 0
+    found = {strategy["name"]: strategy for strategy in json.loads(capsys.readouterr().out)}
+    assert set(built_in_strategies) <= set(found)
+    for name, cls in built_in_strategies.items():
+        assert [field["name"] for field in found[name]["fields"]] == list(cls.model_fields)
+        assert all(field["description"] for field in found[name]["fields"])
+        defaults = {field["name"]: field["default"] for field in found[name]["fields"]}
+        assert {"name": name, **defaults} == {**dict.fromkeys(cls.model_fields), **cls().to_dict()}
+    assert main(["list", "magnitude_pruning"]) == 0
+    assert "sparsity = 0.5" in capsys.readouterr().out
+    assert main(["list", "magnitude_prunning"]) == 2
+    assert "did you mean 'magnitude_pruning'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--recipe": "absent.yaml"}, "there is no recipe"),
+        ({"--out": "."}, "not a checkpoint of llmcompress"),
+        ({"--task": "text_classification"}, "--task NAME and --task-data DATA together"),
+        ({"--json": "report.txt"}, "must end in .json"),
+        ({"--data": "absent.tsv"}, "there is no file"),
+        ({"MODEL": "absent"}, "absent"),
+        ({"--seed": "-1"}, "--seed"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(place: Path, capsys, change: dict[str, str], message: str) -> None:
+    given = {"MODEL": "base", "--recipe": "recipe.yaml", "--data": "films.tsv", "--out": "new", **change}
+    files = {"MODEL", "--recipe", "--data", "--out", "--json"}
+    places = {option: str(place / value) if option in files else value for option, value in given.items()}
+    model = places.pop("MODEL")
+    assert main(["compress", model, *(part for option in places.items() for part in option), "--no-progress"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (place / "new").exists()
+
+
+def test_show_of_what_is_no_model_folder(place: Path, tmp_path: Path, capsys) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert main(["show", str(folder)]) == 2
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes((place / "base" / "model.safetensors").read_bytes())
+    assert main(["show", str(tmp_path)]) == 2
+    assert "config.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["compress", "evaluate", "compare", "show", "list", "support"])
+def test_help_has_an_example(verb: str) -> None:
+    told = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
+    assert told.exit_code == 0
+    assert f"llmcompress {verb} " in told.output.replace("Usage: ", "").split("\n", 2)[-1]
