@@ -182,6 +182,10 @@ def test_relations_need_no_projection_and_other_head_counts_are_refused_for_atte
     _, context = distil(teacher, step_of(steps=12, alpha=1.0, features={"relations": 10.0}), student=student)
     assert losses_of(context)[-1] < losses_of(context)[0]
     before = copy.deepcopy(student.state_dict())
+    wrong = step_of(features={"attention": 1.0}, student="layers:1")
+    context = Context(data=tiny_data(teacher), tokenizer=tiny_tokenizer(), teacher=teacher, progress=False)
+    with pytest.raises(lc.UnsupportedModelError, match=r"as many heads .*got 3 in .*block 1 and 2 in .*relations"):
+        wrong.plan(student, context)
     with pytest.raises(lc.UnsupportedModelError, match=r"as many heads .*got 3 in .*and 2 in .*relations"):
         distil(teacher, step_of(features={"attention": 1.0}), student=student)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -229,6 +233,12 @@ def test_a_layer_map_outside_the_model_is_refused_before_training(layers):
     # Blocks are those that the student will have.
     step = step_of(features={"hidden": 1.0}, layers=(1,), student="layers:1")
     assert "compare hidden of blocks 0 with 1" in [action.does for action in step.plan(copy.deepcopy(teacher), context)]
+
+
+@pytest.mark.parametrize("features", [{}, {"embeddings": 1.0}, {"hidden": 0.0}])
+def test_a_layer_map_without_a_feature_that_compares_blocks_is_refused(features):
+    with pytest.raises(lc.ConfigError, match=r"layers must be left out .*layers='last'.*student='layers:0,2,5'"):
+        step_of(features=features, layers="last")
 
 
 def test_soft_losses_other_than_the_squared_error_are_refused_for_a_regression():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..anatomy.find import anatomy
 from ..anatomy.module_sizes import quantized_by
 from ..anatomy.vocabulary import vocabulary_size
 from ..compressor import Cut, still_there
 from ..errors import ConfigError, UnsupportedModelError
 from .cache import TeacherCache
 from .heads import LANGUAGE_MODELS, Head, head_of
+from .loss_choice import reads_of
 from .schedule import least
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .alignment import Alignment
     from .distillation import KnowledgeDistillation
     from .objective import Objective
 
@@ -98,6 +101,50 @@ def common_classes(
     return real if head in LANGUAGE_MODELS else None
 
 
+def refuse_other_heads(
+    student: PreTrainedModel, teacher: PreTrainedModel, alignment: Alignment, kept: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse attention maps of other numbers of heads, as far as the models' anatomy tells them.
+
+    Args:
+        student: before blocks of it go.
+        teacher: may have no weights.
+        alignment: which blocks are compared, and which of the teacher's heads are left.
+        kept: the student's blocks that stay, by path of the stack, where some go.
+
+    Raises:
+        UnsupportedModelError: naming the first two blocks that differ.
+    """
+    try:
+        ours, theirs = anatomy(student).stacks, anatomy(teacher).stacks
+    except UnsupportedModelError:
+        return  # the maps of the first rows will show
+    for stack, pairs in enumerate(alignment.pairs):
+        blocks = ours[stack]
+        stay = kept.get(blocks[0].path.rpartition(".")[0], range(len(blocks)))
+        for own, other in pairs:
+            sides = (blocks[stay[own]], theirs[stack][other])
+            mine, whole = (next((part for part in block.attentions if not part.cross), None) for block in sides)
+            if mine is None or whole is None:
+                continue
+            left = alignment.heads.get((stack, other))
+            refuse_unequal_maps(own, other, mine.heads, whole.heads if left is None else len(left))
+
+
+def refuse_unequal_maps(own: int, other: int, few: int, many: int) -> None:
+    """Refuse to compare the attention maps of block `own` of the student with those of block `other` of the teacher.
+
+    Raises:
+        UnsupportedModelError: the student's block has `few` heads, and the teacher's `many`.
+    """
+    if few != many:
+        raise UnsupportedModelError(
+            f"attention maps must be of as many heads in teacher and student to be compared, got {many} in the "
+            f"teacher's block {other} and {few} in the student's block {own}; use features={{'relations': 1.0}}, "
+            f"which need no equal heads."
+        )
+
+
 def refuse_uncacheable(
     cache: TeacherCache,
     objective: Objective,
@@ -158,6 +205,12 @@ def refuse_together(step: KnowledgeDistillation) -> None:
     if step.lora is not None and step.quantize_for is not None:
         raise ConfigError(
             f"{who} must have lora or quantize_for, got both: weights that stay as they are cannot learn to be rounded."
+        )
+    if step.layers != "auto" and not reads_of(step.features) - {"embeddings"}:
+        raise ConfigError(
+            f"{who}.layers must be left out where no feature compares blocks, got layers={step.layers!r} with "
+            f"features={step.features!r}; add for instance features={{'hidden': 1.0}}, or name the blocks that stay as "
+            f"student='layers:0,2,5'."
         )
     on_policy = step.generation is not None and step.generation.way == "on_policy"
     if (on_policy or step.augment is not None) and least(step.alpha) == 0 and not step.features:

@@ -25,7 +25,14 @@ from .arguments import Precision, Training, check_training, use_bf16
 from .augmentation import MaskedWords
 from .batches import collate, make_rows, pad_token
 from .cache import TeacherCache
-from .checks import common_classes, refuse_mismatch, refuse_together, refuse_uncacheable, refuse_untrainable
+from .checks import (
+    common_classes,
+    refuse_mismatch,
+    refuse_other_heads,
+    refuse_together,
+    refuse_uncacheable,
+    refuse_untrainable,
+)
 from .early_stopping import EarlyStopping
 from .generation import Generation
 from .heads import Head, head_of
@@ -380,6 +387,9 @@ class KnowledgeDistillation(Compressor):
         for teacher in teachers:
             refuse_mismatch(head, model, teacher.empty)
         alignments = self._alignments(head, model, teachers, tokenizer, context, planned.cuts)
+        if "attention" in reads_of(self.features):
+            for teacher, aligned in zip(teachers, alignments, strict=True):
+                refuse_other_heads(model, teacher.empty, aligned, planned.kept)
         if self.cache is not None and teachers:
             objective = Objective(head, self.soft, self.temperature, self.alpha, self.features, alignments[0])
             classes = classes_of(head, teachers[0].empty, alignments[0])

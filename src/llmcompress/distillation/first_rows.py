@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..anatomy.kept import modes_kept
-from ..errors import UnsupportedModelError
+from .checks import refuse_unequal_maps
 from .heads import Batch, model_inputs
 from .objective import Objective
 from .observation import Observed, Observer, Teacher
@@ -64,13 +64,7 @@ def _both(student: Observer, teacher: Teacher, batch: Batch) -> tuple[Observed, 
 def _check_heads(mine: Observed, theirs: Observed, objective: Objective) -> None:
     for stack, own, other in _pairs(objective) if "attention" in objective.reads else ():
         maps = objective.alignment.attention(theirs.attention[stack][other], stack, other)
-        few, many = mine.attention[stack][own].shape[1], maps.shape[1]
-        if few != many:
-            raise UnsupportedModelError(
-                f"attention maps must be of as many heads in teacher and student to be compared, got {many} in the "
-                f"teacher's block {other} and {few} in the student's block {own}; use features={{'relations': 1.0}}, "
-                f"which need no equal heads."
-            )
+        refuse_unequal_maps(own, other, mine.attention[stack][own].shape[1], maps.shape[1])
 
 
 def _pairs(objective: Objective) -> Iterator[tuple[int, int, int]]:
