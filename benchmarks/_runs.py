@@ -27,9 +27,14 @@ class Runs:
 
     def scores(self, what: Mapping[str, Any], run: Callable[[], Sequence[float]]) -> Scores:
         """Return the scores of the run that `what` describes: from the file, or of `run()`, which is kept then."""
+        return self.kept(what, lambda: [round(float(score), 6) for score in run()])
+
+    def kept(self, what: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        """Return what the run that `what` describes found, of what JSON can hold; as `scores`."""
         key = _key(what)
         if key not in self._found:
-            self._found[key] = [round(float(score), 6) for score in run()]
+            # As it is read again: tuples are lists there.
+            self._found[key] = json.loads(json.dumps(run()))
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps({'what': what, 'scores': self._found[key]})}\n")
