@@ -21,13 +21,13 @@ def _one_thread():
 @pytest.fixture(scope="session", autouse=True)
 def _few_timed_passes():
     """Time by one short pass a turn, in the fewest rounds: what a tiny model takes means nothing."""
-    from llmcompress import pipeline
+    from llmcompress import measured
     from llmcompress.evaluation import cost, generation_latency, latency
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (latency, generation_latency):
             patch.setattr(module, "QUICK_MS", 0.0)
-        patch.setattr(pipeline, "_SPEED_TOKENS", 8)
+        patch.setattr(measured, "SPEED_TOKENS", 8)
         for name in ("measure_latencies", "measure_generation"):
             patch.setattr(cost, name, partial(getattr(cost, name), seconds=0.01))
         yield
@@ -37,4 +37,4 @@ def _few_timed_passes():
 def _speed_only_where_it_is_looked_at(request, monkeypatch):
     """Spare `compress` its timing, which takes longer than most steps, but in tests marked `timed`."""
     if request.node.get_closest_marker("timed") is None:
-        monkeypatch.setattr("llmcompress.pipeline._speedup", lambda base, candidate: None)
+        monkeypatch.setattr("llmcompress.run.speed_against", lambda base, candidate: None)

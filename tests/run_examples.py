@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import BertForMaskedLM
 
-from llmcompress import pipeline
+from llmcompress import measured
 from llmcompress.evaluation import cost, latency
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
@@ -61,7 +61,7 @@ def main(answer: str, *files: str) -> None:
     torch.set_num_threads(1)
     # What the readers' tiny models take means nothing.
     latency.QUICK_MS = 0.0
-    pipeline._SPEED_TOKENS = 8
+    measured.SPEED_TOKENS = 8
     cost.measure_latencies = partial(cost.measure_latencies, seconds=0.01)
     cost.measure_generation = partial(cost.measure_generation, seconds=0.01)
     outcomes = {}

@@ -34,6 +34,9 @@ from .errors import (
     DuplicateNameError as DuplicateNameError,
 )
 from .errors import (
+    GateError as GateError,
+)
+from .errors import (
     MissingInputError as MissingInputError,
 )
 from .errors import (
@@ -86,6 +89,9 @@ from .evaluation.tasks import (
 from .evaluation.tasks import (
     TokenClassification as TokenClassification,
 )
+from .gates import MaxDrop as MaxDrop
+from .gates import MaxPerplexityRatio as MaxPerplexityRatio
+from .gates import MinAgreement as MinAgreement
 from .pipeline import Pipeline as Pipeline
 from .pipeline import compress as compress
 from .pruning.depth import DepthPruning as DepthPruning

@@ -105,8 +105,7 @@ def check_non_inferior(entry: Entry, test: PairedTest, *, margin: float, lower_i
             "point, or 1 % of a perplexity."
         )
     unit = 1.0 if test.scale == "ratio" else 0.0
-    worst = test.high if lower_is_better else test.low
-    loss = None if worst is None else (worst - unit) * (1 if lower_is_better else -1)
+    _, _, loss = test.losses(lower_is_better=lower_is_better)
     if loss is not None and loss <= margin:
         return
     seen = _change_text(test.change, test)

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .result import Report
 
 
 class CompressionError(Exception):
@@ -55,6 +59,18 @@ class CheckpointError(CompressionError, ValueError):
 
 class VerificationError(CompressionError, RuntimeError):
     """A step's own proof failed (for instance sliced logits differ from masked logits): the result is not returned."""
+
+
+class GateError(CompressionError, RuntimeError):
+    """A stage of a run failed a gate with `on_fail="stop"`; the message says which gate, and by how much.
+
+    Attributes:
+        report: the `Report` of the run so far, the failed stage last.
+    """
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ClaimError(CompressionError, AssertionError):

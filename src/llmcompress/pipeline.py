@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 import yaml
 from pydantic import Field, SerializeAsAny, field_validator
-from tqdm.auto import tqdm
 
-from .anatomy.footprint import Footprint, footprint
-from .anatomy.kept import random_state_kept
-from .anatomy.probe import probe_inputs, probe_outputs
+from .anatomy.footprint import footprint
 from .checkpoint import load
 from .compressor import Action, Compressor, Context, Need
-from .data import longest_input
 from .distillation.distillation import KnowledgeDistillation
-from .errors import (
-    ConfigError,
-    NothingToCompressError,
-    PipelineOrderError,
-    UnsupportedModelError,
-    VerificationError,
-)
-from .evaluation.latency import Speedup, measure_latencies, speedup
+from .errors import ConfigError, PipelineOrderError
+from .gates import Gate, OnFail, read_gates
 from .inputs import check_inputs, refuse_quantized
-from .quantization.hf import mark
+from .measured import plan_step
 from .recovery import read_recovery, unrecovered, with_recovery
 from .registry import compressors, register
-from .result import TOLD_ZEROS, Report, Result, StepRecord, library_versions
+from .result import Report, Result, library_versions
 from .resume import Stages
+from .run import Judging, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation.tasks import Task
-
-# Tokens of the row on which a finished chain is timed against its base.
-_SPEED_TOKENS = 64
 
 Step = Compressor | Mapping[str, Any] | str
 
@@ -167,6 +149,8 @@ def compress(
     data: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: Task | None = None,
+    gates: Gate | Mapping[str, Any] | Sequence[Gate | Mapping[str, Any]] = (),
+    on_fail: OnFail = "rollback",
     recover: Step | None = None,
     seed: int = 0,
     inplace: bool = False,
@@ -182,9 +166,14 @@ def compress(
         data: training or calibration examples; anything that `load_examples` takes.
         tokenizer: for the texts of `data` and `task`; found in the model's folder if it came from one.
         task: evaluated before the first and after each step, if given.
+        gates: what each stage may lose against the base on `task`: `MaxDrop`, `MaxPerplexityRatio`, `MinAgreement`, or
+            their dicts. All are asked after each step.
+        on_fail: what is done with a stage that fails one. `"rollback"` returns the stage before it; the steps behind
+            are not run. (Without `resume_dir` a copy of that stage is kept in memory meanwhile.) `"stop"` raises,
+            `"warn"` goes on. The report tells in each case.
         recover: a `KnowledgeDistillation` that is run behind every step that changes weights; see `Pipeline`.
         seed: seeds every step; the caller's random state is not touched.
-        inplace: compress `model` itself, without a copy; then there is no teacher.
+        inplace: compress `model` itself, without a copy; then there is no teacher, and no roll-back.
         resume_dir: folder where each finished stage is kept; a rerun with the same model, data, steps and seed
             continues behind the last one.
         progress: show progress bars.
@@ -194,7 +183,8 @@ def compress(
 
     Raises:
         CompressionError: one of its branches, before any work: wrong order, missing data, nothing to compress, a model
-            that is already quantized.
+            that is already quantized, a gate that the task cannot tell about.
+        GateError: a stage failed a gate, with `on_fail="stop"`; it has the report so far.
 
     Example:
         >>> import llmcompress as lc
@@ -212,6 +202,7 @@ def compress(
     refuse_quantized(model)
     if resume_dir is not None and inplace:
         raise ConfigError("compress() must have resume_dir or inplace=True, not both: a resumed stage is a new model.")
+    asked = read_gates(gates, on_fail, task, inplace=inplace)
     examples, tokenizer = check_inputs(model, flat, data, tokenizer, task, inplace)
     context = Context(
         data=examples,
@@ -221,144 +212,22 @@ def compress(
         device=model.device,
         progress=progress,
     )
-    plans = [_plan(step, model, context) for step in flat]
+    plans = [plan_step(step, model, context) for step in flat]
     if task is not None:
         task.check(model)
 
-    training = model.training
     report = Report(
         model=type(model).__name__,
         recipe=chain.to_dict(),
         seed=seed,
         versions=library_versions(),
         base=footprint(model),
-        base_score=_score(task, model, tokenizer, progress),
+        gates=[gate.to_dict() for gate in asked],
+        on_fail=on_fail if asked else None,
     )
     stages = Stages(resume_dir, model, examples, seed) if resume_dir is not None else None
-    current = model if inplace else copy.deepcopy(model)
-    finite = _is_finite(current)
-    bar = tqdm(flat, desc="compress", unit="step", disable=not progress or len(flat) < 2, leave=False)
-    for index, step in enumerate(bar):
-        bar.set_description(type(step).__name__)
-        if stages is not None and (stage := stages.find(step)) is not None:
-            current, record, cuts, found = stage
-            context.history.extend(cuts)
-            if found is not None:
-                context.replace_tokenizer(found)
-            report.steps.append(record)
-            continue
-        cuts_before, tokenizer_before = len(context.history), context.tokenizer
-        # What stands before a later step is another model than was planned on before all work.
-        actions = plans[0] if index == 0 else _plan(step, current, context)
-        actions = [*actions, *chain._remarks(step)]
-        context.work_in(stages.work_dir if stages is not None else None)
-        current, record = _run(step, current, actions, context, task)
-        if finite and not _is_finite(current):
-            raise VerificationError(
-                f"{type(step).__name__} left {type(current).__name__} with NaN or infinite outputs; the result is "
-                f"withheld. Compress less, or leave layers out with skip=(...)."
-            )
-        last = report.steps[-1].footprint if report.steps else report.base
-        if not inplace and _differs(last, record.footprint):
-            record.speedup = _speedup(model, current)
-        report.steps.append(record)
-        if stages is not None:
-            replaced = context.tokenizer if context.tokenizer is not tokenizer_before else None
-            stages.keep(current, record, context.history[cuts_before:], replaced)
-    if not inplace:
-        report.speedup = report.steps[-1].speedup or _speedup(model, current)
-    current.train(training)
-    return Result(model=current, report=report, tokenizer=context.tokenizer)
-
-
-def _run(
-    step: Compressor, model: PreTrainedModel, actions: list[Action], context: Context, task: Task | None
-) -> tuple[PreTrainedModel, StepRecord]:
-    context.told.clear()
-    context.corrected.clear()
-    model.eval()
-    shapes = _shapes(model)
-    start = time.perf_counter()
-    with _seeded(context.seed):
-        model = step.compress(model, context)
-    seconds = time.perf_counter() - start
-    model.eval()
-    if _shapes(model) != shapes:
-        _mark(model, context)
-    found = context.findings(actions)
-    record = StepRecord(
-        step=step.to_dict(),
-        seconds=seconds,
-        footprint=footprint(model),
-        touched=[action for action in found if action.touched],
-        left=[action for action in found if not action.touched],
-        score=_score(task, model, context.tokenizer, context.progress),
-    )
-    return model, record
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
-
-
-def _mark(model: PreTrainedModel, context: Context) -> None:
-    """Have the config tell what shapes the model has now, so that whatever saves it writes a folder that loads."""
-    try:
-        mark(model)
-    except UnsupportedModelError as error:
-        context.tell(Action(path="", reason=f"a folder of this model will not load by from_pretrained: {error}"))
-
-
-def _plan(step: Compressor, model: PreTrainedModel, context: Context) -> list[Action]:
-    actions = step.plan(model, context)
-    if not any(action.touched for action in actions):
-        reasons = sorted({action.reason or "" for action in actions})
-        raise NothingToCompressError(
-            f"{type(step).__name__} finds nothing to compress in {type(model).__name__}: "
-            f"{'; '.join(reasons) or 'its plan is empty'}."
-        )
-    return actions
-
-
-def _score(task: Task | None, model: PreTrainedModel, tokenizer: Any, progress: bool) -> Any:
-    if task is None:
-        return None
-    from .evaluation.evaluate import evaluate
-
-    return evaluate(model, task, tokenizer=tokenizer, latency=False, progress=progress).scores[0]
-
-
-def _differs(before: Footprint, after: Footprint) -> bool:
-    """Tell whether a step changed more than values: then its speed is worth a measurement."""
-    sizes = (before.parameters, before.disk_bytes) != (after.parameters, after.disk_bytes)
-    return sizes or abs(before.zeros - after.zeros) > TOLD_ZEROS
-
-
-def _speedup(base: PreTrainedModel, candidate: PreTrainedModel) -> Speedup | None:
-    """Time base and candidate in turns, on one row of tokens or one image; None for what reads something else."""
-    tokens = min(_SPEED_TOKENS, longest_input(base) or _SPEED_TOKENS)
-    try:
-        # Zero seconds ask for the fewest rounds that still give an interval.
-        timed = measure_latencies({"base": base, "candidate": candidate}, tokens=tokens, seconds=0, progress=False)
-    except UnsupportedModelError:
-        return None
-    found = speedup(timed["base"], timed["candidate"])
-    return found.model_copy(update={"tokens": 0}) if base.main_input_name == "pixel_values" else found
-
-
-def _is_finite(model: PreTrainedModel) -> bool:
-    try:
-        outputs = probe_outputs(model, probe_inputs(model))
-    except UnsupportedModelError:
-        return False  # neither text nor images: there is no probe, and the strategies' own checks stand alone
-    return bool(torch.isfinite(outputs).all())
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Python, numpy and torch inside, and give the caller's random state back."""
-    with random_state_kept():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        yield
+    training = model.training
+    run = Run(model, flat, plans, chain._remarks, context, Judging(task, asked, on_fail), stages, report)
+    compressed = run.go()
+    compressed.train(training)
+    return Result(model=compressed, report=report, tokenizer=context.tokenizer)

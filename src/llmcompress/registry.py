@@ -1,4 +1,4 @@
-"""Names to classes: the compressors, the tasks, the importances (plain functions), and whatever plug-ins add.
+"""Names to classes: the compressors, the tasks, the gates, the importances (functions), and whatever plug-ins add.
 
 A registry knows three sources and reads each only when a name is asked for: the classes registered by decorator, the
 library's own packages (imported on first use, since they import torch), and the entry points of other distributions
@@ -179,6 +179,9 @@ importances: Registry[Any] = Registry(
     "importance", group="llmcompress.importances", packages=("llmcompress.pruning.channel_criteria",)
 )
 """All importances of structured pruning; add one with `lc.register_importance`."""
+
+gates: Registry[Any] = Registry("gate", packages=("llmcompress.gates",))
+"""All gates of `compress`."""
 
 
 def register(name: str) -> Callable[[C], C]:

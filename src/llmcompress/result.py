@@ -12,10 +12,12 @@ from pydantic import BaseModel, Field
 
 from .anatomy.footprint import Footprint
 from .compressor import Action
+from .evaluation.fidelity import Fidelity
 from .evaluation.latency import Speedup
 from .evaluation.table import Table
 from .evaluation.tasks import TaskScore
 from .evaluation.units import bytes_text, count_text, ratio_text
+from .gates import OnFail, Verdict, failures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +36,10 @@ class StepRecord(BaseModel):
     touched: list[Action] = Field(description="what was changed, and how")
     left: list[Action] = Field(description="what was left alone, and why; also remarks")
     score: TaskScore | None = Field(None, description="the task's score after the step, if a task was given")
+    fidelity: Fidelity | None = Field(
+        None, description="how closely the answers are the base's, where a gate asked for both side by side"
+    )
+    verdicts: tuple[Verdict, ...] = Field((), description="what each gate found, in their order")
     speedup: Speedup | None = Field(
         None,
         description="time of the base over that of the model now, measured in turns; None if the step left its size",
@@ -49,23 +55,35 @@ class Report(BaseModel):
     versions: dict[str, str]
     base: Footprint
     base_score: TaskScore | None = None
-    steps: list[StepRecord] = Field(default_factory=list)
+    gates: list[dict[str, Any]] = Field(default_factory=list, description="what each stage was held against")
+    on_fail: OnFail | None = Field(None, description="what was to be done with a stage that failed one")
+    steps: list[StepRecord] = Field(default_factory=list, description="the steps that the model has gone through")
+    rolled_back: StepRecord | None = Field(None, description="the step that failed a gate and was undone")
+    not_run: list[dict[str, Any]] = Field(default_factory=list, description="recipes of the steps behind that one")
     speedup: Speedup | None = Field(None, description="time of the base over that of the result, measured in turns")
 
     def table(self) -> Table:
         """Return a row for the base and one for each step, ratios to the base, with the remarks as notes."""
-        scored = [score for score in (self.base_score, *(record.score for record in self.steps)) if score is not None]
+        undone = [self.rolled_back] if self.rolled_back is not None else []
+        scored = [
+            score for score in (self.base_score, *(one.score for one in self.steps + undone)) if score is not None
+        ]
         header = ["stage", "parameters", "zeros", "on disk", "smaller", "in memory", "seconds", "touched", "left"]
         if scored:
             header.append(scored[0].primary)
         rows = [_row("base", self.base, None, self.base_score, self.base)]
         for record in self.steps:
             rows.append(_row(record.step["name"], record.footprint, record, record.score, self.base))
+        for record in undone:
+            name = f"{record.step['name']} (rolled back)"
+            rows.append(_row(name, record.footprint, record, record.score, self.base))
         return Table(header, rows, title=f"{self.model}, seed {self.seed}", notes=self.remarks())
 
     def remarks(self) -> list[str]:
-        """Return the measured speeds, what zeros gave, and why parts were left alone: for each step a line a reason."""
-        lines = [_speed(self.speedup)] if self.speedup is not None else []
+        """Return failed gates, measured speeds, what zeros gave, and why parts were left alone: a line a reason."""
+        lines = self._failed()
+        if self.speedup is not None:
+            lines.append(_speed(self.speedup))
         before = self.base
         for record in self.steps:
             if _only_zeros(before, record.footprint):
@@ -82,6 +100,15 @@ class Report(BaseModel):
                 else:
                     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
                     lines.append(f"{record.step['name']}: {paths[0]}{more} left alone: {reason}")
+        return lines
+
+    def _failed(self) -> list[str]:
+        lines = [f"{one.step['name']}: failed {failed}" for one in self.steps if (failed := failures(one.verdicts))]
+        if self.rolled_back is not None:
+            left = self.steps[-1].step["name"] if self.steps else "the base, unchanged"
+            behind = f"; not run: {', '.join(step['name'] for step in self.not_run)}" if self.not_run else ""
+            failed = failures(self.rolled_back.verdicts)
+            lines.append(f"{self.rolled_back.step['name']}: failed {failed}; rolled back to {left}{behind}")
         return lines
 
     def __str__(self) -> str:
@@ -114,7 +141,11 @@ class Result:
         from .checkpoint import save
 
         # Scores go into the folder; what each single example got would make it bigger than some models.
-        unscored: Any = {"base_score": {"examples"}, "steps": {"__all__": {"score": {"examples"}}}}
+        unscored: Any = {
+            "base_score": {"examples"},
+            "steps": {"__all__": {"score": {"examples"}}},
+            "rolled_back": {"score": {"examples"}},
+        }
         metadata = json.loads(self.report.model_dump_json(exclude=unscored))
         return save(self.model, folder, tokenizer=self.tokenizer, metadata=metadata)
 

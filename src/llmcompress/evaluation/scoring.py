@@ -164,6 +164,32 @@ def same_tokens(
     )
 
 
+def same_question(
+    task: Task,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
+) -> bool:
+    """Tell whether a language model whose vocabulary was cut is still asked for the very tokens that the base is.
+
+    Where words of the task have become unknown tokens, it has a lower perplexity and says less. True for all models
+    whose answers are no tokens.
+
+    Args:
+        task: what both are asked to do.
+        models: the base, and the other one.
+        tokenizers: of each; None takes the one in the model's folder.
+    """
+    if tokenizers[0] is tokenizers[1] or _choices(models[0]) is None or not isinstance(task, ForwardTask):
+        return True
+    pairs = zip(models, tokenizers, strict=True)
+    (base, ours), (other, theirs) = (
+        (model, find_tokenizer(model, tokenizer or task.tokenizer, who=type(task).__name__))
+        for model, tokenizer in pairs
+    )
+    runs = [task.start(model, own, batch_size=32) for model, own in ((base, ours), (other, theirs))]
+    return same_tokens(runs[0].batches, runs[1].batches, ours, theirs)
+
+
 def _choices(model: PreTrainedModel) -> int | None:
     """Return among how many tokens a language model chooses; None for what answers otherwise."""
     head = model.get_output_embeddings()

@@ -49,6 +49,16 @@ class PairedTest(BaseModel, frozen=True, extra="forbid"):
     )
     units: int = Field(description="independent examples (or groups of them) the test rests on")
 
+    def losses(self, *, lower_is_better: bool) -> tuple[float, float | None, float | None]:
+        """Return by how much the candidate is worse: what was seen, and the ends of its 95 % interval, low and high.
+
+        A ratio counts relatively: 0.01 is a perplexity that is 1 % higher. Below 0 the candidate is better.
+        """
+        unit, sign = (1.0 if self.scale == "ratio" else 0.0), (1 if lower_is_better else -1)
+        ends = (self.low, self.high) if lower_is_better else (self.high, self.low)
+        low, high = (None if end is None else (end - unit) * sign for end in ends)
+        return (self.change - unit) * sign, low, high
+
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927).

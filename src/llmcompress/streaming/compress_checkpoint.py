@@ -15,9 +15,10 @@ from ..anatomy.footprint import Footprint, footprint
 from ..anatomy.turns import set_keeper
 from ..checkpoint import read_metadata
 from ..compressor import Action, Compressor, Context
-from ..errors import CheckpointError, ConfigError, UnsupportedModelError, VerificationError
+from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..inputs import check_inputs
-from ..pipeline import Pipeline, Step, _is_finite, _mark, _plan, _seeded, _shapes
+from ..measured import account, is_finite, plan_step, refuse_broken, seeded, shapes
+from ..pipeline import Pipeline, Step
 from ..result import Report, StepRecord, library_versions
 from .assembly import assemble
 from .folder import open_folder
@@ -142,7 +143,7 @@ def _run_all(
     done = next((index for index in reversed(range(len(steps))) if records[index] is not None), -1)
     base = _base_of(work)
     if done < 0:
-        plans = [_plan(step, model, context) for step in steps]
+        plans = [plan_step(step, model, context) for step in steps]
         if base is None:
             base = footprint(model)
             write_json(base.model_dump(mode="json"), work / "base.json")
@@ -153,17 +154,14 @@ def _run_all(
         model=type(model).__name__, recipe=chain.to_dict(), seed=context.seed, versions=library_versions(), base=base
     )
     report.steps.extend(record for record in records[: done + 1] if record is not None)
-    finite = None if done >= 0 else _is_finite(model)
+    finite = None if done >= 0 else is_finite(model)
     for index in range(done + 1, len(steps)):
         step = steps[index]
-        actions = plans[0] if index == 0 else _plan(step, model, context)
+        actions = plans[0] if index == 0 else plan_step(step, model, context)
         stage = Stage(_folder_of(work, steps, index), residence, context)
         report.steps.append(_run_step(step, residence, stage, actions, context))
-        if finite is not False and not _is_finite(model):
-            raise VerificationError(
-                f"{type(step).__name__} left {type(model).__name__} with NaN or infinite outputs; the result is "
-                f"withheld. Compress less, or leave layers out with skip=(...)."
-            )
+        if finite is not False:
+            refuse_broken(step, model)
         write_json(report.steps[-1].model_dump(mode="json", exclude={"seconds"}), work / f"{index}.json")
         if index:
             Stage(_folder_of(work, steps, index - 1), residence, context).remove()
@@ -176,11 +174,11 @@ def _run_step(
     model = residence.model
     context.told.clear()
     context.corrected.clear()
-    shapes = _shapes(model)
+    before = shapes(model)
     start = time.perf_counter()
     set_keeper(model, stage)
     try:
-        with _seeded(context.seed):
+        with seeded(context.seed):
             changed = step.compress(model, context)
     finally:
         set_keeper(model, None)
@@ -189,17 +187,8 @@ def _run_step(
     stage.close()
     seconds = time.perf_counter() - start
     model.eval()
-    if _shapes(model) != shapes:
-        _mark(model, context)
     residence.rest()
-    found = context.findings(actions)
-    return StepRecord(
-        step=step.to_dict(),
-        seconds=seconds,
-        footprint=footprint(model),
-        touched=[action for action in found if action.touched],
-        left=[action for action in found if not action.touched],
-    )
+    return account(step, model, before, actions, context, seconds)
 
 
 def _folder_of(work: Path, steps: Sequence[Compressor], index: int) -> Path:
