@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -180,6 +181,25 @@ def test_only_one_block_is_in_memory_and_the_rest_are_views_of_files(tmp_path):
         assert not layers[0].any()
         assert (tmp_path / "in" / "model.safetensors").read_bytes() == before
     assert "forward" not in vars(model.model.layers[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has a call for it")
+def test_a_block_that_leaves_gives_the_heap_back(tmp_path):
+    folder = open_folder(folder_of("llama", tmp_path / "in"))
+    model, stored = open_model(folder, open_empty(folder), tmp_path / "scratch")
+    with residence.Residence(model, stored) as weights:
+        # Too small for pages of their own, as the codes and scales of many layers are.
+        pieces = [torch.ones(10_000) for _ in range(2000)]
+        del pieces[:-1]  # one stays at the top, above all that is free
+        before = anonymous_bytes()
+        model(torch.arange(4, 12)[None])
+        weights.rest()
+        assert anonymous_bytes() < before - 60e6
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def mapped(weight: torch.Tensor) -> bool:

@@ -35,13 +35,14 @@ def damped_root(products: torch.Tensor, dampening: float, *, who: str) -> tuple[
         ([[2.0, 1.0], [0.0, 2.0]], 1e-09)
     """
     # Apple's GPUs know no float64.
-    exact = products.to(torch.float32 if products.device.type == "mps" else torch.float64)
-    mean = exact.diagonal().mean()
+    exact = torch.float32 if products.device.type == "mps" else torch.float64
+    mean = products.diagonal().to(exact).mean()
     share = dampening
     while share <= _MOST_DAMPENING:
-        damped = exact.flip(0, 1)  # a copy; the lower factor of it, flipped back, is the upper one
+        damped = products.flip(0, 1).to(exact)  # the lower factor of it, flipped back, is the upper one
         damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # as large as all statistics of a block
         if not failed and bool(torch.isfinite(lower).all()):
             return lower.flip(0, 1), share
         share *= 10

@@ -13,7 +13,7 @@ from torch import nn
 from ..anatomy.stacks import find_stacks
 from ..anatomy.turns import block_of, let_go, set_mapping
 from ..errors import UnsupportedModelError
-from .tensors import Stored
+from .tensors import Stored, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,6 +155,7 @@ class Residence:
                     set_mapping(tensor, mapping)
                 else:
                     tensor.data = place.read()
+        trim_heap()
 
     def _refuse_shared(self) -> None:
         owners: dict[int, str] = {}
