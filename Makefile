@@ -42,6 +42,7 @@ bench: install
 
 schema: install
 	$(RUN) -m llmcompress.report.schema > docs/comparison.schema.json
+	$(RUN) -m llmcompress.recipe.schema > docs/recipe.schema.json
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

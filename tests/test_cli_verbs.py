@@ -23,7 +23,7 @@ def place(tmp_path_factory) -> Path:
     tiny_tokenizer().save_pretrained(place / "base")
     (place / "films.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in FILMS), encoding="utf-8")
     (place / "recipe.yaml").write_text(
-        "name: pipeline\nsteps:\n- {name: magnitude_pruning, sparsity: 0.5}\n- {name: static_quantization, samples: 8}"
+        "steps:\n- {name: magnitude_pruning, sparsity: 0.5}\n- {name: static_quantization, samples: 8}"
     )
     return place
 

@@ -208,7 +208,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
+            raise ConfigError(_explain(type(self), error), location=_location(error)) from None
 
     def __str__(self) -> str:
         changed = {key: value for key, value in self if value != type(self).model_fields[key].get_default()}
@@ -261,6 +261,13 @@ class Compressor(Settings, ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return `{"name": registry name, **fields}`, which `lc.compressors.create` turns back into an equal step."""
         return {"name": compressors.name_of(type(self)), **self.model_dump(mode="json")}
+
+
+def _location(error: ValidationError) -> tuple[str | int, ...]:
+    """Return where the first finding is, down to what a field's own validation found."""
+    finding = error.errors(include_url=False)[0]
+    cause = finding.get("ctx", {}).get("error")
+    return (*finding["loc"], *(cause.location if isinstance(cause, ConfigError) else ()))
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:

@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 
 
 class CompressionError(Exception):
-    """Root of the tree: anything llmcompress refuses or cannot do."""
+    """Root of the tree: anything llmcompress refuses or cannot do.
+
+    Args:
+        message: what is wrong, and what to do.
+        location: keys and indices that lead to the value at fault, outermost first; a recipe file makes a line of it.
+
+    Example:
+        >>> ConfigError("GPTQ.bits must be in [2, 8], got 9.", location=("bits",)).location
+        ('bits',)
+    """
+
+    def __init__(self, message: str = "", *, location: Iterable[str | int] = ()) -> None:
+        super().__init__(message)
+        self.location = tuple(location)
 
 
 class ConfigError(CompressionError, ValueError):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
 from .anatomy.footprint import footprint
@@ -18,6 +17,7 @@ from .errors import ConfigError, PipelineOrderError
 from .gates import Gate, OnFail, read_gates
 from .inputs import check_inputs, refuse_quantized
 from .measured import plan_step
+from .recipe import read_recipe, write_recipe
 from .recovery import read_recovery, unrecovered, with_recovery
 from .registry import compressors, register
 from .result import Report, Result, library_versions
@@ -119,24 +119,25 @@ class Pipeline(Compressor):
         step = compressors.create(recipe)
         return step if isinstance(step, Pipeline) else cls(steps=(step,))
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Write the recipe to a YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+    def to_yaml(self, path: str | Path, *, description: str | None = None) -> None:
+        """Write the recipe to a YAML file, every field included.
+
+        Args:
+            path: of the file.
+            description: what the recipe is for; reading passes over it.
+        """
+        write_recipe(self.to_dict(), path, description=description)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Pipeline:
         """Read a recipe from a YAML file.
 
         Raises:
-            ConfigError: the file is absent, is no YAML, or has an unknown or wrong key.
+            CompressionError: a branch of it, naming file, line and key: the file is absent, is no YAML, has an unknown
+                or wrong key, or steps that cannot follow one another.
         """
-        try:
-            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no recipe {str(path)!r}.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no valid YAML: {error}") from error
-        return cls.from_dict(recipe)
+        step = read_recipe(path)
+        return step if isinstance(step, Pipeline) else cls(steps=(step,))
 
     def __str__(self) -> str:
         return " -> ".join(str(step) for step in self.steps) or "Pipeline()"

@@ -118,7 +118,9 @@ def reads_of(features: Mapping[str, Scheduled]) -> frozenset[Reads]:
 
 
 _WHO = "KnowledgeDistillation"
-Soft = Annotated[SoftLoss, BeforeValidator(read_soft), PlainSerializer(write_soft)]
+Soft = Annotated[
+    SoftLoss, BeforeValidator(read_soft, json_schema_input_type=SoftLoss | str), PlainSerializer(write_soft)
+]
 Temperature = Annotated[Scheduled, BeforeValidator(partial(read_scheduled, f"{_WHO}.temperature", above=True))]
 Alpha = Annotated[Scheduled, BeforeValidator(partial(read_scheduled, f"{_WHO}.alpha", high=1.0))]
 Features = Annotated[dict[str, Scheduled], BeforeValidator(read_features)]
