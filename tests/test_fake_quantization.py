@@ -20,6 +20,7 @@ STEPS = {
     "int3": lc.WeightOnlyQuantization(bits=3, group_size=32),
     "nf4": lc.WeightOnlyQuantization(codebook="nf4", group_size=32),
     "int8": lc.DynamicQuantization(),
+    "static": lc.StaticQuantization(samples=8, max_length=32),
 }
 
 
@@ -38,7 +39,7 @@ def run(model, steps, **more):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral"])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["int3", "nf4", "int8"])
 def test_what_is_rounded_is_what_will_be_stored(family, name):
     model, step = tiny_model(family), STEPS[name]
     roundings = step.roundings(model)
@@ -77,7 +78,31 @@ def test_the_student_computes_as_the_quantized_model_and_learns_underneath():
     assert torch.allclose(step.compress(model, lc.Context())(**inputs).logits, logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [*STEPS.values(), lc.WeightOnlyQuantization(bits=2, group_size=32, symmetric=True)])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_static_ranges_are_calibrated_before_the_training_and_hold(family):
+    torch.manual_seed(0)
+    model, step = tiny_model(family), lc.StaticQuantization(samples=8, max_length=32, ranges="minmax")
+    context = lc.Context(data=lc.load_examples(texts()), tokenizer=tiny_tokenizer(), progress=False)
+    inputs = tiny_inputs(model)
+    quantized = step.compress(copy.deepcopy(model), context)
+    roundings = step.roundings(model, context)
+    calibrated = [rounding for rounding in roundings if rounding.inputs is not None]
+    assert len(calibrated) == sum("StaticLinear" in type(module).__name__ for module in quantized.modules()) > 4
+    with fake_quantized(model, roundings):
+        assert torch.allclose(model(**inputs).logits, quantized(**inputs).logits, atol=1e-4)
+    # No range moves with what comes by: a hundredfold input ends where the calibrated one did.
+    far = calibrated[0].inputs(torch.tensor([[-1e3, 1e3], [-1e5, 1e5]]))
+    assert torch.equal(far[0], far[1])
+    # A plan calibrates nothing, and counts the same layers.
+    planned = step.roundings(model)
+    assert [rounding.path for rounding in planned] == [rounding.path for rounding in roundings]
+    assert sum(rounding.inputs is not None for rounding in planned) == len(calibrated)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [STEPS["int3"], STEPS["nf4"], STEPS["int8"], lc.WeightOnlyQuantization(bits=2, group_size=32, symmetric=True)],
+)
 def test_settled_weights_round_to_what_they_were_trained_as(step):
     model = tiny_model("gpt2")
     shares = []
@@ -95,21 +120,24 @@ def test_a_rounding_that_would_move_leaves_the_weight():
     assert torch.equal(settled(weight, shrinking), weight)
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", "int8"), ("gpt2", "int3"), ("t5", "int3"), ("mixtral", "int8")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "int8"), ("gpt2", "int3"), ("t5", "int3"), ("mixtral", "int8"), ("bert", "static")]
+)
 def test_the_chain_ends_in_the_layout_of_the_step(family, name):
     model, data = tiny_model(family), texts()
     if family == "t5":
         data = [lc.Example(text, pair=text[::-1]) for text in data]
     chain = [qat(STEPS[name]), STEPS[name]]
     result = lc.compress(model, chain, data=data, tokenizer=tiny_tokenizer(), progress=False)
-    plain = STEPS[name].compress(copy.deepcopy(model), lc.Context())
+    context = lc.Context(data=lc.load_examples(data), tokenizer=tiny_tokenizer(), progress=False)
+    plain = STEPS[name].compress(copy.deepcopy(model), context)
     found, expected = result.model.state_dict(), plain.state_dict()
     assert [(key, tensor.shape, tensor.dtype) for key, tensor in found.items()] == [
         (key, tensor.shape, tensor.dtype) for key, tensor in expected.items()
     ]
     does = [action.does for action in result.report.steps[0].touched]
     assert any("weights rounded as" in done for done in does)
-    assert any("inputs of" in done for done in does) == (name == "int8")
+    assert any("inputs of" in done for done in does) == (name in ("int8", "static"))
 
 
 def test_training_for_two_bits_recovers_what_rounding_loses():
@@ -163,11 +191,12 @@ def test_recipes_and_refusals(tmp_path):
     chain.to_yaml(tmp_path / "recipe.yaml")
     assert lc.Pipeline.from_yaml(tmp_path / "recipe.yaml") == chain
     assert lc.KnowledgeDistillation(quantize_for="dynamic_quantization").quantize_for == lc.DynamicQuantization()
-    for wrong in (lc.MagnitudePruning(sparsity=0.5), 4):
+    for wrong in (lc.MagnitudePruning(sparsity=0.5), 4, lc.GPTQ(bits=3), lc.AWQ(bits=3)):
         with pytest.raises(lc.ConfigError, match="quantize_for must be a step that rounds each weight by itself"):
             lc.KnowledgeDistillation(quantize_for=wrong)
-    with pytest.raises(lc.ConfigError, match=r"smooth must be None where .*, got 0\.5"):
-        run(tiny_model("llama"), qat(lc.DynamicQuantization(smooth=0.5)))
+    for smoothing in (lc.DynamicQuantization(smooth=0.5), lc.StaticQuantization(smooth=0.5)):
+        with pytest.raises(lc.ConfigError, match=r"smooth must be None where .*, got 0\.5"):
+            run(tiny_model("llama"), qat(smoothing))
     with pytest.raises(lc.ConfigError, match="must divide the inputs"):
         run(tiny_model("llama"), qat(lc.WeightOnlyQuantization(bits=4, group_size=48)))
 

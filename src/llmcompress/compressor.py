@@ -179,13 +179,18 @@ class Rounding:
 
 @runtime_checkable
 class Rounds(Protocol):
-    """A step whose rounding is a function of each weight alone, so that a model can be trained for it.
+    """A step that tells how it will round each weight, so that a model can be trained for it.
 
     `KnowledgeDistillation(quantize_for=step)` takes any `Compressor` with this method.
     """
 
-    def roundings(self, model: PreTrainedModel) -> list[Rounding]:
-        """Return one entry a layer that the step would quantize in `model`."""
+    def roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
+        """Return one entry a layer that the step would quantize in `model`.
+
+        Args:
+            model: as the training begins with it.
+            context: its data may be looked at for ranges of activations; None for a plan, which knows none yet.
+        """
 
 
 class Settings(BaseModel):

@@ -187,8 +187,9 @@ class KnowledgeDistillation(Compressor):
             step = compressors.create(step)
         if step is not None and not (isinstance(step, Compressor) and isinstance(step, Rounds)):
             raise ConfigError(
-                f"KnowledgeDistillation.quantize_for must be a step that rounds each weight by itself, such as "
-                f"WeightOnlyQuantization or DynamicQuantization, got {step!r}."
+                f"KnowledgeDistillation.quantize_for must be a step that rounds each weight by itself "
+                f"(WeightOnlyQuantization, DynamicQuantization, StaticQuantization), got {step!r}; train for "
+                f"WeightOnlyQuantization of as many bits, which stores exactly what was trained."
             )
         return step
 
@@ -300,7 +301,7 @@ class KnowledgeDistillation(Compressor):
                 objective,
                 training,
                 collator=collator,
-                roundings=self._roundings(model),
+                roundings=self._roundings(model, context),
                 masking=masking_for(model, tokenizer) if head == "masked_lm" else None,
                 on_policy=ways.on_policy(model),
             )
@@ -340,8 +341,8 @@ class KnowledgeDistillation(Compressor):
         real = next((one.classes for one in found if one.classes is not None), None)
         return [replace(one, classes=real) for one in found]
 
-    def _roundings(self, model: PreTrainedModel) -> list[Rounding]:
-        return self.quantize_for.roundings(model) if isinstance(self.quantize_for, Rounds) else []
+    def _roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
+        return self.quantize_for.roundings(model, context) if isinstance(self.quantize_for, Rounds) else []
 
     def _rounding_action(self, model: PreTrainedModel) -> Action:
         roundings = self._roundings(model)

@@ -52,6 +52,16 @@ def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.to(torch.float32) * scale.unsqueeze(1)
 
 
+def round_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Return the float32 weight (rows, columns) that the codes of `weight` stand for.
+
+    Example:
+        >>> round_rows(torch.tensor([[-127.0, 1.2]])).tolist()
+        [[-127.0, 1.0]]
+    """
+    return dequantize_rows(*quantize_rows(weight))
+
+
 def activation_range(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose scale and zero point so that the codes 0 to `levels` cover `x`, and 0.0 is coded exactly.
 

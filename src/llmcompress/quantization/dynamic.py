@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -15,7 +14,7 @@ from ..calibration import calibration_batches
 from ..compressor import Action, Compressor, Context, Need, Rounding
 from ..errors import ConfigError
 from ..registry import register
-from .affine import dequantize_rows, quantize_rows
+from .affine import round_rows
 from .checks import refuse_nonfinite
 from .choice import choose, replace_in_turns
 from .expert_modules import Int8Experts
@@ -117,7 +116,7 @@ class DynamicQuantization(Compressor):
         mark_quantized(model)
         return model
 
-    def roundings(self, model: PreTrainedModel) -> list[Rounding]:
+    def roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
         """Return how weights and activations will be rounded, for `KnowledgeDistillation(quantize_for=...)`.
 
         Activations inside of 3-D experts are left out: those are coded all the same.
@@ -137,7 +136,7 @@ class DynamicQuantization(Compressor):
                 layer.path,
                 layer.parameter,
                 layer.input_axis,
-                partial(row_wise, _rounded, layer.input_axis),
+                partial(row_wise, round_rows, layer.input_axis),
                 inputs if layer.kind in ("linear", "conv1d") else None,
             )
             for layer in chosen
@@ -158,7 +157,3 @@ class DynamicQuantization(Compressor):
     def _choose(self, model: PreTrainedModel) -> tuple[list[WeightLayer], list[Action]]:
         kinds: tuple[Kind, ...] = ("linear", "conv1d", "experts", *(("embedding",) if self.embeddings else ()))
         return choose(model, who=type(self).__name__, targets=self.targets, skip=self.skip, kinds=kinds)
-
-
-def _rounded(rows: torch.Tensor) -> torch.Tensor:
-    return dequantize_rows(*quantize_rows(rows))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -11,14 +12,18 @@ from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer
 from ..calibration import calibration_batches, observe
-from ..compressor import Action, Compressor, Context, Need
+from ..compressor import Action, Compressor, Context, Need, Rounding
+from ..errors import ConfigError
 from ..registry import register
+from .affine import round_rows
 from .checks import refuse_nonfinite
 from .choice import choose, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
+from .kernels import Stored, rounded_activations
 from .modules import Int8Embedding, QuantizedModule
 from .ranges import InputHistogram, choose_range, coding_of
+from .row_wise import row_wise
 from .smoothing import smooth
 from .static_modules import Int8StaticLinear
 
@@ -118,10 +123,74 @@ class StaticQuantization(Compressor):
         if self.smooth is not None:
             for action in smooth(model, batches, chosen, self.smooth, who=who, progress=context.progress):
                 context.tell(action)
+        coded, refused = self._calibrated(model, chosen, batches, context)
+        if refused:
+            planned = {layer.name for layer in chosen}
+            chosen, left = self._choose(model, refused)
+            # With a head that stays, the embedding that it is tied to stays.
+            for action in left:
+                if action.path in planned:
+                    context.tell(action, instead=True)
+        replace_in_turns(model, chosen, lambda layer: _replacement(layer, coded), _quantize_experts)
+        mark_quantized(model)
+        return model
+
+    def roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
+        """Return how weights and activations will be rounded, for `KnowledgeDistillation(quantize_for=...)`.
+
+        The ranges of activations are calibrated on the data of `context` before the training, and hold during it; the
+        step behind it calibrates them anew on what was trained. Layers that are outliers before the training are left.
+
+        Raises:
+            ConfigError: activations are to be smoothed, which changes weights after the training.
+            MissingInputError: `context` has no data or tokenizer, or texts too short.
+        """
+        who = type(self).__name__
+        if self.smooth is not None:
+            raise ConfigError(
+                f"{who}.smooth must be None where a model is trained for the step, got {self.smooth}: smoothing would "
+                f"change the weights after the training."
+            )
+        chosen, _ = self._choose(model, {})
+        coded: Mapping[str, Int8StaticLinear] = {}
+        if context is not None:
+            batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
+            coded, refused = self._calibrated(model, chosen, batches, context)
+            chosen, _ = self._choose(model, refused)
+
+        def inputs(layer: WeightLayer) -> Callable[[torch.Tensor], torch.Tensor] | None:
+            if layer.kind not in ("linear", "conv1d"):
+                return None
+            if context is None:
+                return _uncalibrated
+            known = coded[layer.name]
+            stored = Stored.of(float(known.input_scale), int(known.input_zero_point))
+            return partial(rounded_activations, activations=stored)
+
+        return [
+            Rounding(
+                layer.path,
+                layer.parameter,
+                layer.input_axis,
+                partial(row_wise, round_rows, layer.input_axis),
+                inputs(layer),
+            )
+            for layer in chosen
+        ]
+
+    def _calibrated(
+        self,
+        model: PreTrainedModel,
+        chosen: Sequence[WeightLayer],
+        batches: Sequence[dict[str, torch.Tensor]],
+        context: Context,
+    ) -> tuple[dict[str, Int8StaticLinear], dict[str, str]]:
+        """Return the int8 forms of the linear layers, and which of them stay in float for what calibration showed."""
+        who = type(self).__name__
         linears = [layer for layer in chosen if layer.kind in ("linear", "conv1d")]
         rows = 0 if self.outliers is None else _ROWS
         seen = observe(model, batches, linears, lambda _: _Inputs(rows), who=who, progress=context.progress)
-        coded: dict[str, QuantizedModule] = {}
+        coded: dict[str, Int8StaticLinear] = {}
         refused: dict[str, str] = {}
         for layer in linears:
             inputs = cast(_Inputs, seen.pop(layer.name)[0])
@@ -134,16 +203,7 @@ class StaticQuantization(Compressor):
             error = _relative_error(layer, coded[layer.name], inputs.rows())
             if error > self.outliers:
                 refused[layer.name] = f"its int8 outputs are off by {error:.1%}, above outliers={self.outliers:g}"
-        if refused:
-            planned = {layer.name for layer in chosen}
-            chosen, left = self._choose(model, refused)
-            # With a head that stays, the embedding that it is tied to stays.
-            for action in left:
-                if action.path in planned:
-                    context.tell(action, instead=True)
-        replace_in_turns(model, chosen, lambda layer: _replacement(layer, coded), _quantize_experts)
-        mark_quantized(model)
-        return model
+        return coded, refused
 
     def _choose(self, model: PreTrainedModel, refused: dict[str, str]) -> tuple[list[WeightLayer], list[Action]]:
         kinds: tuple[Kind, ...] = ("linear", "conv1d", "experts", *(("embedding",) if self.embeddings else ()))
@@ -192,6 +252,11 @@ def _replacement(layer: WeightLayer, coded: Mapping[str, QuantizedModule]) -> Qu
     if isinstance(layer.module, nn.Embedding):
         return Int8Embedding.from_float(layer.module)
     return coded[layer.name]
+
+
+def _uncalibrated(inputs: torch.Tensor) -> torch.Tensor:
+    """Stand for the rounding of inputs whose range a plan does not know."""
+    return inputs
 
 
 def _quantize_experts(module: nn.Module, parameters: Sequence[str], transposed: bool) -> Int8Experts:

@@ -121,7 +121,7 @@ class WeightOnlyQuantization(GroupedQuantization):
         finish(model)
         return model
 
-    def roundings(self, model: PreTrainedModel) -> list[Rounding]:
+    def roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
         """Return how each layer's weight will be rounded, for `KnowledgeDistillation(quantize_for=...)`.
 
         Raises:
