@@ -177,20 +177,38 @@ def _vocabulary(subject: Subject) -> str:
 
 
 def _quantization(subject: Subject) -> str:
-    """The int8 model is about the float one, and answers for itself: saved, loaded, and with a cache."""
+    """In int8 the model is about the float one; in 4 bits it is the float model of the weights that the codes mean."""
     # One scale a token: with one for all, a call of one token rounds them otherwise than a call of many.
     step = lc.DynamicQuantization(activations="token")
-    left = {action.path for action in step.plan(subject.model, Context()) if not action.touched}
+    work = _coded(subject, step)
+    for inputs in _questions(subject.model):
+        error = relative_error(probe_outputs(work, inputs), probe_outputs(subject.model, inputs))
+        _require(error <= _CODED_TOLERANCE, f"int8 outputs differ from the float model's by {error:.1e} (relative)")
+    try:
+        packed = _coded(subject, lc.WeightOnlyQuantization(bits=4, group_size=16, indivisible="pad", compute="float"))
+    except NothingToCompressError:
+        return _told("int8 only", _left_in_float(subject, step))
+    plain = lc.dequantize(packed).eval()
+    for inputs in _questions(subject.model):
+        error = relative_error(probe_outputs(packed, inputs), probe_outputs(plain, inputs))
+        _require(error <= _TOLERANCE, f"4-bit outputs differ from those of the weights they mean by {error:.1e}")
+    return _left_in_float(subject, step)
+
+
+def _coded(subject: Subject, step: Compressor) -> PreTrainedModel:
+    """Quantize a copy: finite, smaller, all weights counted, and as it is after saving and with a cache."""
     work = step.compress(copy.deepcopy(subject.model), Context()).eval()
     for inputs in _questions(subject.model):
-        found, expected = probe_outputs(work, inputs), probe_outputs(subject.model, inputs)
-        _require(bool(torch.isfinite(found).all()), "the outputs hold NaN or infinity")
-        error = relative_error(found, expected)
-        _require(error <= _CODED_TOLERANCE, f"the outputs differ from the float model's by {error:.1e} (relative)")
+        _require(bool(torch.isfinite(probe_outputs(work, inputs)).all()), "the outputs hold NaN or infinity")
     before, after = footprint(subject.model), footprint(work)
     _require(after.parameters == before.parameters, f"{after.parameters} weights are counted of {before.parameters}")
     _require(after.disk_bytes < before.disk_bytes, f"{after.disk_bytes} bytes are left of {before.disk_bytes}")
     _check_saved(subject, work)
+    return work
+
+
+def _left_in_float(subject: Subject, step: Compressor) -> str:
+    left = {action.path for action in step.plan(subject.model, Context()) if not action.touched}
     matrices = [layer for layer in weight_layers(subject.model) if layer.kind != "embedding"]
     numbers = {layer.name: layer.weight.numel() for layer in matrices}
     share = sum(number for name, number in numbers.items() if name in left) / max(sum(numbers.values()), 1)
