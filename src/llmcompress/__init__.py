@@ -76,6 +76,7 @@ _HOME = {
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
     "streaming.compress_checkpoint": ("compress_checkpoint",),
+    "sweeping.sweep": ("Sweep", "orders", "sweep"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

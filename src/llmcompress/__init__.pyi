@@ -121,5 +121,8 @@ from .registry import tasks as tasks
 from .result import Report as Report
 from .result import Result as Result
 from .streaming.compress_checkpoint import compress_checkpoint as compress_checkpoint
+from .sweeping.sweep import Sweep as Sweep
+from .sweeping.sweep import orders as orders
+from .sweeping.sweep import sweep as sweep
 
 __version__: str

@@ -1,0 +1,1 @@
+"""Many chains of steps from one model: what they share is done once, and all are compared."""

@@ -1,0 +1,325 @@
+"""`lc.sweep` and `lc.orders`: many chains from one model, each piece of work done once, and one comparison."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..checkpoint import load
+from ..comparison import Comparison, Entry, compare
+from ..compressor import Compressor, Context
+from ..distillation.cache import TeacherCache
+from ..errors import CompressionError, ConfigError, did_you_mean
+from ..evaluation.cost import Shape
+from ..evaluation.evaluate import as_tasks
+from ..inputs import check_inputs, refuse_quantized
+from ..pipeline import Pipeline, Step
+from ..pipeline import _plan as plan_step
+from ..report.plots import Point, pareto_front
+from .chains import allowed_orders, plan_jobs, with_answers
+from .launch import Team, Where, launch, launched
+from .work import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation.tasks import Task
+
+Cost = Literal["disk", "memory", "latency"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What many chains made of one model.
+
+    Attributes:
+        comparison: the base and what each chain made of it, measured side by side.
+        chains: by name; those that failed as well.
+        folders: where the models are: plain `from_pretrained` loads them.
+        failed: why a chain gave no model.
+        steps_run: steps that were run, or read from an earlier run.
+        steps_asked: steps of all chains; the difference is what they share.
+    """
+
+    comparison: Comparison
+    chains: Mapping[str, Pipeline]
+    folders: Mapping[str, Path]
+    failed: Mapping[str, str]
+    steps_run: int
+    steps_asked: int
+    # A folder that nobody named lives as long as what was found in it.
+    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Return the model that a chain made.
+
+        Raises:
+            ConfigError: there is no such chain, or it failed.
+        """
+        if name not in self.folders:
+            raise ConfigError(
+                f"name must be a chain that was finished, got {name!r}; there is: {', '.join(self.folders) or 'none'}."
+            )
+        return load(self.folders[name])
+
+    def front(self, cost: Cost = "disk", metric: str | None = None) -> list[str]:
+        """Return the models, base included, that no other beats in both quality and cost; the cheapest first.
+
+        Args:
+            cost: bytes on "disk" or in "memory", or the time of a pass, "latency", at the first shape measured.
+            metric: of the first task; None takes its primary one.
+
+        Raises:
+            ConfigError: no such metric, or latency was not measured.
+        """
+        higher_is_better = self._higher_is_better(metric)
+        points = [Point(entry.name, _cost(entry, cost), _quality(entry, metric)) for entry in self.comparison.entries]
+        return [point.name for point in pareto_front(points, higher_is_better=higher_is_better)]
+
+    def best(self, metric: str | None = None) -> str:
+        """Return the chain whose model has the best metric; of equals the smallest.
+
+        Args:
+            metric: of the first task; None takes its primary one.
+
+        Raises:
+            ConfigError: every chain failed, or no such metric.
+        """
+        entries = self.comparison.candidates
+        if not entries:
+            raise ConfigError(f"no chain was finished: {'; '.join(self.failed.values())}.")
+        sign = -1 if self._higher_is_better(metric) else 1
+        return min(entries, key=lambda entry: (sign * _quality(entry, metric), _cost(entry, "disk"))).name
+
+    def _higher_is_better(self, metric: str | None) -> bool:
+        score = self.comparison.base.evaluation.scores[0]
+        name = metric or score.primary
+        if name not in score.kinds:
+            hint = did_you_mean(name, score.kinds) or "."
+            raise ConfigError(
+                f"metric must be one of the first task, got {name!r}{hint} It has: {', '.join(score.kinds)}."
+            )
+        return not score.kinds[name].lower_is_better
+
+    def notes(self) -> list[str]:
+        """Return what was shared, which models are on the front, and what failed: a line each."""
+        lines = [f"{self.steps_asked} steps were asked for, {self.steps_run} were run: chains share their beginnings."]
+        lines.append(f"On the front of quality and bytes on disk: {', '.join(self.front())}.")
+        return lines + [f"{name} failed: {reason}" for name, reason in self.failed.items()]
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.comparison), "", *self.notes()])
+
+    def _repr_html_(self) -> str:
+        from xml.sax.saxutils import escape
+
+        return self.comparison._repr_html_() + "".join(f"<p>{escape(line)}</p>" for line in self.notes())
+
+
+def sweep(
+    model: PreTrainedModel | str | Path,
+    chains: Mapping[str, Step | Sequence[Step]],
+    task: Task | Sequence[Task],
+    *,
+    data: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    recover: Step | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    answers: TeacherCache | None = None,
+    workers: int = 1,
+    on: Where = "processes",
+    threads: int | None = None,
+    latency: bool | Sequence[Shape] = True,
+    progress: bool = True,
+) -> Sweep:
+    """Run many chains from one model, what they share once, and compare all that they made.
+
+    Under `accelerate launch` or `torchrun` every process is a worker, and all return the same. Strategies that are
+    defined in the running script are known to this process alone: install them as a plug-in for more workers.
+
+    Args:
+        model: a Hugging Face model, or a folder or hub name; never changed, and the teacher of distillation.
+        chains: by name: a step or several, as `lc.compress` takes them.
+        task: that all are compared on; one or several.
+        data: training or calibration examples; anything that `load_examples` takes.
+        tokenizer: for the texts of `data` and `task`; found in the model's folder if it came from one.
+        recover: a `KnowledgeDistillation` behind every step that changes weights; see `Pipeline`.
+        seed: of every chain.
+        folder: where stages, answers and models are; the next sweep there, of the same chains or others, does only
+            what is new. None takes one that lives as long as what is returned. All workers must see it.
+        answers: the teacher's answers that all distillations read that have no cache of their own; None keeps those of
+            soft labels, where they are kept whole: not of language models.
+        workers: how many chains are worked on at once.
+        on: "processes" of this machine, or the workers of a "ray" cluster.
+        threads: of torch, in each worker; None leaves them. Equal numbers give equal results, bit by bit.
+        latency: whether to time the models, or the (rows, tokens) shapes at which to; see `lc.compare`.
+        progress: whether bars are shown.
+
+    Raises:
+        CompressionError: one of its branches, before any work, if a chain cannot run: wrong order, missing data,
+            nothing to compress. What fails later is told in `failed`, and the other chains go on.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> import llmcompress.testing as lt
+        >>> half = lc.MagnitudePruning(sparsity=0.5)
+        >>> found = lc.sweep(
+        ...     lt.tiny_model("bert"),
+        ...     {"half": half, "half, int8": [half, lc.DynamicQuantization()]},
+        ...     lc.TextClassification([("good", 1), ("bad", 0)]),
+        ...     tokenizer=lt.tiny_tokenizer(),
+        ...     latency=False,
+        ...     progress=False,
+        ... )
+        >>> sorted(found.folders), (found.steps_asked, found.steps_run)
+        (['half', 'half, int8'], (3, 2))
+    """
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    if not isinstance(chains, Mapping) or not chains:
+        raise ConfigError("sweep() must have at least one chain; pass {'int8': lc.DynamicQuantization()}.")
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}.")
+    if on not in ("processes", "ray"):
+        raise ConfigError(f"on must be 'processes' or 'ray', got {on!r}.")
+    read = {str(name): Pipeline(steps=steps, recover=recover) for name, steps in chains.items()}
+    if folder is None and launched():
+        raise ConfigError("folder must be one that all processes see, got None; pass folder='sweep'.")
+    temporary = tempfile.TemporaryDirectory(prefix="llmcompress-") if folder is None else None
+    place = Path(temporary.name if temporary is not None else str(folder)).absolute()
+    read = with_answers(read, model, answers, place / "answers")
+    flat = [step for chain in read.values() for step in chain.flatten()]
+    refuse_quantized(model)
+    examples, tokenizer = check_inputs(model, flat, data, tokenizer, None, inplace=False)
+    context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
+    for name, chain in read.items():
+        _check(name, chain, model, context, alone=workers == 1 and on == "processes" and not launched())
+    for one in as_tasks(task):
+        one.check(model)
+
+    jobs = plan_jobs(read)
+    team = Team.meet()
+    run = Run(place, team.name)
+    if team.leads:
+        run.write(jobs, model, tokenizer, examples, seed=seed, threads=threads, progress=progress)
+    team.wait()
+    launch(run, workers, on)
+    failed = {chain: reason for number, reason in run.failures(jobs).items() for chain in jobs[number].chains}
+    folders = {chain: run.model(chain) for chain in read if chain not in failed}
+    if team.leads:
+        models = {_base_name(read): model, **folders}
+        found = compare(models, task, tokenizer=tokenizer, latency=latency, progress=progress)
+        found.save(run.comparison)
+    team.wait()
+    return Sweep(
+        comparison=Comparison.from_json(run.comparison.read_text(encoding="utf-8")),
+        chains=read,
+        folders=folders,
+        failed=failed,
+        steps_run=sum(len(job.steps) - (len(jobs[job.before].steps) if job.before is not None else 0) for job in jobs),
+        steps_asked=len(flat),
+        _temporary=temporary,
+    )
+
+
+def orders(
+    model: PreTrainedModel | str | Path,
+    steps: Sequence[Compressor | Mapping[str, Any] | str],
+    task: Task | Sequence[Task],
+    *,
+    data: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    latency: bool | Sequence[Shape] = True,
+    progress: bool = True,
+) -> Sweep:
+    """Try every order of some steps that a pipeline allows; `.best()` of what is returned tells which is best.
+
+    Args:
+        model: a Hugging Face model, or a folder or hub name.
+        steps: two to five; a `Pipeline` among them keeps its order.
+        task: that the orders are compared on.
+        data: training or calibration examples.
+        tokenizer: for the texts.
+        seed: of every order.
+        folder: where stages and models are, as in `lc.sweep`.
+        workers: how many orders are worked on at once.
+        threads: of torch, in each worker.
+        latency: whether to time the models, or the shapes at which to.
+        progress: whether bars are shown.
+
+    Raises:
+        CompressionError: as `lc.sweep` raises it; `PipelineOrderError` where no order is allowed.
+
+    Example:
+        >>> import llmcompress as lc
+        >>> import llmcompress.testing as lt
+        >>> found = lc.orders(
+        ...     lt.tiny_model("bert"),
+        ...     [lc.StructuredPruning(ffn=0.5), lc.MagnitudePruning(sparsity=0.5)],
+        ...     lc.TextClassification([("good", 1), ("bad", 0)]),
+        ...     tokenizer=lt.tiny_tokenizer(),
+        ...     latency=False,
+        ...     progress=False,
+        ... )
+        >>> sorted(found.chains)
+        ['magnitude_pruning, structured_pruning', 'structured_pruning, magnitude_pruning']
+        >>> found.best() in found.chains
+        True
+    """
+    tried = allowed_orders(Pipeline(steps=steps).steps)
+    return sweep(
+        model,
+        tried,
+        task,
+        data=data,
+        tokenizer=tokenizer,
+        seed=seed,
+        folder=folder,
+        workers=workers,
+        threads=threads,
+        latency=latency,
+        progress=progress,
+    )
+
+
+def _check(name: str, chain: Pipeline, model: PreTrainedModel, context: Context, *, alone: bool) -> None:
+    """Refuse a chain that cannot run; the message says which."""
+    try:
+        for step in chain.flatten():
+            plan_step(step, model, context)
+            if not alone and type(step).__module__ == "__main__":
+                raise ConfigError(
+                    f"{type(step).__name__} is defined in the running script, which no other worker reads; install it "
+                    f"as a plug-in, or sweep with workers=1."
+                )
+    except CompressionError as error:
+        raise type(error)(f"chain {name!r}: {error}") from error
+
+
+def _base_name(chains: Mapping[str, Pipeline]) -> str:
+    return next(name for name in ("base", "original", uuid.uuid4().hex) if name not in chains)
+
+
+def _quality(entry: Entry, metric: str | None) -> float:
+    score = entry.evaluation.scores[0]
+    return score.metrics[metric or score.primary]
+
+
+def _cost(entry: Entry, cost: Cost) -> float:
+    found = entry.evaluation
+    if cost == "latency":
+        if not found.latency:
+            raise ConfigError("cost must be 'disk' or 'memory' where latency was not measured, got 'latency'.")
+        return found.latency[0].median_ms
+    if cost not in ("disk", "memory"):
+        raise ConfigError(f"cost must be 'disk', 'memory' or 'latency', got {cost!r}.")
+    return float(found.size.disk_bytes if cost == "disk" else found.size.memory_bytes)
