@@ -1,11 +1,13 @@
 """Sweeps: what chains share is run once, what fails is told, and any number of workers gives the same bytes."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.cli import main
 from llmcompress.sweeping import work
 from llmcompress.sweeping.chains import plan_jobs
 from llmcompress.sweeping.sweep import _cost, _quality
@@ -118,12 +120,10 @@ def test_distillations_read_one_teacher(here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on", ["processes", "ray"])
-def test_two_workers_give_the_same_bytes(on, here, tmp_path):
-    if on == "ray":
-        pytest.importorskip("ray").init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+def test_two_workers_on_ray_give_the_same_bytes(here, tmp_path):
+    pytest.importorskip("ray").init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     chains = {name: CHAINS[name] for name in ("sparse", "sparse, trained, int8", "narrow")}
-    found = swept(tmp_path, chains, workers=2, on=on)
+    found = swept(tmp_path, chains, workers=2, on="ray")
     assert weights(found) == {name: data for name, data in weights(here).items() if name in chains}
 
 
@@ -184,3 +184,21 @@ def test_orders_are_all_that_are_allowed_and_the_best_is_one_of_them(here):
         lc.orders(tiny_model("bert"), [HALF] * 6, lc.TextClassification(TEXTS))
     with pytest.raises(lc.PipelineOrderError):
         lc.orders(tiny_model("bert"), [INT8, lc.DynamicQuantization()], lc.TextClassification(TEXTS))
+
+
+def test_the_command_line_sweeps_recipes(tmp_path, capsys):
+    tiny_model("bert").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "test.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in TEXTS))
+    for name, steps in (("one", [HALF]), ("two", [HALF, INT8])):
+        lc.Pipeline(steps=steps).to_yaml(tmp_path / f"{name}.yaml")
+    task = ["--task", "text_classification", "--task-data", str(tmp_path / "test.tsv"), "--no-latency"]
+    places = [str(tmp_path / "model"), str(tmp_path / "one.yaml"), f"small={tmp_path / 'two.yaml'}"]
+    command = ["sweep", *places, *task, "--out", str(tmp_path / "out"), "--no-progress"]
+    assert main([*command, "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sorted(told["folders"]) == ["one", "small"]
+    assert set(told["front"]) <= {"base", "one", "small"}
+    assert lc.load(tmp_path / "out" / "models" / "small").config.quantization_config
+    assert main([*command, "--orders"]) == 2
+    assert "--orders must have one recipe, got 2" in capsys.readouterr().err

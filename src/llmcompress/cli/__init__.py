@@ -19,6 +19,7 @@ from .lists import list_strategies, list_tasks
 from .measure import compare, evaluate
 from .show import show
 from .support import support
+from .sweep import sweep
 
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
@@ -40,6 +41,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 app.command()(compress)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(sweep)
 app.command()(show)
 app.command("list")(list_strategies)
 app.command("tasks")(list_tasks)

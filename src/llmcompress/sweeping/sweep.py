@@ -17,8 +17,8 @@ from ..errors import CompressionError, ConfigError, did_you_mean
 from ..evaluation.cost import Shape
 from ..evaluation.evaluate import as_tasks
 from ..inputs import check_inputs, refuse_quantized
+from ..measured import plan_step
 from ..pipeline import Pipeline, Step
-from ..pipeline import _plan as plan_step
 from ..report.plots import Point, pareto_front
 from .chains import allowed_orders, plan_jobs, with_answers
 from .launch import Team, Where, launch, launched
