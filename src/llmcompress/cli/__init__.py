@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import ClaimError, CompressionError, VerificationError
 from .compress import compress
 from .demo import demo
+from .fit import fit
 from .lists import list_strategies, list_tasks
 from .measure import compare, evaluate
 from .show import show
@@ -42,6 +43,7 @@ app.command()(compress)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(sweep)
+app.command()(fit)
 app.command()(show)
 app.command("list")(list_strategies)
 app.command("tasks")(list_tasks)
