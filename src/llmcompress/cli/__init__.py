@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import ClaimError, CompressionError, VerificationError
+from ..errors import ClaimError, CompressionError, GateError, VerificationError
 from .compress import compress
 from .demo import demo
 from .fit import fit
@@ -52,7 +52,7 @@ app.command()(demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 for a failed claim, 2 for bad input, 130 for Ctrl-C."""
+    """Run one verb and return the exit status: 0, 1 for a failed claim or gate, 2 for bad input, 130 for Ctrl-C."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
         try:
             status = typer.main.get_command(app).main(args=argv, prog_name="llmcompress", standalone_mode=False)
-        except (ClaimError, VerificationError) as error:
+        except (ClaimError, GateError, VerificationError) as error:
             problems.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             return _FAILED
         except CompressionError as error:
