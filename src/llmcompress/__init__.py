@@ -25,6 +25,7 @@ _HOME = {
     "distillation.lora": ("LoRA",),
     "distillation.loss_choice": ("SoftLoss",),
     "errors": (
+        "BusyError",
         "CheckpointError",
         "ClaimError",
         "CompressionError",
@@ -52,8 +53,6 @@ _HOME = {
         "TextGeneration",
         "TokenClassification",
     ),
-    "fitting.fit": ("fit",),
-    "fitting.result": ("FitResult",),
     "gates": ("MaxDrop", "MaxPerplexityRatio", "MinAgreement"),
     "pipeline": ("Pipeline", "compress"),
     "pruning.depth": ("DepthPruning",),
@@ -77,6 +76,7 @@ _HOME = {
     "quantization.weight_only": ("WeightOnlyQuantization",),
     "registry": ("Registry", "compressors", "importances", "register", "tasks"),
     "result": ("Report", "Result"),
+    "resume": ("remove_stages",),
     "streaming.compress_checkpoint": ("compress_checkpoint",),
     "sweeping.sweep": ("Sweep", "orders", "sweep"),
 }

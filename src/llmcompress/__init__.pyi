@@ -19,6 +19,9 @@ from .distillation.generation import Generation as Generation
 from .distillation.lora import LoRA as LoRA
 from .distillation.loss_choice import SoftLoss as SoftLoss
 from .errors import (
+    BusyError as BusyError,
+)
+from .errors import (
     CheckpointError as CheckpointError,
 )
 from .errors import (
@@ -89,8 +92,6 @@ from .evaluation.tasks import (
 from .evaluation.tasks import (
     TokenClassification as TokenClassification,
 )
-from .fitting.fit import fit as fit
-from .fitting.result import FitResult as FitResult
 from .gates import MaxDrop as MaxDrop
 from .gates import MaxPerplexityRatio as MaxPerplexityRatio
 from .gates import MinAgreement as MinAgreement
@@ -122,6 +123,7 @@ from .registry import register as register
 from .registry import tasks as tasks
 from .result import Report as Report
 from .result import Result as Result
+from .resume import remove_stages as remove_stages
 from .streaming.compress_checkpoint import compress_checkpoint as compress_checkpoint
 from .sweeping.sweep import Sweep as Sweep
 from .sweeping.sweep import orders as orders

@@ -63,7 +63,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         seal(draft, extra)
-        _put_in_place(draft, folder)
+        put_in_place(draft, folder)
     finally:
         if draft.exists():
             shutil.rmtree(draft)
@@ -161,8 +161,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
         found = fingerprint(folder / name)
         if found != known:
             raise CheckpointError(
-                f"{folder / name} is damaged: it must have {_told(known)}, got {_told(found)}; copy the folder again, "
-                "or save the model again."
+                f"{folder / name} is damaged: it must have {fingerprint_text(known)}, got {fingerprint_text(found)}; "
+                "copy the folder again, or save the model again."
             )
     _read_json(folder / "config.json")
     return content
@@ -249,7 +249,8 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def _put_in_place(draft: Path, folder: Path) -> None:
+def put_in_place(draft: Path, folder: Path) -> None:
+    """Rename `draft` to `folder`, in place of what is there."""
     if not folder.exists():
         os.replace(draft, folder)
         return
@@ -276,7 +277,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
-def _told(fingerprint: Mapping[str, Any]) -> str:
+def fingerprint_text(fingerprint: Mapping[str, Any]) -> str:
+    """Write a fingerprint as messages do."""
     return f"{fingerprint.get('bytes')} bytes with SHA-256 {str(fingerprint.get('sha256'))[:12]}..."
 
 

@@ -17,7 +17,7 @@ from .evaluation.table import Table
 from .evaluation.units import bytes_text
 from .result import Report
 from .streaming.folder import open_folder
-from .streaming.tensors import Stored
+from .tensor_files import Stored
 
 # What the architectures call the same size, in the order in which they are looked for.
 _SIZES: Mapping[str, tuple[str, ...]] = {

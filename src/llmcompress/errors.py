@@ -70,6 +70,10 @@ class CheckpointError(CompressionError, ValueError):
     """A folder is not a readable checkpoint: damaged, incomplete, or written by a newer format."""
 
 
+class BusyError(CheckpointError):
+    """Another process is at work on the same stage or folder; call again when it has ended."""
+
+
 class VerificationError(CompressionError, RuntimeError):
     """A step's own proof failed (for instance sliced logits differ from masked logits): the result is not returned."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .anatomy.footprint import Footprint, footprint
-from .anatomy.kept import random_state_kept
+from .anatomy.kept import modes_kept, random_state_kept
 from .anatomy.probe import probe_inputs, probe_outputs
 from .compressor import Action, Compressor, Context
 from .data import longest_input
@@ -109,7 +109,8 @@ def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
 def is_finite(model: PreTrainedModel) -> bool:
     """Whether the model's outputs for a probe are; False also where there is no probe for it."""
     try:
-        outputs = probe_outputs(model, probe_inputs(model))
+        with modes_kept(model):
+            outputs = probe_outputs(model, probe_inputs(model))
     except UnsupportedModelError:
         return False  # neither text nor images: there is no probe, and the strategies' own checks stand alone
     return bool(torch.isfinite(outputs).all())

@@ -175,8 +175,9 @@ def compress(
         recover: a `KnowledgeDistillation` that is run behind every step that changes weights; see `Pipeline`.
         seed: seeds every step; the caller's random state is not touched.
         inplace: compress `model` itself, without a copy; then there is no teacher, and no roll-back.
-        resume_dir: folder where each finished stage is kept; a rerun with the same model, data, steps and seed
-            continues behind the last one.
+        resume_dir: folder where each finished stage is kept, and of a long one each epoch or block. A rerun with the
+            same model, data, tokenizer, seed and library versions goes on there; a changed chain reuses its unchanged
+            beginning. Many chains may share a folder, side by side in several processes; `remove_stages` tidies it.
         progress: show progress bars.
 
     Returns:
@@ -185,6 +186,7 @@ def compress(
     Raises:
         CompressionError: one of its branches, before any work: wrong order, missing data, nothing to compress, a model
             that is already quantized, a gate that the task cannot tell about.
+        BusyError: another process is at work on the same stage of `resume_dir`.
         GateError: a stage failed a gate, with `on_fail="stop"`; it has the report so far.
 
     Example:
@@ -226,7 +228,7 @@ def compress(
         gates=[gate.to_dict() for gate in asked],
         on_fail=on_fail if asked else None,
     )
-    stages = Stages(resume_dir, model, examples, seed) if resume_dir is not None else None
+    stages = Stages(resume_dir, model, examples, seed, tokenizer) if resume_dir is not None else None
     training = model.training
     run = Run(model, flat, plans, chain._remarks, context, Judging(task, asked, on_fail), stages, report)
     compressed = run.go()

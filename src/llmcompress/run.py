@@ -13,15 +13,16 @@ from .compressor import Action, Compressor, Context
 from .errors import GateError
 from .evaluation.scoring import same_question, score_models
 from .gates import Evidence, Gate, OnFail, check_gates, failures
+from .kept_blocks import blocks_kept
+from .kept_scores import Measured, Scores
 from .measured import differs, is_finite, plan_step, refuse_broken, run_step, speed_against
 from .result import Report, StepRecord
-from .resume import Stages
+from .resume import Kept, Stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .evaluation.fidelity import Fidelity
-    from .evaluation.tasks import Task, TaskScore
+    from .evaluation.tasks import Task
 
 Remarks = Callable[[Compressor], list[Action]]
 
@@ -68,85 +69,107 @@ class Run:
     ) -> None:
         self._base, self._steps, self._plans, self._remarks = base, steps, plans, remarks
         self._context, self._judging, self._stages, self._report = context, judging, stages, report
+        self._scores = Scores(stages.folder, judging.task) if stages and judging.task else None
         self._tokenizer = context.tokenizer
         self._inplace = context.teacher is None
-        self._model = base
+        # Where the model stands is loaded, or copied from the base, when it is first needed.
+        self._model: PreTrainedModel | None = None
+        self._kept: Kept | None = None
 
     def go(self) -> PreTrainedModel:
         """Run the chain, and return what came of it.
 
         Raises:
             CompressionError: one of its branches: a gate that the task cannot tell about, before any step; a broken
-                model; a failed gate with `on_fail="stop"`.
+                model; a failed gate with `on_fail="stop"`; another process at work on the same stage.
         """
         judging, report, context = self._judging, self._report, self._context
-        report.base_score, _ = self._measure(self._base, side_by_side=False)
+        asked = self._measure(self._base, together=False)
+        report.base_score = asked.score if asked is not None else None
         together = check_gates(judging.gates, judging.task, report.base_score, inplace=self._inplace)
-        self._model = self._base if self._inplace else copy.deepcopy(self._base)
-        finite = is_finite(self._model)
+        finite = is_finite(self._base)
         shown = context.progress and len(self._steps) > 1
         bar = tqdm(self._steps, desc="compress", unit="step", disable=not shown, leave=False)
         for index, step in enumerate(bar):
             bar.set_description(type(step).__name__)
             back = self._way_back(index)
-            record = self._resumed(step)
-            if record is None:
-                record = self._done(step, index, finite, together)
-            if not self._passes(record, together):
+            record = self._stage(step, index, finite)
+            measured = self._measure(None, together=together)
+            if measured is not None:
+                record.score, record.fidelity = measured.score, measured.fidelity
+            if not self._passes(record):
                 back()
                 report.rolled_back = record
                 report.not_run = [step.to_dict() for step in self._steps[index + 1 :]]
                 break
             report.steps.append(record)
+        model = self._now()
         if report.steps and not self._inplace:
-            report.speedup = report.steps[-1].speedup or speed_against(self._base, self._model)
+            report.speedup = report.steps[-1].speedup or speed_against(self._base, model)
+        return model
+
+    def _now(self) -> PreTrainedModel:
+        """Return the model as it stands."""
+        if self._model is None:
+            if self._kept is not None:
+                self._model = self._kept.model().to(self._context.device)
+            else:
+                self._model = self._base if self._inplace else copy.deepcopy(self._base)
         return self._model
 
-    def _done(self, step: Compressor, index: int, finite: bool, together: bool) -> StepRecord:
-        context, stages = self._context, self._stages
-        cuts, tokenizer = len(context.history), context.tokenizer
-        # What stands before a later step is another model than was planned on before all work.
-        actions = self._plans[0] if index == 0 else plan_step(step, self._model, context)
-        context.work_in(stages.work_dir if stages is not None else None)
-        self._model, record = run_step(step, self._model, [*actions, *self._remarks(step)], context)
-        if finite:
-            refuse_broken(step, self._model)
-        record.score, record.fidelity = self._measure(self._model, side_by_side=together)
-        last = self._report.steps[-1].footprint if self._report.steps else self._report.base
-        if not self._inplace and differs(last, record.footprint):
-            record.speedup = speed_against(self._base, self._model)
-        if stages is not None:
-            replaced = context.tokenizer if context.tokenizer is not tokenizer else None
-            stages.keep(self._model, record, context.history[cuts:], replaced)
-        return record
-
-    def _resumed(self, step: Compressor) -> StepRecord | None:
-        """Return the record of a step that an earlier run finished, if one did, and have its model."""
-        found = self._stages.find(step) if self._stages is not None else None
-        if found is None:
-            return None
-        self._model, record, cuts, tokenizer = found
-        self._context.history.extend(cuts)
+    def _stage(self, step: Compressor, index: int, finite: bool) -> StepRecord:
+        """Run a step, or take what an earlier run made of it."""
+        if self._stages is None:
+            return self._done(step, index, finite)
+        kept = self._stages.find(step)
+        if kept is None:
+            with self._stages.claimed():
+                # Another process may have finished it while this one came here.
+                kept = self._stages.finished()
+                if kept is None:
+                    return self._done(step, index, finite)
+        self._kept, self._model = kept, None
+        self._context.history.extend(kept.cuts)
+        tokenizer = kept.tokenizer(self._now()) if kept.replaced else None
         if tokenizer is not None:
             self._context.replace_tokenizer(tokenizer)
+        return kept.record
+
+    def _done(self, step: Compressor, index: int, finite: bool) -> StepRecord:
+        context, stages = self._context, self._stages
+        cuts, tokenizer = len(context.history), context.tokenizer
+        model = self._now()
+        # What stands before a later step is another model than was planned on before all work.
+        actions = self._plans[0] if index == 0 else plan_step(step, model, context)
+        context.work_in(stages.work_dir if stages is not None else None)
+        with blocks_kept(step, model, context):
+            model, record = run_step(step, model, [*actions, *self._remarks(step)], context)
+        if finite:
+            refuse_broken(step, model)
+        last = self._report.steps[-1].footprint if self._report.steps else self._report.base
+        if not self._inplace and differs(last, record.footprint):
+            record.speedup = speed_against(self._base, model)
+        self._model = model
+        if stages is not None:
+            replaced = context.tokenizer if context.tokenizer is not tokenizer else None
+            self._kept = stages.keep(model, record, context.history[cuts:], replaced)
         return record
 
-    def _passes(self, record: StepRecord, together: bool) -> bool:
+    def _passes(self, record: StepRecord) -> bool:
         """Judge a stage; False where it is to be undone.
 
         Raises:
             GateError: it failed, and the run is to stop.
         """
         task, gates, on_fail = self._judging.task, self._judging.gates, self._judging.on_fail
-        base = self._report.base_score
-        if not gates or task is None or base is None:
+        base, stage = self._report.base_score, record.score
+        if not gates or task is None or base is None or stage is None:
             return True
-        if record.score is None or (together and record.fidelity is None):
-            record.score, record.fidelity = self._measure(self._model, side_by_side=together)
-        assert record.score is not None
-        tokenizers = (self._tokenizer, self._context.tokenizer)
-        comparable = same_question(task, (self._base, self._model), tokenizers)
-        evidence = Evidence(task, base, record.score, record.fidelity, comparable)
+        comparable = True
+        if self._context.tokenizer is not self._tokenizer:
+            tokenizers = (self._tokenizer, self._context.tokenizer)
+            comparable = same_question(task, (self._base, self._now()), tokenizers)
+        evidence = Evidence(task, base, stage, record.fidelity, comparable)
         record.verdicts = tuple(gate.judge(evidence) for gate in gates)
         failed = failures(record.verdicts)
         if failed and on_fail == "stop":
@@ -154,25 +177,34 @@ class Run:
             raise GateError(f"{record.step['name']} failed {failed}.", self._report)
         return not failed or on_fail == "warn"
 
-    def _measure(self, model: PreTrainedModel, *, side_by_side: bool) -> tuple[TaskScore | None, Fidelity | None]:
-        task, context = self._judging.task, self._context
+    def _measure(self, model: PreTrainedModel | None, *, together: bool) -> Measured | None:
+        """Ask the task about `model`, None being where the run stands; what was kept of it serves."""
+        task, context, scores, stages = self._judging.task, self._context, self._scores, self._stages
         if task is None:
-            return None, None
-        models = {"base": self._base, "stage": model} if side_by_side else {"stage": model}
+            return None
+        known = scores.find(stages.key, fidelity=together) if scores is not None and stages is not None else None
+        if known is not None:
+            return known
+        stage = model if model is not None else self._now()
+        models = {"base": self._base, "stage": stage} if together else {"stage": stage}
         tokenizers = {"base": self._tokenizer, "stage": context.tokenizer}
         found = score_models(task, models, tokenizers, progress=context.progress)
-        return found.scores["stage"], found.fidelity.get("stage")
+        measured = Measured(found.scores["stage"], found.fidelity.get("stage"))
+        if scores is not None and stages is not None and stages.writes:
+            scores.keep(stages.key, measured, fidelity=together)
+        return measured
 
     def _way_back(self, index: int) -> Callable[[], None]:
         """Return what undoes the step that is about to run."""
-        context = self._context
+        context, kept = self._context, self._kept
         cuts, tokenizer = len(context.history), context.tokenizer
         undoes = bool(self._judging.gates) and self._judging.on_fail == "rollback"
-        # Before the first step stands a copy of the base, of which another can be made.
-        before = copy.deepcopy(self._model) if undoes and index else None
+        # Before the first step stands a copy of the base, of which another can be made; a stage on disk can be read.
+        on_disk = self._stages is not None and self._stages.writes
+        before = copy.deepcopy(self._now()) if undoes and index and not on_disk else None
 
         def back() -> None:
-            self._model = before if before is not None else copy.deepcopy(self._base)
+            self._kept, self._model = kept, before
             del context.history[cuts:]
             if context.tokenizer is not tokenizer and tokenizer is not None:
                 context.replace_tokenizer(tokenizer)

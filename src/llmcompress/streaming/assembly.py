@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import bars_hidden, seal
 from ..errors import CheckpointError
+from ..kept_blocks import KeptBlocks
+from ..tensor_files import stored_in, write_tensors
 from .residence import Residence
-from .stage import Stage
-from .tensors import stored_in, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ _INDEX = "model.safetensors.index.json"
 
 def assemble(
     residence: Residence,
-    stage: Stage,
+    stage: KeptBlocks,
     folder: Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -17,16 +17,16 @@ from ..checkpoint import read_metadata
 from ..compressor import Action, Compressor, Context
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..inputs import check_inputs
+from ..kept_blocks import KeptBlocks
 from ..measured import account, is_finite, plan_step, refuse_broken, seeded, shapes
 from ..pipeline import Pipeline, Step
 from ..result import Report, StepRecord, library_versions
+from ..tensor_files import write_json
 from .assembly import assemble
 from .folder import open_folder
 from .opening import open_empty, open_model
 from .residence import Residence
 from .run import describe, enter, identity, is_done, known_run, locked
-from .stage import Stage
-from .tensors import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ def compress_checkpoint(
                 final = work / "final"
                 assemble(
                     residence,
-                    Stage(_folder_of(work, flat, len(flat) - 1), residence, context),
+                    KeptBlocks(_folder_of(work, flat, len(flat) - 1), residence, context),
                     final,
                     tokenizer=tokenizer,
                     metadata=metadata,
@@ -148,7 +148,7 @@ def _run_all(
             base = footprint(model)
             write_json(base.model_dump(mode="json"), work / "base.json")
     else:
-        Stage(_folder_of(work, steps, done), residence, context).restore_all()
+        KeptBlocks(_folder_of(work, steps, done), residence, context).restore_all()
     assert base is not None
     report = Report(
         model=type(model).__name__, recipe=chain.to_dict(), seed=context.seed, versions=library_versions(), base=base
@@ -158,18 +158,18 @@ def _run_all(
     for index in range(done + 1, len(steps)):
         step = steps[index]
         actions = plans[0] if index == 0 else plan_step(step, model, context)
-        stage = Stage(_folder_of(work, steps, index), residence, context)
+        stage = KeptBlocks(_folder_of(work, steps, index), residence, context)
         report.steps.append(_run_step(step, residence, stage, actions, context))
         if finite is not False:
             refuse_broken(step, model)
         write_json(report.steps[-1].model_dump(mode="json", exclude={"seconds"}), work / f"{index}.json")
         if index:
-            Stage(_folder_of(work, steps, index - 1), residence, context).remove()
+            KeptBlocks(_folder_of(work, steps, index - 1), residence, context).remove()
     return report
 
 
 def _run_step(
-    step: Compressor, residence: Residence, stage: Stage, actions: list[Action], context: Context
+    step: Compressor, residence: Residence, stage: KeptBlocks, actions: list[Action], context: Context
 ) -> StepRecord:
     model = residence.model
     context.told.clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .tensors import Stored, stored_in
+from ..tensor_files import Stored, stored_in
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -10,9 +10,9 @@ import torch
 
 from ..checkpoint import bars_hidden
 from ..errors import CheckpointError, UnsupportedModelError
+from ..tensor_files import Stored
 from .folder import Folder
 from .reading import Reading
-from .tensors import Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,8 +23,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ..anatomy.stacks import find_stacks
 from ..anatomy.turns import block_of
 from ..errors import CheckpointError
+from ..tensor_files import Stored, stored_in, write_tensors
 from .folder import Folder
-from .tensors import Stored, stored_in, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from ..anatomy.stacks import find_stacks
 from ..anatomy.turns import block_of, let_go, set_mapping
 from ..errors import UnsupportedModelError
-from .tensors import Stored, trim_heap
+from ..kept_blocks import BlockWeights
+from ..tensor_files import Stored, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +25,7 @@ _AT_ONCE = 2
 _SMALL_BYTES = 1 << 14
 
 
-class Residence:
+class Residence(BlockWeights):
     """Keeps the weights of blocks on disk while they are not used.
 
     A block that rests is made of views of files: its weights can be read at any time, which takes memory only as long
@@ -41,9 +40,7 @@ class Residence:
     """
 
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
-        self.model = model
-        stacks = find_stacks(model)
-        self.blocks = {stack.block_path(index): child for stack in stacks for index, child in enumerate(stack.blocks)}
+        super().__init__(model)
         self._refuse_shared()
         self._places: dict[str, list[tuple[torch.Tensor, Stored]]] = {path: [] for path in self.blocks}
         self._present: list[str] = []  # least recently used first
@@ -65,24 +62,6 @@ class Residence:
     def __exit__(self, *_: object) -> None:
         for block in self.blocks.values():
             vars(block).pop("forward", None)
-
-    def tensors(self, path: str) -> dict[str, torch.Tensor]:
-        """Return the state of a block, or for `""` of all that is in none, by its names in the model: the very objects.
-
-        A tensor that has several names comes under each.
-        """
-        if path:
-            return self.blocks[path].state_dict(keep_vars=True, prefix=f"{path}.")
-        state = self.model.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in state.items() if not block_of(name, self.blocks)}
-
-    def modules(self, path: str) -> dict[str, nn.Module]:
-        """Return the modules of a block, or for `""` all that are in none, by their paths in the model."""
-        if path:
-            found = self.blocks[path].named_modules(prefix=path)
-        else:
-            found = ((name, one) for name, one in self.model.named_modules() if not block_of(name, self.blocks))
-        return dict(found)
 
     def hold(self, path: str) -> None:
         """Bring a block into memory, and keep it there until it is released."""
@@ -158,14 +137,12 @@ class Residence:
         trim_heap()
 
     def _refuse_shared(self) -> None:
-        owners: dict[int, str] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            owner = owners.setdefault(id(tensor), name)
-            if block_of(owner, self.blocks) != block_of(name, self.blocks):
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} cannot be streamed: {owner} and {name} are one tensor, in different "
-                    f"blocks; load the model and pass it to lc.compress."
-                )
+        shared = self.shared()
+        if shared is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be streamed: {shared[0]} and {shared[1]} are one tensor, in "
+                f"different blocks; load the model and pass it to lc.compress."
+            )
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
+from ..anatomy.digest import tokenizer_digest
 from ..checkpoint import METADATA_FILE, fingerprint, read_metadata
 from ..errors import CheckpointError
+from ..locks import locked as one_at_a_time
 from ..result import library_versions
+from ..tensor_files import write_json
 from .folder import Folder
-from .tensors import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ def describe(
         "recipe": recipe,
         "seed": seed,
         "data": hashlib.sha256(examples).hexdigest() if examples is not None else None,
-        "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else None,
+        "tokenizer": tokenizer_digest(tokenizer) if tokenizer is not None else None,
         "versions": library_versions(),
     }
 
@@ -136,20 +136,12 @@ def locked(work: Path) -> Iterator[None]:
     """Let one process at a time work in `work`; the lock is free again however the process ends.
 
     Raises:
-        CheckpointError: another one works there.
+        BusyError: another one works there.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(
-            f"another process is at work in {work}; wait for it, or choose another folder_out."
-        ) from None
-    try:
+    with one_at_a_time(
+        work / "lock", f"another process is at work in {work}; wait for it, or choose another folder_out."
+    ):
         yield
-    finally:
-        lock.release()
 
 
 def _refuse_other(known: dict[str, Any], run: dict[str, Any], holds: str, advice: str) -> None:
@@ -157,13 +149,3 @@ def _refuse_other(known: dict[str, Any], run: dict[str, Any], holds: str, advice
     for part, other in _PARTS.items():
         if ours[part] != theirs.get(part):
             raise CheckpointError(f"{holds} {other}; call with the same to continue, or {advice}.")
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content: Any = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    # These two change with every call of the tokenizer.
-    told = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    known = [type(tokenizer).__name__, special, tokenizer.model_max_length, told]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

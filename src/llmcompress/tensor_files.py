@@ -1,20 +1,22 @@
-"""Tensors in safetensors files: seen through a map of the file, read into memory, written whole or not at all."""
+"""Tensors in safetensors files, seen through a map or read into memory, and JSON: written whole or not at all."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ..anatomy.saved import DTYPE_NAMES
-from ..errors import CheckpointError
+from .anatomy.saved import DTYPE_NAMES
+from .errors import CheckpointError
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES}
 _OWN_PAGES = 1 << 16  # from so many bytes on a tensor has pages of its own
@@ -157,7 +159,46 @@ def write_json(content: object, file: Path) -> None:
         raise CheckpointError(f"{file} cannot be written: {error}; make room, and call again to continue.") from error
 
 
+def write_sealed(content: Mapping[str, Any], file: Path) -> None:
+    """Write a JSON file with a hash of its content, which `read_sealed` checks; see `write_json`."""
+    write_json({**content, "sha256": _hash_of(content)}, file)
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        CheckpointError: it is damaged, or another file.
+        FileNotFoundError: there is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known = found.pop("sha256")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); delete it to have it made again.") from error
+    if known != _hash_of(found):
+        raise CheckpointError(f"{file} is damaged: its content is not what was written; delete it.")
+    return dict(found)
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files a folder has, before anything that comes later."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def _settle(draft: Path, file: Path) -> None:
-    with draft.open("rb+") as written:
-        os.fsync(written.fileno())
+    sync(draft)
     os.replace(draft, file)
