@@ -29,6 +29,7 @@ from _machine import describe_machine
 from _tinystories import loss, texts_of, token_ids
 from finetune import minilm_teacher
 from llmcompress.data import load_examples
+from llmcompress.quantization.modules import QuantizedModule
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("babyllama-tok105-hf", "stories260K-hf")
@@ -67,10 +68,14 @@ def ours(folder: Path, calibration: list[str], ids: torch.Tensor, group: int) ->
 
 
 def stored_bits(model: torch.nn.Module) -> float:
-    """Return the bits on disk of the packed layers, over their weights."""
-    layers = [module for module in model.modules() if hasattr(module, "grid")]
+    """Return the bits on disk of the quantized layers, over their weights."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     stored = sum(tensor.nbytes for layer in layers for name, tensor in layer.state_dict().items() if name != "bias")
-    return 8 * stored / sum(layer.rows * layer.columns for layer in layers)
+    return (
+        8
+        * stored
+        / sum(layer.rows * layer.columns if hasattr(layer, "grid") else layer.weight.numel() for layer in layers)
+    )
 
 
 def peers(python: str, folder: Path, calibration: list[torch.Tensor], ids: torch.Tensor, group: int) -> None:
@@ -108,34 +113,36 @@ def classifier(assets: Path, cache: Path) -> None:
     data = {split: load_examples(next((assets / "sst2").glob(f"{split}*.tsv"))) for split in ("train", "test")}
     teacher, tokenizer = minilm_teacher(cache / "sst2-minilm", data["train"], labels=2)
     task = lc.TextClassification(data["test"], max_length=64)
-    steps = {
+    steps: dict[str, lc.Compressor | None] = {
         "float32": None,
         "int8 dynamic, tensor": lc.DynamicQuantization(),
         "int8 dynamic, token": lc.DynamicQuantization(activations="token"),
         "int8 static": lc.StaticQuantization(),
         "int8 static, SmoothQuant": lc.StaticQuantization(smooth=0.5),
     }
+    plain = {"group_size": GROUP, "compute": "float"}
     for bits in (4, 3):
-        fields = {"bits": bits, "group_size": GROUP, "compute": "float"}
-        steps[f"round to nearest, int{bits}"] = lc.WeightOnlyQuantization(**fields)
-        steps[f"HQQ, int{bits}"] = lc.WeightOnlyQuantization(fit="hqq", **fields)
-        steps[f"AWQ, int{bits}"] = lc.AWQ(**fields)
-        steps[f"GPTQ, int{bits}"] = lc.GPTQ(**fields)
+        steps[f"round to nearest, int{bits}"] = lc.WeightOnlyQuantization(bits=bits, **plain)
+        steps[f"MSE, int{bits}"] = lc.WeightOnlyQuantization(bits=bits, fit="mse", **plain)
+        steps[f"HQQ, int{bits}"] = lc.WeightOnlyQuantization(bits=bits, fit="hqq", **plain)
+        steps[f"AWQ, int{bits}"] = lc.AWQ(bits=bits, max_length=64, **plain)
+        steps[f"GPTQ, int{bits}"] = lc.GPTQ(bits=bits, max_length=64, **plain)
+    steps["nf4"] = lc.WeightOnlyQuantization(codebook="nf4", **plain)
     print(
         f"\nMiniLM on SST-2, {len(data['test'])} test sentences:\n\n"
-        "| | accuracy | points | on disk |\n|---|---|---|---|"
+        "| | accuracy | points | bits a weight | on disk |\n|---|---|---|---|---|"
     )
     base = None
     for name, step in steps.items():
-        model, size = teacher, lc.evaluate(teacher, task, tokenizer=tokenizer, latency=False, progress=False)
+        model, bits_told = teacher, "32"
         if step is not None:
             model = lc.compress(teacher, step, data=data["train"], tokenizer=tokenizer, progress=False).model
-            size = lc.evaluate(model, task, tokenizer=tokenizer, latency=False, progress=False)
-        found = size.score.value
-        base = found if base is None else base
-        print(
-            f"| {name} | {found:.2%} | {100 * (found - base):+.2f} | {size.size.disk_bytes / 1e6:.1f} MB |", flush=True
-        )
+            bits_told = f"{stored_bits(model):.2f}"
+        found = lc.evaluate(model, task, tokenizer=tokenizer, latency=False, progress=False)
+        accuracy = found.score.value
+        base = accuracy if base is None else base
+        size = f"{found.size.disk_bytes / 1e6:.1f} MB"
+        print(f"| {name} | {accuracy:.2%} | {100 * (accuracy - base):+.2f} | {bits_told} | {size} |", flush=True)
 
 
 def main() -> None:

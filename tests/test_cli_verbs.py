@@ -64,6 +64,36 @@ def test_json_on_standard_output_is_all_there_is(place: Path, compressed: Path) 
     assert "static_quantization" not in (out / "llmcompress.json").read_text()
 
 
+def test_a_failed_gate_gives_status_1_and_the_stage_before_it(place: Path, tmp_path: Path, capsys) -> None:
+    films = str(place / "films.tsv")
+    (tmp_path / "int8.yaml").write_text("name: dynamic_quantization")
+    (tmp_path / "break.yaml").write_text("steps: [{name: magnitude_pruning, sparsity: 0.99}]")
+    arguments = [
+        "compress",
+        str(place / "base"),
+        "--recipe",
+        str(tmp_path / "int8.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    task = ["--task", "text_classification", "--task-data", films, "--no-progress"]
+    kept = ["--max-drop", "accuracy=1", "--min-agreement", "0.01"]
+    assert main([*arguments, *task, *kept]) == 0
+    shutil.rmtree(tmp_path / "out")
+    wide = ["--recipe", str(tmp_path / "break.yaml"), "--min-agreement", "1"]
+    assert main([*arguments, *task, *wide, "--on-fail", "stop"]) == 1
+    assert "magnitude_pruning failed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, *task, *wide]) == 1
+    told = capsys.readouterr()
+    assert "rolled back" in told.out
+    assert "holds the stage before it" in told.err
+    assert lc.show(tmp_path / "out").stored[0].scheme == "float32"
+    assert main([*arguments, *task, "--max-drop", "accuracy"]) == 2
+    assert main([*arguments, *task, "--max-drop", "acuracy=0.1"]) == 2
+    assert "did you mean 'accuracy'" in capsys.readouterr().err
+
+
 def test_show_tells_recipe_sizes_bits_and_scores(place: Path, compressed: Path, capsys) -> None:
     assert main(["show", str(compressed)]) == 0
     told = capsys.readouterr().out

@@ -53,6 +53,8 @@ _HOME = {
         "TextGeneration",
         "TokenClassification",
     ),
+    "fitting.fit": ("fit",),
+    "fitting.result": ("FitResult",),
     "gates": ("MaxDrop", "MaxPerplexityRatio", "MinAgreement"),
     "pipeline": ("Pipeline", "compress"),
     "pruning.depth": ("DepthPruning",),

@@ -92,6 +92,8 @@ from .evaluation.tasks import (
 from .evaluation.tasks import (
     TokenClassification as TokenClassification,
 )
+from .fitting.fit import fit as fit
+from .fitting.result import FitResult as FitResult
 from .gates import MaxDrop as MaxDrop
 from .gates import MaxPerplexityRatio as MaxPerplexityRatio
 from .gates import MinAgreement as MinAgreement

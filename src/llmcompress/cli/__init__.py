@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import ClaimError, CompressionError, VerificationError
+from ..errors import ClaimError, CompressionError, GateError, VerificationError
 from .compress import compress
 from .demo import demo
+from .fit import fit
 from .lists import list_strategies, list_tasks
 from .measure import compare, evaluate
 from .show import show
@@ -42,6 +43,7 @@ app.command()(compress)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(sweep)
+app.command()(fit)
 app.command()(show)
 app.command("list")(list_strategies)
 app.command("tasks")(list_tasks)
@@ -50,7 +52,7 @@ app.command()(demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 for a failed claim, 2 for bad input, 130 for Ctrl-C."""
+    """Run one verb and return the exit status: 0, 1 for a failed claim or gate, 2 for bad input, 130 for Ctrl-C."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
         try:
             status = typer.main.get_command(app).main(args=argv, prog_name="llmcompress", standalone_mode=False)
-        except (ClaimError, VerificationError) as error:
+        except (ClaimError, GateError, VerificationError) as error:
             problems.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             return _FAILED
         except CompressionError as error:

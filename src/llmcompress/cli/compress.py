@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, GateError
 from .options import (
     Json,
     Model,
@@ -22,6 +24,17 @@ from .options import (
     read_tokenizer,
     tell,
 )
+
+if TYPE_CHECKING:
+    from ..gates import Gate
+
+
+class OnFail(str, Enum):
+    """The choices of `--on-fail`: those of `lc.compress`."""
+
+    rollback = "rollback"
+    stop = "stop"
+    warn = "warn"
 
 
 def compress(
@@ -46,6 +59,19 @@ def compress(
     ] = None,
     seed: Seed = 0,
     threads: Threads = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=NUMBER", help="gate: what each stage may lose of it, accuracy=0.01; repeatable"),
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="gate: perplexity over the base's, such as 1.05")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="gate: answers that are the base's, such as 0.95")
+    ] = None,
+    on_fail: Annotated[
+        OnFail, typer.Option(help="at a failed gate: keep the stage before it, write nothing, or go on and tell")
+    ] = OnFail.rollback,
     progress: Annotated[bool, typer.Option(help="show progress bars")] = True,
     json: Json = None,
 ) -> None:
@@ -54,7 +80,9 @@ def compress(
     llmcompress compress my-classifier --recipe recipes/bert-cpu-serving.yaml --out small
 
     llmcompress compress my-llama --recipe recipes/llama-gptq-4bit.yaml --data train.txt --out small
-    --task language_modeling --task-data test.txt --set window=256 --resume stages
+    --task language_modeling --task-data test.txt --set window=256 --max-perplexity-ratio 1.05 --resume stages
+
+    A stage that fails a gate gives status 1, but with --on-fail warn.
     """
     check_endings({".json": json})
     if (task is None) != (task_data is None):
@@ -62,9 +90,11 @@ def compress(
     from ..checkpoint import refuse_foreign
     from ..data import load_examples
     from ..evaluation.inference import threads_set_to
+    from ..gates import failures
     from ..pipeline import Pipeline
     from ..pipeline import compress as run
 
+    gates = _gates(max_drop or (), max_perplexity_ratio, min_agreement)
     chain = Pipeline.from_yaml(recipe)
     refuse_foreign(out)  # now, and not when hours of work are to be written
     asked = None if task is None or task_data is None else make_task(task, task_data, split, settings)
@@ -77,9 +107,30 @@ def compress(
             data=examples,
             tokenizer=read_tokenizer(tokenizer),
             task=asked,
+            gates=gates,
+            on_fail=on_fail.value,
             seed=seed,
             resume_dir=resume,
             progress=progress,
         )
     result.save_pretrained(out)
     tell(f"{result}\nwrote {out}", result.report.model_dump_json(indent=2), json)
+    undone = result.report.rolled_back
+    if undone is not None:
+        raise GateError(f"{undone.step['name']}: {failures(undone.verdicts)}; {out} holds the stage before it.")
+
+
+def _gates(max_drop: Sequence[str], max_perplexity_ratio: float | None, min_agreement: float | None) -> list[Gate]:
+    from ..gates import MaxDrop, MaxPerplexityRatio, MinAgreement
+
+    found: list[Gate] = []
+    for text in max_drop:
+        metric, equals, number = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--max-drop must be METRIC=NUMBER, such as accuracy=0.01, got {text!r}.")
+        found.append(MaxDrop(metric=metric, drop=number))
+    if max_perplexity_ratio is not None:
+        found.append(MaxPerplexityRatio(ratio=max_perplexity_ratio))
+    if min_agreement is not None:
+        found.append(MinAgreement(share=min_agreement))
+    return found

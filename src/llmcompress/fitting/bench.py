@@ -1,0 +1,153 @@
+"""Real runs of chains: built, trained for so many steps, scored on examples held out, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..anatomy.footprint import disk_bytes
+from ..compressor import Compressor, Context
+from ..distillation.distillation import KnowledgeDistillation
+from ..errors import CompressionError
+from ..evaluation.latency import measure_latencies, speedup
+from ..evaluation.scoring import paired_tests
+from ..pipeline import compress
+from .budget import Budget
+from .chain import Chain
+from .survey import make
+from .targets import Targets, drop_of
+from .trial import Cost, Stage, Trial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..evaluation.tasks import Task, TaskScore
+    from ..result import Result
+
+# Steps that tell how long one takes, once the teacher's answers are there.
+_PROBED = 6
+_TIMED_SECONDS = 0.5
+# Of the time that a step takes, what does not shrink with the blocks: reading, the optimizer.
+_FIXED = 0.15
+
+
+@dataclass
+class Bench:
+    """The lab of a search: real models, real data.
+
+    Attributes:
+        model: the base and teacher.
+        context: data, tokenizer, seed.
+        recovery: the training, without its steps; None where the model cannot be distilled.
+        targets: what is asked for.
+        choose: the task to choose by.
+        base: the base's score on it.
+        base_ms: what a pass of the base takes by the survey, in float.
+        most_steps: more training than this is not worth it.
+        clock: by which runs are timed.
+    """
+
+    model: PreTrainedModel
+    context: Context
+    recovery: KnowledgeDistillation | None
+    targets: Targets
+    choose: Task
+    base: TaskScore
+    base_ms: float
+    most_steps: int
+    clock: Budget
+    _step_seconds: float | None = field(default=None, init=False)
+    _training: float = field(default=0.0, init=False)
+    _around: float = field(default=0.0, init=False)
+    _costs: dict[str, Cost | CompressionError] = field(default_factory=dict, init=False)
+
+    def cost(self, chain: Chain) -> Cost | CompressionError:
+        """See `Lab.cost`."""
+        if chain.name not in self._costs:
+            try:
+                self._costs[chain.name] = self.measured(make(self.model, chain.steps(), self.context).model)
+            except CompressionError as error:
+                self._costs[chain.name] = error
+        return self._costs[chain.name]
+
+    def measured(self, model: PreTrainedModel) -> Cost:
+        """Return the bytes of a model, and how fast it is beside the base if that is asked for."""
+        size = disk_bytes(model)
+        if not self.targets.timed:
+            return Cost(size)
+        rows, tokens = self.targets.shape
+        both = {"base": self.model, "chain": model}
+        timed = measure_latencies(both, batch_size=rows, tokens=tokens, seconds=_TIMED_SECONDS, progress=False)
+        return Cost(size, timed["chain"].median_ms, speedup(timed["base"], timed["chain"]).ratio)
+
+    def final(self, chain: Chain, steps: int, task: Task) -> Result:
+        """Run a chain as users do, each step measured and scored."""
+        return compress(
+            self.model,
+            chain.steps(self._recovery(steps)),
+            data=self.context.data,
+            tokenizer=self.context.tokenizer,
+            task=task,
+            seed=self.context.seed,
+            progress=False,
+        )
+
+    def run(self, chain: Chain, steps: int, stage: Stage) -> Trial:
+        """See `Lab.run`."""
+        begin, cost = self.clock.spent(), self.cost(chain)
+        if isinstance(cost, CompressionError):
+            return Trial(chain, stage, steps, None, None, 0.0, self.clock.spent() - begin, str(cost))
+        try:
+            made = make(self.model, self._timed(chain, steps), self.context)
+            score = self.choose.evaluate(made.model, made.tokenizer, progress=False)
+        except CompressionError as error:
+            return Trial(chain, stage, steps, cost, None, 0.0, self.clock.spent() - begin, str(error))
+        drop, noise = drop_of(self.base, score), noise_of(self.choose, self.base, score)
+        seconds = self.clock.spent() - begin
+        self._around = seconds - self._training if steps else self._around
+        return Trial(chain, stage, steps, cost, drop, noise, seconds)
+
+    def _timed(self, chain: Chain, steps: int) -> Iterator[Compressor]:
+        """Yield the steps of a chain, and learn from what lies between how long training takes."""
+        self._training = 0.0
+        for step in chain.steps(self._recovery(steps)):
+            before = self.clock.spent()
+            yield step
+            if isinstance(step, KnowledgeDistillation):
+                self._training = max(self.clock.spent() - before, 1e-9)
+                self._step_seconds = self._training / steps / self._share(chain)
+
+    def steps_in(self, chain: Chain, seconds: float) -> int:
+        """See `Lab.steps_in`."""
+        if self.recovery is None or not chain.recovers:
+            return 0
+        if self._step_seconds is None:
+            self._probe(chain)
+        assert self._step_seconds is not None
+        steps = (seconds - self._around) / (self._step_seconds * self._share(chain))
+        return max(min(int(steps), self.most_steps), 1)
+
+    def _probe(self, chain: Chain) -> None:
+        """Have the teacher answer all rows once, and find how long a step takes."""
+        for steps in (1, _PROBED):
+            make(self.model, self._timed(chain, steps), self.context)
+
+    def _recovery(self, steps: int) -> KnowledgeDistillation | None:
+        if self.recovery is None or not steps:
+            return None
+        return self.recovery.model_copy(update={"steps": steps, "epochs": None})
+
+    def _share(self, chain: Chain) -> float:
+        """Return how long a training step takes beside one of the base, about."""
+        return _FIXED + (1 - _FIXED) * chain.float_ms / self.base_ms
+
+
+def noise_of(task: Task, base: TaskScore, score: TaskScore) -> float:
+    """Return half of the 95 % interval of the difference of two scores; 0 where the sample cannot tell."""
+    test = next((one for one in paired_tests(task, base, score) if one.metric == base.primary), None)
+    if test is None or test.low is None or test.high is None:
+        return 0.0
+    # A ratio's interval is one of the base's value.
+    unit = base.value if test.scale == "ratio" else 1.0
+    return unit * (test.high - test.low) / 2

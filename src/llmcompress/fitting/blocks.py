@@ -1,0 +1,95 @@
+"""What single blocks cost: their bytes in a file, and the time of a pass through them on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..anatomy.saved import file_bytes, saved_tensors
+from ..calibration.replay import replaced
+from ..evaluation.latency import forward_inputs, synchronize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FEWEST, _SECONDS = 8, 0.15
+
+
+def bytes_of_blocks(model: PreTrainedModel, blocks: Sequence[str]) -> tuple[list[float], float]:
+    """Return the bytes of each block in the safetensors file of `model`, its part of the header included, and the rest.
+
+    Example:
+        >>> from llmcompress.anatomy.footprint import disk_bytes
+        >>> from llmcompress.testing import tiny_model
+        >>> model = tiny_model("bert")
+        >>> own, rest = bytes_of_blocks(model, ["bert.encoder.layer.0", "bert.encoder.layer.1"])
+        >>> abs(sum(own) + rest - disk_bytes(model)) < 200
+        True
+    """
+    tensors = saved_tensors(model)
+    parts: dict[str, dict[str, torch.Tensor]] = {path: {} for path in blocks}
+    rest: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        # A classifier's folder has the names of its encoder with or without the prefix of the class.
+        path = next((path for path in blocks if f".{name}".find(f".{path}.") >= 0), None)
+        (rest if path is None else parts[path])[name] = tensor
+    empty = file_bytes({})
+    return [float(file_bytes(own) - empty) for own in parts.values()], float(file_bytes(rest))
+
+
+class BlockTimer:
+    """Times blocks on the very inputs that the base's blocks get from a pass at a shape.
+
+    Args:
+        model: the base.
+        blocks: the paths of the blocks that are to be timed.
+        shape: rows and tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], shape: tuple[int, int]) -> None:
+        self._inputs = forward_inputs(model, *shape)
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._device = model.device
+        with torch.inference_mode(), replaced(model, {path: partial(self._listening, path) for path in blocks}):
+            model(**self._inputs)
+
+    def block(self, model: PreTrainedModel, path: str) -> float:
+        """Return the milliseconds of one pass through a block of `model`, a model like the base."""
+        args, kwargs = self._calls[path]
+        module = model.get_submodule(path)
+        return self._least(lambda: module(*args, **kwargs))
+
+    def whole(self, model: PreTrainedModel) -> float:
+        """Return the milliseconds of one pass through all of `model`."""
+        return self._least(lambda: model(**self._inputs))
+
+    def _listening(self, path: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # What a cache holds would grow with every pass.
+            kept = {name: None if "past_key_value" in name else value for name, value in kwargs.items()}
+            self._calls[path] = (args, _without_cache(kept))
+            return own(*args, **kwargs)
+
+        return forward
+
+    @torch.inference_mode()
+    def _least(self, run: Callable[[], Any]) -> float:
+        # The least of several: whatever else the machine does only adds.
+        least, begin, passes = float("inf"), time.perf_counter(), 0
+        while passes <= _FEWEST or time.perf_counter() - begin < _SECONDS:
+            synchronize(self._device)
+            start = time.perf_counter()
+            run()
+            synchronize(self._device)
+            # The first pass warms up.
+            least = min(least, time.perf_counter() - start) if passes else least
+            passes += 1
+        return 1e3 * least
+
+
+def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})}

@@ -1,0 +1,104 @@
+"""How chains of a search are trained: from the original's answers, kept once, on as much data as there is time for."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..anatomy import anatomy
+from ..data import Example, encode
+from ..distillation.cache import TeacherCache
+from ..distillation.distillation import KnowledgeDistillation
+from ..distillation.heads import Head, head_of
+from ..errors import UnsupportedModelError
+from ..evaluation.units import count_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation.tasks import Task
+
+BATCH = 16
+"""Rows a step."""
+
+_MOST_EPOCHS = 12
+_LENGTH = 128
+# Of a model of 384 features; wider ones take smaller steps.
+_RATE, _WIDTH = 5e-4, 384
+# Hidden states of the teacher take so many bytes at most, and of what is free on the disk so large a share.
+_MOST_BYTES, _MOST_FREE = 2**31, 0.25
+_SAMPLED = 200
+# Share of the budget in which the teacher must have answered all rows.
+_TEACHER_SHARE = 0.15
+_UNCACHED: frozenset[Head] = frozenset({"masked_lm"})
+
+
+def find_recovery(
+    model: PreTrainedModel,
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    notes: list[str],
+) -> tuple[KnowledgeDistillation | None, int]:
+    """Return the training, without its steps, and how many steps are worth it; None where the model has no such head.
+
+    Args:
+        model: the base, which is the teacher.
+        task: tells how long texts are.
+        examples: what will be trained on.
+        tokenizer: the base's.
+        folder: where the teacher's answers are kept.
+        notes: is told why nothing is trained.
+    """
+    try:
+        head = head_of(model)
+    except UnsupportedModelError as error:
+        notes.append(f"nothing is trained: {error}")
+        return None, 0
+    length = getattr(task, "max_length", None) or getattr(task, "window", None) or _LENGTH
+    drawn = random.Random(0).sample(list(examples), min(len(examples), _SAMPLED))
+    tokens = sum(len(row["input_ids"]) for row in encode(drawn, tokenizer)) * len(examples) / len(drawn)
+    rows = tokens / length if head == "causal_lm" else len(examples)
+    body = anatomy(model)
+    layers = len(body.stacks[0])
+    size = tokens * body.hidden * 2 * layers
+    fits = size <= min(_MOST_BYTES, _MOST_FREE * shutil.disk_usage(folder).free)
+    inside = fits and len(body.stacks) == 1 and head not in _UNCACHED
+    cache = None
+    if head not in _UNCACHED:
+        cache = TeacherCache(folder=folder, hidden=tuple(range(1, layers + 1)) if inside else ())
+    labelled = head in {"causal_lm", "seq2seq_lm", "masked_lm"} or all(one.label is not None for one in examples)
+    training = KnowledgeDistillation(
+        steps=1,
+        alpha=0.5 if labelled else 1.0,
+        features={"hidden": 1.0} if inside else {},
+        cache=cache,
+        learning_rate=_RATE * min(1.0, _WIDTH / body.hidden),
+        batch_size=BATCH,
+        max_length=int(length),
+    )
+    return training, max(round(_MOST_EPOCHS * rows / BATCH), 1)
+
+
+def affordable(
+    examples: Sequence[Example], seconds_each: float, budget: float, seed: int, notes: list[str]
+) -> list[Example]:
+    """Return as many examples as the teacher can answer in its share of the budget, drawn at random.
+
+    Example:
+        >>> notes = []
+        >>> len(affordable([Example("a")] * 100, 1.0, 200.0, 0, notes)), notes
+        (30, ['trained on 30 of 100 examples: the teacher answers no more in this budget'])
+    """
+    most = max(int(_TEACHER_SHARE * budget / max(seconds_each, 1e-9)), BATCH)
+    if most >= len(examples):
+        return list(examples)
+    notes.append(
+        f"trained on {count_text(most)} of {count_text(len(examples))} examples: the teacher answers no more in this "
+        f"budget"
+    )
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
+    return [examples[index] for index in chosen]

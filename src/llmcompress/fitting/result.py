@@ -1,0 +1,106 @@
+"""What `lc.fit` returns: the model with its report, the recipe, what was tried, and whether it is as asked for."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.table import Table
+from ..evaluation.units import bytes_text, milliseconds_text
+from ..pipeline import Pipeline
+from ..result import Result
+from .targets import Targets, drop_text
+from .trial import Trial
+
+if TYPE_CHECKING:
+    from ..evaluation.tasks import TaskScore
+
+
+@dataclass
+class FitResult(Result):
+    """A compressed model that `lc.fit` found.
+
+    Attributes:
+        met: whether the targets hold, measured, and the loss on examples that no choice has seen is within `max_drop`.
+        sentence: the outcome in words; where it is not what was asked for, what is the nearest that was found.
+        recipe: the chain; `recipe.to_yaml("recipe.yaml")`, and `lc.compress(model, recipe, data=...)` makes it again.
+        targets: what was asked for.
+        trials: every chain that was run, in order; the last one is the result.
+        drop: what the result loses on the examples held out, in the unit of the task's primary metric.
+        noise: half of the 95 % interval of `drop`, from pairs of answers to the same examples.
+        disk_bytes: of the result's safetensors file.
+        latency_ms: of a pass at the shape of the targets; None where no time was asked for.
+        speedup: against the base, measured in turns; None likewise.
+        seconds: that the search took.
+        stages: what was done, in order, and the seconds that it took.
+        notes: what could not be tried, and why.
+    """
+
+    met: bool = False
+    sentence: str = ""
+    recipe: Pipeline = field(default_factory=Pipeline)
+    targets: Targets | None = None
+    trials: Sequence[Trial] = ()
+    drop: float = 0.0
+    noise: float = 0.0
+    disk_bytes: int = 0
+    latency_ms: float | None = None
+    speedup: float | None = None
+    seconds: float = 0.0
+    stages: Sequence[tuple[str, float]] = ()
+    notes: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain values: the outcome, the recipe, the chains that were run, the report."""
+        return {
+            "met": self.met,
+            "sentence": self.sentence,
+            "drop": self.drop,
+            "noise": self.noise,
+            "disk_bytes": self.disk_bytes,
+            "latency_ms": self.latency_ms,
+            "speedup": self.speedup,
+            "seconds": self.seconds,
+            "recipe": self.recipe.to_dict(),
+            "trials": [trial.to_dict() for trial in self.trials],
+            "notes": list(self.notes),
+            "report": self.report.model_dump(mode="json"),
+        }
+
+    @property
+    def table(self) -> Table:
+        """A row for each chain that was run."""
+        base = self.report.base_score
+        assert base is not None
+        timed = any(trial.cost is not None and trial.cost.ms is not None for trial in self.trials)
+        header = ["chain", "run", "steps", "on disk", *(["latency", "faster"] if timed else []), "loss", "seconds"]
+        rows = [_row(trial, base, timed) for trial in self.trials]
+        failed = [f"{trial.chain.name}: {trial.error}" for trial in self.trials if trial.error]
+        return Table(header, rows, title="Tried", notes=[*failed, *self.notes])
+
+    def __str__(self) -> str:
+        return f"{self.sentence}\n\n{self.table.text()}\n\n{self.report}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.sentence)}</p>{self.table.html()}{self.report._repr_html_()}"
+
+
+def _row(trial: Trial, base: TaskScore, timed: bool) -> list[str]:
+    cost = trial.cost
+    speed = ["", ""]
+    if cost is not None and cost.ms is not None and cost.speedup is not None:
+        speed = [milliseconds_text(cost.ms), f"{cost.speedup:.2f}x"]
+    loss = "failed"
+    if trial.drop is not None:
+        loss = f"{drop_text(trial.drop, base)} ± {drop_text(trial.noise, base).removesuffix(' points')}"
+    return [
+        trial.chain.name,
+        trial.stage,
+        str(trial.steps or ""),
+        bytes_text(cost.bytes) if cost is not None else "",
+        *(speed if timed else []),
+        loss,
+        f"{trial.seconds:.0f}",
+    ]

@@ -1,0 +1,249 @@
+"""The search: what the solver proposes is run for real, few steps first, and what comes out teaches the next proposal.
+
+Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943): several chains are trained briefly, the best two for
+twice as long, and the best one for all the time that is left. Each training starts anew, so that the chain that is
+returned is one recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import CompressionError
+from .budget import Budget
+from .chain import Chain, chain_of
+from .predictor import Predictor
+from .solver import Cost as Kind
+from .solver import Skeleton, Solution, solve
+from .targets import Targets
+from .trial import Cost, Lab, Stage, Trial
+
+_CANDIDATES = 4
+# Units of time by the number of chains: one for each short run, one for a chain proposed by their outcomes, two for
+# each of two longer runs, and about as many for the final one.
+_UNITS = {1: 3, 2: 12, 3: 14, 4: 16}
+# A run of fewer steps tells nothing: then fewer chains are run.
+_FEWEST_STEPS = 25
+# What a measured time must be below its limit by when a chain is chosen: it is measured again at the end.
+_MARGIN = 0.04
+# How often a chain is proposed anew where its measured cost is above a limit.
+_TRIES = 4
+# Where a limit cannot be met: how far towards the base, on a scale of ratios, the nearest ones are looked for.
+_RELAXED = (0.0, 1 / 3, 2 / 3)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with.
+
+    Attributes:
+        chain: the one to train for the rest of the time; None where nothing could be built.
+        trials: all that were run, in order.
+        least: the least that can be reached of each cost that has a limit, as predicted.
+        feasible: whether any chain is within the limits.
+        within: whether `chain` is.
+    """
+
+    chain: Chain | None
+    trials: Sequence[Trial]
+    least: Mapping[Kind, float]
+    feasible: bool
+    within: bool
+
+
+class Search:
+    """One search.
+
+    Args:
+        predictor: proposes chains; it is calibrated by what they lose.
+        lab: runs them.
+        targets: what is asked for.
+        base: the base's own cost.
+        budget: the clock.
+        reserve: seconds that are kept for what comes behind the last training.
+    """
+
+    def __init__(
+        self, predictor: Predictor, lab: Lab, targets: Targets, base: Cost, budget: Budget, reserve: float = 0.0
+    ) -> None:
+        self._predictor, self._lab, self._targets, self._base = predictor, lab, targets, base
+        self._budget, self._reserve = budget, reserve
+        self._trials: list[Trial] = []
+        self._excluded: set[Skeleton] = {predictor.problem().unchanged}
+        self._vocabulary: int | None = None
+        self._failed: list[Trial] = []
+
+    def run(self) -> Found:
+        """Propose, run, halve."""
+        limits = self._limits()
+        least = self._least(limits)
+        with self._budget.stage("solving"):
+            first = self._proposals(limits, _CANDIDATES)
+        feasible = bool(first)
+        if first:
+            # The teacher answers all rows here, once; it is no part of a unit.
+            with self._budget.stage("the teacher's answers"):
+                self._lab.steps_in(first[0], 1.0)
+            first = first[: self._affordable(first)]
+        unit = self._left() / _UNITS[max(len(first), 1)]
+        short = [self._run(chain, unit, "short") for chain in first]
+        if len(short) > 1:
+            short += self._proposed_anew(limits, short, unit)
+        longer = [self._run(trial.chain, 2 * unit, "longer") for trial in _best(short)[:2]] if len(short) > 1 else short
+        winner = next(iter(_best(longer) or _best(short)), None)
+        if winner is None or winner.drop is None or winner.drop - winner.noise > self._targets.max_drop:
+            winner = self._nearest(limits, least, winner, unit)
+        chain = winner.chain if winner is not None else None
+        within = winner is not None and self._within(winner.cost)
+        return Found(chain, [*self._failed, *self._trials], least, feasible, within)
+
+    def _affordable(self, chains: Sequence[Chain]) -> int:
+        """Return how many chains there is time to try with some steps each."""
+        counts = [count for count in range(len(chains), 1, -1) if self._steps(chains[0], count) >= _FEWEST_STEPS]
+        return next(iter(counts), 1) if chains[0].recovers else len(chains)
+
+    def _steps(self, chain: Chain, count: int) -> int:
+        return self._lab.steps_in(chain, self._left() / _UNITS[count])
+
+    def _left(self) -> float:
+        return max(self._budget.left() - self._reserve, 0.0)
+
+    def _limits(self) -> dict[Kind, float]:
+        limits: dict[Kind, float] = {}
+        if self._targets.size is not None:
+            limits["bytes"] = float(self._targets.size)
+        if self._base.ms is not None and (most := self._targets.milliseconds(self._base.ms)) is not None:
+            limits["ms"] = most * (1 - _MARGIN)
+        return limits
+
+    def _least(self, limits: Mapping[Kind, float]) -> dict[Kind, float]:
+        found = {cost: solve(self._predictor.problem(), {}, minimise=cost) for cost in limits}
+        return {cost: float(getattr(one, cost)) for cost, one in found.items() if one is not None}
+
+    def _proposals(self, limits: Mapping[Kind, float], count: int) -> list[Chain]:
+        """Return different chains within `limits`, of least expected damage, each built and measured."""
+        chains: list[Chain] = []
+        for _ in range(_TRIES * count):
+            if len(chains) == count:
+                break
+            solution = solve(self._predictor.problem(), limits, excluded=self._excluded, vocabulary=self._vocabulary)
+            if solution is None:
+                break
+            for one in (solution, self._spread(solution, chains)):
+                if one is not None and len(chains) < count and (chain := self._built(one, limits)) is not None:
+                    chains.append(chain)
+        return chains
+
+    def _built(self, solution: Solution, limits: Mapping[Kind, float]) -> Chain | None:
+        """Return the chain if it really is within `limits`; else learn from it, or never propose it again."""
+        chain = chain_of(self._predictor, solution)
+        cost = self._lab.cost(chain)
+        if isinstance(cost, CompressionError):
+            self._failed.append(Trial(chain, "untrained", 0, None, None, 0.0, 0.0, str(cost)))
+            self._excluded.add(solution.skeleton)
+            return None
+        if cost.ms is not None:
+            self._predictor.time_of(solution, self._base_time(cost))
+            if "ms" in limits and self._base_time(cost) > limits["ms"]:
+                return None
+        if cost.bytes > limits.get("bytes", cost.bytes):
+            self._excluded.add(solution.skeleton)
+            return None
+        self._excluded.add(solution.skeleton)
+        if self._vocabulary is None:
+            # One vocabulary for all: then they share the teacher's answers.
+            self._vocabulary = solution.rest.vocabulary
+        return chain
+
+    def _base_time(self, cost: Cost) -> float:
+        """Return a chain's time on the base's clock of the start: a ratio of turns is steadier than milliseconds."""
+        assert cost.ms is not None
+        if cost.speedup is None or self._base.ms is None or self._targets.speedup is None:
+            return cost.ms
+        return self._base.ms / cost.speedup
+
+    def _spread(self, solution: Solution, chains: Sequence[Chain]) -> Solution | None:
+        """Return the same with evenly spread blocks, once: each then does the work of those behind it."""
+        stacks = self._predictor.space.stack_blocks
+        of, keep = len(stacks[0]), len(solution.kept)
+        ways = set(solution.kept.values())
+        even = spread(of, keep)
+        told = any(chain.solution.rest == solution.rest and chain.solution.kept.keys() == set(even) for chain in chains)
+        if (
+            len(stacks) > 1
+            or keep > of / 2
+            or len({way.bits for way in ways}) > 1
+            or told
+            or set(even) == set(solution.kept)
+        ):
+            return None
+        problem, way = self._predictor.problem(), solution.skeleton
+        bits = next(iter(ways)).bits
+        kept = {
+            number: next(
+                own
+                for own in problem.blocks[number]
+                if (own.shape, own.scheme, own.bits) == (way.shape, way.scheme, bits)
+            )
+            for number in even
+        }
+        return replace(solution, kept=kept)
+
+    def _run(self, chain: Chain, seconds: float, stage: Stage) -> Trial:
+        with self._budget.stage(f"{stage}: {chain.name}"):
+            trial = self._lab.run(chain, self._lab.steps_in(chain, seconds), stage)
+        self._trials.append(trial)
+        return trial
+
+    def _proposed_anew(self, limits: Mapping[Kind, float], short: Sequence[Trial], unit: float) -> list[Trial]:
+        """Run one more chain where the outcomes say that it may be better than those that were run."""
+        outcomes = [(trial.chain.solution, trial.drop) for trial in short if trial.drop is not None]
+        if not outcomes:
+            return []
+        self._predictor.calibrate(outcomes)
+        more = self._proposals(limits, 1)
+        best = min(drop for _, drop in outcomes)
+        if not more or self._predictor.expected(more[0].solution) >= best:
+            return []
+        return [self._run(more[0], unit, "short")]
+
+    def _nearest(
+        self, limits: Mapping[Kind, float], least: Mapping[Kind, float], best: Trial | None, unit: float
+    ) -> Trial | None:
+        """Look for the nearest to the limits that loses no more than is allowed; else for what loses least."""
+        base = {"bytes": float(self._base.bytes), "ms": self._base.ms or 0.0}
+        trials = [best] if best is not None else []
+        self._vocabulary = None if best is None else self._vocabulary
+        for share in _RELAXED:
+            if share == 0 and best is not None:
+                continue
+            floors = {cost: max(limit, least[cost] * 1.001) for cost, limit in limits.items()}
+            relaxed = {cost: floor * (base[cost] / floor) ** share for cost, floor in floors.items()}
+            chains = self._proposals(relaxed, 1)
+            if not chains:
+                continue
+            trial = self._run(chains[0], unit, "nearest")
+            trials.append(trial)
+            if trial.drop is not None and trial.drop <= self._targets.max_drop:
+                return trial
+        return next(iter(_best(trials)), None)
+
+    def _within(self, cost: Cost | None) -> bool:
+        return cost is not None and self._targets.hold(cost.bytes, cost.ms, cost.speedup)
+
+
+def spread(of: int, keep: int) -> tuple[int, ...]:
+    """Return `keep` of `of` blocks: the first, and the others evenly behind it.
+
+    Example:
+        >>> spread(6, 2), spread(6, 3), spread(12, 4)
+        ((0, 3), (0, 2, 4), (0, 3, 6, 9))
+    """
+    return tuple(index * of // keep for index in range(keep))
+
+
+def _best(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that worked, the one that lost least first."""
+    worked = [trial for trial in trials if trial.drop is not None]
+    return sorted(worked, key=lambda trial: (trial.drop, trial.cost.bytes if trial.cost else 0))

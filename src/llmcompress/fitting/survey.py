@@ -1,0 +1,209 @@
+"""One pass over a model: what each choice does to its answers, to its bytes and to its time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from transformers import set_seed
+
+from ..anatomy.kept import random_state_kept
+from ..calibration import calibration_batches
+from ..compressor import Compressor, Context
+from ..data import Example
+from ..errors import CompressionError
+from .blocks import BlockTimer, bytes_of_blocks
+from .budget import Budget
+from .sensitivity import Sensitivities, vocabulary_damage
+from .space import Form, Shape, Space, Vocabulary
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLES, _LENGTH = 32, 64
+# Numbers of all answers that are compared; a language model has one for each token of the vocabulary.
+_MOST_NUMBERS = 2**25
+# Share of the budget that sensitivities may take.
+_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was measured, in nats, bytes and milliseconds; blocks are numbered through all stacks.
+
+    Attributes:
+        drops: of each block, what leaving it out does.
+        together: for each number of blocks left out, what that does beyond the sum; index 0 is none.
+        widths: for each shape and block.
+        rounding: for each form and block.
+        rest_rounding: for each form, of all that is in no block.
+        vocabulary: for each vocabulary.
+        block_bytes: for each shape, form and block.
+        block_ms: the same.
+        rest_bytes: for each vocabulary and form.
+        rest_ms: for each form.
+    """
+
+    drops: list[float]
+    together: list[float]
+    widths: dict[Shape, list[float]]
+    rounding: dict[Form, list[float]]
+    rest_rounding: dict[Form, float]
+    vocabulary: dict[Vocabulary, float]
+    block_bytes: dict[tuple[Shape, Form], list[float]]
+    block_ms: dict[tuple[Shape, Form], list[float]]
+    rest_bytes: dict[tuple[Vocabulary, Form], float]
+    rest_ms: dict[Form, float]
+
+
+def survey(
+    model: PreTrainedModel,
+    space: Space,
+    context: Context,
+    unseen: Sequence[Example],
+    shape: tuple[int, int],
+    budget: Budget,
+) -> Survey:
+    """Measure every choice of `space` on `model`, which is left as it was.
+
+    Args:
+        model: the base.
+        space: what can be chosen; vocabularies that cannot be compared are taken out, and told in its notes.
+        context: its data, tokenizer and seed are used.
+        unseen: texts that are none of the data, for the vocabularies.
+        shape: rows and tokens at which blocks are timed.
+        budget: what is spent of it decides on how many texts sensitivities are measured.
+    """
+    blocks = space.blocks
+    few = _batches(model, context, 4)
+    begin = budget.spent()
+    Sensitivities(model, few, blocks).without([0])
+    pass_seconds = max(budget.spent() - begin, 1e-3) / 2 / max(sum(len(b["input_ids"]) for b in few), 1)
+    passes = len(blocks) * (len(space.shapes) + len(space.forms) + 2)
+    samples = int(_SHARE * budget.seconds / (pass_seconds * passes))
+    batches = _batches(model, context, min(max(samples, 4), _SAMPLES))
+    damages = Sensitivities(model, batches, blocks)
+    drops = [damages.without([number]) for number in range(len(blocks))]
+    parts = _alike(model, space)
+    timer = BlockTimer(model, [blocks[number] for number in sorted(set(parts))], shape)
+
+    widths: dict[Shape, list[float]] = {}
+    block_bytes: dict[tuple[Shape, Form], list[float]] = {}
+    block_ms: dict[tuple[Shape, Form], list[float]] = {}
+    for own in space.shapes:
+        narrow = own.step()
+        cut = model if narrow is None else make(model, [narrow], context).model
+        widths[own] = [0.0 if narrow is None else damages.with_block(cut, number) for number in range(len(blocks))]
+        for form in space.forms:
+            stored = _stored(cut, form, [blocks[number] for number in sorted(set(parts))], context)
+            sizes, _ = bytes_of_blocks(stored, blocks)
+            times = {number: timer.block(stored, blocks[number]) for number in set(parts)}
+            block_bytes[own, form] = [sizes[part] for part in parts]
+            block_ms[own, form] = [times[part] for part in parts]
+
+    rounding: dict[Form, list[float]] = {}
+    rest_rounding, rest_ms = {}, {}
+    for form in space.forms:
+        step = form.of_all(space.rest)
+        whole = model if step is None else make(model, [step], context).model
+        rounding[form] = [0.0 if step is None else damages.with_block(whole, number) for number in range(len(blocks))]
+        rest_rounding[form] = 0.0 if step is None else damages.rest_of(whole)
+        rest_ms[form] = max(timer.whole(whole) - sum(block_ms[space.shapes[0], form]), 0.0)
+    return Survey(
+        drops,
+        _together(damages, drops, space),
+        widths,
+        rounding,
+        rest_rounding,
+        block_bytes=block_bytes,
+        block_ms=block_ms,
+        rest_ms=rest_ms,
+        **_vocabularies(model, space, context, unseen),
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A changed model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def make(model: PreTrainedModel, steps: Iterable[Compressor], context: Context) -> Made:
+    """Do `steps` to a copy of `model` as `lc.compress` does, with nothing measured and nothing told."""
+    own = replace(context, history=[], told=[], corrected=set())
+    changed = copy.deepcopy(model)
+    for step in steps:
+        with random_state_kept():
+            set_seed(context.seed)
+            changed = step.compress(changed.eval(), own)
+    assert own.tokenizer is not None
+    return Made(changed.eval(), own.tokenizer)
+
+
+def _batches(model: PreTrainedModel, context: Context, samples: int) -> list[dict[str, torch.Tensor]]:
+    head = model.get_output_embeddings()
+    if head is not None:
+        samples = max(min(samples, _MOST_NUMBERS // (_LENGTH * model.config.get_text_config().vocab_size)), 1)
+    return calibration_batches(model, context, who="fit", samples=samples, max_length=_LENGTH)
+
+
+def _alike(model: PreTrainedModel, space: Space) -> list[int]:
+    """Return for each block the number of the first one with the same tensors: those cost the same."""
+    first: dict[object, int] = {}
+    found = []
+    for number, path in enumerate(space.blocks):
+        tensors = tuple((name, tuple(tensor.shape)) for name, tensor in model.get_submodule(path).state_dict().items())
+        found.append(first.setdefault((path.rpartition(".")[0], tensors), number))
+    return found
+
+
+def _stored(model: PreTrainedModel, form: Form, paths: Sequence[str], context: Context) -> PreTrainedModel:
+    step = form.of_blocks(paths)
+    return model if step is None else make(model, [step], context).model
+
+
+def _together(damages: Sensitivities, drops: Sequence[float], space: Space) -> list[float]:
+    """Leave out the most harmless block, the two most harmless and so on, one of each stack staying."""
+    order = sorted(range(len(drops)), key=drops.__getitem__)
+    last = {max(own, key=drops.__getitem__) for own in space.stack_blocks}
+    gone: list[int] = []
+    found = [0.0]
+    for number in order:
+        if number not in last:
+            gone.append(number)
+            found.append(max(damages.without(gone) - sum(drops[one] for one in gone), 0.0))
+    return found
+
+
+def _vocabularies(model: PreTrainedModel, space: Space, context: Context, unseen: Sequence[Example]) -> dict[str, dict]:
+    damages: dict[Vocabulary, float] = {}
+    sizes: dict[tuple[Vocabulary, Form], float] = {}
+    assert context.tokenizer is not None
+    for vocabulary in space.vocabularies:
+        step = vocabulary.step()
+        cut, damage = model, 0.0
+        if step is not None:
+            try:
+                made = make(model, [step], context)
+                cut = made.model
+                found = vocabulary_damage(
+                    model, context.tokenizer, cut, made.tokenizer, unseen[:_SAMPLES], max_length=_LENGTH
+                )
+            except CompressionError as error:
+                space.notes.append(f"{step} is left out: {error}")
+                continue
+            if found is None:
+                space.notes.append(f"{step} is left out: the model answers token by token, and texts get other tokens")
+                continue
+            damage = found
+        damages[vocabulary] = damage
+        for form in space.forms:
+            rest = form.of_rest(space.blocks, space.rest)
+            stored = cut if rest is None else make(cut, [rest], context).model
+            sizes[vocabulary, form] = bytes_of_blocks(stored, space.blocks)[1]
+    return {"vocabulary": damages, "rest_bytes": sizes}

@@ -1,0 +1,71 @@
+"""What a search asks for: what a chain costs, and what a run of it loses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from ..errors import CompressionError
+from .chain import Chain
+
+Stage = Literal["untrained", "short", "longer", "nearest", "final"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a chain comes to on this machine.
+
+    Attributes:
+        bytes: on disk.
+        ms: of a pass at the shape of the targets; None where no time is asked for.
+        speedup: against the base, in turns; None likewise.
+    """
+
+    bytes: int
+    ms: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One chain that was run.
+
+    Attributes:
+        chain: what was run.
+        stage: of the search.
+        steps: how long it was trained; 0 where it was not.
+        cost: what it comes to.
+        drop: lost on the examples to choose by; None where it failed.
+        noise: half of the 95 % interval of that drop.
+        seconds: that it took.
+        error: why it failed, or None.
+    """
+
+    chain: Chain
+    stage: Stage
+    steps: int
+    cost: Cost | None
+    drop: float | None
+    noise: float
+    seconds: float
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        cost = None if self.cost is None else asdict(self.cost)
+        own = {"chain": self.chain.name, "steps_of_chain": [step.to_dict() for step in self.chain.steps()]}
+        told = ("stage", "steps", "drop", "noise", "seconds", "error")
+        return {**own, **{name: getattr(self, name) for name in told}, "cost": cost}
+
+
+class Lab(Protocol):
+    """What a search asks for."""
+
+    def cost(self, chain: Chain) -> Cost | CompressionError:
+        """Build a chain, untrained, and measure what it comes to; or say why it cannot be built."""
+
+    def run(self, chain: Chain, steps: int, stage: Stage) -> Trial:
+        """Train a chain for so many steps and score it on the examples to choose by."""
+
+    def steps_in(self, chain: Chain, seconds: float) -> int:
+        """Return for how many steps a run of so many seconds can train; 0 where there is nothing to train."""

@@ -1,0 +1,330 @@
+"""`lc.fit`: targets, the solver against all choices, a search on a clock of its own, whole runs on tiny models."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import llmcompress as lc
+from llmcompress.anatomy.footprint import disk_bytes
+from llmcompress.anatomy.stacks import Stack
+from llmcompress.fitting import budget as budget_module
+from llmcompress.fitting import search as search_module
+from llmcompress.fitting import space as space_module
+from llmcompress.fitting.budget import Budget
+from llmcompress.fitting.holdout import hold_out
+from llmcompress.fitting.predictor import Predictor, calibrated
+from llmcompress.fitting.search import Search
+from llmcompress.fitting.solver import BlockWay, Problem, RestWay, Skeleton, solve
+from llmcompress.fitting.space import FORMS, Shape, Space, Vocabulary
+from llmcompress.fitting.survey import Survey
+from llmcompress.fitting.targets import Targets, read_targets
+from llmcompress.fitting.trial import Cost, Trial
+from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
+
+# Targets
+
+
+def test_bad_targets_are_refused_before_any_work():
+    model = tiny_model("bert")
+    task = lc.TextClassification([("good", 1), ("bad", 0)])
+    for wrong, said in (
+        ({}, "must have a target"),
+        ({"size": "12"}, r"fit\.size must be a quantity such as '12 MB'.*got '12'"),
+        ({"size": 0}, r"fit\.size"),
+        ({"size": "-3 MB"}, r"fit\.size"),
+        ({"latency": 3}, r"fit\.latency must be a quantity such as '3 ms'"),
+        ({"latency": "3 MB"}, "in one of us, ms"),
+        ({"speedup": 1}, r"fit\.speedup must be a number above 1"),
+        ({"speedup": float("nan")}, r"fit\.speedup"),
+        ({"speedup": 2, "max_drop": -0.1}, r"fit\.max_drop"),
+        ({"speedup": 2, "budget": 600}, r"fit\.budget must be a quantity such as '10 min'"),
+        ({"speedup": 2, "shape": (1, 0)}, r"fit\.shape must be \(rows, tokens\)"),
+        ({"speedup": 2, "shape": (1, 4096)}, "at most 512 tokens"),
+    ):
+        with pytest.raises(lc.ConfigError, match=said):
+            lc.fit(model, task, ["text"], tokenizer=tiny_tokenizer(), progress=False, **wrong)
+    with pytest.raises(lc.ConfigError, match=r"fit\.task must be a Task"):
+        lc.fit(model, "accuracy", ["text"], size="1 MB")
+    with pytest.raises(lc.MissingInputError, match="fit needs data"):
+        lc.fit(model, task, None, size="1 MB")
+    with pytest.raises(lc.UnsupportedModelError):
+        lc.fit(tiny_model("llama"), task, ["text"], size="1 MB", tokenizer=tiny_tokenizer())
+
+
+def test_units_and_what_holds():
+    model = tiny_model("bert")
+    given = {"latency": "1500 us", "speedup": 4, "max_drop": 0.01, "shape": (2, 16), "budget": "1.5 h"}
+    found = read_targets(model, size="2 MiB", **given)
+    assert (found.size, found.latency, found.budget) == (2 * 2**20, 1.5, 5400.0)
+    assert found.milliseconds(4.0) == 1.0
+    assert found.hold(2 * 2**20, 1.5, 4.0)
+    for wrong in ((2 * 2**20 + 1, 1.5, 4.0), (1, 1.51, 4.0), (1, 1.5, 3.99), (1, None, 4.0)):
+        assert not found.hold(*wrong)
+
+
+# The solver
+
+
+def random_problem(generator, blocks=3):
+    def number(scale=1.0):
+        return float(generator.exponential(scale))
+
+    forms = [(0, 32), (1, 8), (1, 4)]
+    ways = [
+        [BlockWay(s, scheme, bits, number(), number(10) + 1, number()) for s in range(2) for scheme, bits in forms]
+        for _ in range(blocks)
+    ]
+    rests = [RestWay(v, scheme, bits, number(), number(10), number()) for v in range(2) for scheme, bits in forms]
+    stacks = [range(blocks - 1), [blocks - 1]]
+    return Problem(
+        ways, [number(2) for _ in range(blocks)], [0.0, *(number() for _ in range(blocks - 2))], stacks, rests
+    )
+
+
+def every_choice(problem):
+    """Yield damage, bytes, milliseconds, skeleton and vocabulary of all that can be chosen, one by one."""
+    blocks = range(len(problem.blocks))
+    for count in range(1, len(problem.blocks) + 1):
+        for kept in itertools.combinations(blocks, count):
+            if not all(set(stack) & set(kept) for stack in problem.stacks):
+                continue
+            for rest in problem.rests:
+                for shape in range(2):
+                    own = [
+                        [way for way in problem.blocks[b] if way.shape == shape and way.scheme == rest.scheme]
+                        for b in kept
+                    ]
+                    for ways in itertools.product(*own):
+                        parts = [*ways, rest]
+                        gone = [b for b in blocks if b not in kept]
+                        damage = sum(p.damage for p in parts) + sum(problem.drops[b] for b in gone)
+                        damage += problem.together[len(gone)]
+                        skeleton = Skeleton(count, shape, rest.scheme)
+                        cost = (sum(p.bytes for p in parts), sum(p.ms for p in parts))
+                        yield damage, *cost, skeleton, rest.vocabulary
+
+
+def test_the_solver_finds_the_best_of_all_choices():
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        problem = random_problem(generator)
+        choices = list(every_choice(problem))
+        sizes, times = (np.array([choice[at] for choice in choices]) for at in (1, 2))
+        for share in (0.1, 0.5):
+            limits = {"bytes": float(np.quantile(sizes, share)), "ms": float(np.quantile(times, share))}
+            within = [c for c in choices if c[1] <= limits["bytes"] and c[2] <= limits["ms"]]
+            found = solve(problem, limits)
+            if not within:
+                assert found is None
+                continue
+            best = min(within)
+            assert found.damage == pytest.approx(best[0], rel=1e-3)
+            assert found.bytes <= limits["bytes"] * (1 + 1e-6)
+            # The next best of another skeleton, and the best with a vocabulary that is given.
+            others = [c for c in within if c[3] != found.skeleton]
+            second = solve(problem, limits, excluded=[found.skeleton])
+            assert (second is None) == (not others)
+            if others:
+                assert second.damage == pytest.approx(min(others)[0], rel=1e-3)
+            fixed = [c for c in within if c[4] == 1]
+            third = solve(problem, limits, vocabulary=1)
+            assert third.damage == pytest.approx(min(fixed)[0], rel=1e-3) if fixed else third is None
+        smallest = solve(problem, {}, minimise="bytes")
+        assert smallest.bytes == pytest.approx(sizes.min(), rel=1e-3)
+
+
+def test_weights_learn_from_outcomes_and_keep_to_the_prior_without_them():
+    prior = {"depth": 0.1, "width": 0.1}
+    assert calibrated([], prior) == prior
+    outcomes = [({"depth": 1.0, "width": 0.0}, 0.04), ({"depth": 0.0, "width": 1.0}, 0.01)]
+    found = calibrated(outcomes * 5, prior)
+    assert found["depth"] > 2 * found["width"] > 0
+    assert calibrated([({"depth": 1.0}, -0.2)], prior) == prior
+
+
+# What decides and what verifies
+
+
+def test_no_example_decides_and_verifies():
+    texts = [(f"text {number}", number % 2) for number in range(30)]
+    choose, verify, remark = hold_out(lc.TextClassification(texts, max_length=9), seed=1)
+    seen, kept = ({one.text for one in part.examples} for part in (choose, verify))
+    assert remark is None
+    assert (len(seen), len(kept), seen & kept) == (10, 20, set())
+    assert choose.max_length == verify.max_length == 9
+    running = lc.LanguageModeling(["one two three four five six seven eight nine ten " * 30], window=16)
+    choose, verify, _ = hold_out(running, seed=0)
+    words = [sum(len(one.text.split()) for one in part.examples) for part in (choose, verify)]
+    assert sum(words) == 300
+    assert words[0] == pytest.approx(100, abs=10)
+    task = lc.TextClassification([("good", 1), ("bad", 0)])
+    assert hold_out(task, seed=0)[0] is task
+    assert "chosen" in hold_out(task, seed=0)[2]
+
+
+# The search, with a lab and a clock of its own
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+class FakeLab:
+    """Costs as the survey says but for times, which are a fifth longer; a loss that training halves every 200 steps."""
+
+    def __init__(self, clock, predictor, floor=0.0):
+        self.clock, self.predictor, self.floor, self.asked = clock, predictor, floor, []
+
+    def cost(self, chain):
+        self.clock.seconds += 1.0
+        ms = 1.2 * chain.solution.ms / self.predictor.slowness[chain.solution.skeleton.scheme]
+        return Cost(int(chain.solution.bytes), ms, 10.0 / ms)
+
+    def steps_in(self, chain, seconds):
+        return max(int(seconds / 0.1), 1)
+
+    def run(self, chain, steps, stage):
+        self.asked.append((chain.name, steps, stage))
+        self.clock.seconds += steps * 0.1 * 1.1  # a tenth slower than was thought
+        start = sum(self.predictor.damages(chain.solution).values())
+        drop = self.floor + 0.1 * start * 0.5 ** (steps / 200)
+        return Trial(chain, stage, steps, self.cost(chain), drop, 0.005, steps * 0.11)
+
+
+@pytest.fixture
+def predictor():
+    stack = Stack("layers", torch.nn.ModuleList(torch.nn.Identity() for _ in range(6)))
+    shapes, forms = [Shape(), Shape(ffn=0.5)], FORMS[:2]
+    space = Space([stack], shapes, [Vocabulary()], forms, [])
+    width = {forms[0]: (8e6, 1.5), forms[1]: (2e6, 0.75)}
+    pairs = {(shape, form): width[form] for shape in shapes for form in forms}
+    factor = {shapes[0]: 1.0, shapes[1]: 0.6}
+    survey = Survey(
+        drops=[0.9, 0.1, 0.1, 0.2, 0.2, 0.5],
+        together=[0.0, 0.0, 0.1, 0.3, 0.6, 1.5],
+        widths={shapes[0]: [0.0] * 6, shapes[1]: [0.1] * 6},
+        rounding={forms[0]: [0.0] * 6, forms[1]: [0.001] * 6},
+        rest_rounding={forms[0]: 0.0, forms[1]: 0.001},
+        vocabulary={Vocabulary(): 0.0},
+        block_bytes={pair: [factor[pair[0]] * size] * 6 for pair, (size, _) in pairs.items()},
+        block_ms={pair: [factor[pair[0]] * ms] * 6 for pair, (_, ms) in pairs.items()},
+        rest_bytes={(Vocabulary(), forms[0]): 10e6, (Vocabulary(), forms[1]): 2.5e6},
+        rest_ms={forms[0]: 1.0, forms[1]: 0.5},
+    )
+    return Predictor(space, survey)
+
+
+def searched(predictor, monkeypatch, targets, floor=0.0):
+    clock = Clock()
+    monkeypatch.setattr(budget_module, "now", clock)
+    budget = Budget(targets.budget, progress=False)
+    lab = FakeLab(clock, predictor, floor)
+    found = Search(predictor, lab, targets, Cost(58_000_000, 10.0, 1.0), budget).run()
+    # The final training takes what is left.
+    lab.run(found.chain, lab.steps_in(found.chain, budget.left()), "final")
+    return found, lab, clock
+
+
+def test_the_search_halves_and_keeps_to_its_budget(predictor, monkeypatch):
+    targets = Targets(9_000_000, None, None, 0.05, (1, 128), 600.0)
+    found, lab, clock = searched(predictor, monkeypatch, targets)
+    stages = [stage for _, _, stage in lab.asked]
+    assert stages[:4] == ["short"] * 4
+    assert stages[-3:] == ["longer", "longer", "final"]
+    assert len({name for name, _, stage in lab.asked if stage == "short"}) == stages.count("short")
+    short, longer, final = (
+        max(s for _, s, stage in lab.asked if stage == which) for which in ("short", "longer", "final")
+    )
+    assert longer == pytest.approx(2 * short, rel=0.01)
+    assert final > longer
+    assert 0.8 * 600 < clock.seconds < 1.2 * 600
+    assert found.feasible
+    assert found.within
+    assert found.chain.solution.bytes <= 9_000_000
+    best = min((trial for trial in found.trials if trial.stage == "longer"), key=lambda trial: trial.drop)
+    assert found.chain == best.chain
+
+
+def test_a_time_is_kept_though_chains_are_slower_than_predicted(predictor, monkeypatch):
+    found, _, _ = searched(predictor, monkeypatch, Targets(None, None, 4.0, 0.05, (1, 128), 600.0))
+    assert found.within
+    assert all(trial.cost.speedup >= 4.0 for trial in found.trials)
+
+
+def test_what_cannot_be_met_ends_with_the_nearest(predictor, monkeypatch):
+    # Too small for any chain: the smallest that loses little enough is looked for.
+    found, lab, clock = searched(predictor, monkeypatch, Targets(100_000, None, None, 0.05, (1, 128), 600.0))
+    assert not found.feasible
+    assert not found.within
+    assert found.least["bytes"] > 100_000
+    assert {stage for _, _, stage in lab.asked} == {"nearest", "final"}
+    assert clock.seconds < 1.2 * 600
+    # Small enough, but nothing so small loses so little.
+    hopeless, lab, _ = searched(
+        predictor, monkeypatch, Targets(9_000_000, None, None, 0.01, (1, 128), 600.0), floor=0.1
+    )
+    assert hopeless.feasible
+    assert "nearest" in {stage for _, _, stage in lab.asked}
+
+
+# Whole runs
+
+
+def few_ways(monkeypatch):
+    monkeypatch.setattr(space_module, "_SHAPES", ((0.5, None),))
+    monkeypatch.setattr(space_module, "FORMS", FORMS[:2])
+    monkeypatch.setattr(space_module, "_SEEN", (None,))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    model = tiny_model("bert")
+    rows = tiny_data(model, rows=60)
+    task = lc.TextClassification(rows[36:], max_length=24)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few_ways(monkeypatch)
+        given = {"tokenizer": tiny_tokenizer(), "budget": "4 s", "progress": False}
+        found = lc.fit(model, task, rows[:36], size="90 kB", max_drop=1.0, **given)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    return model, rows[:36], found
+
+
+def test_fit_finds_a_chain_that_its_recipe_makes_again(classifier, tmp_path, reloads):
+    model, rows, found = classifier
+    assert found.met
+    assert found.sentence.startswith("Met: at most 90.0 kB on disk")
+    assert found.disk_bytes == disk_bytes(found.model) <= 90_000
+    assert found.trials[-1].stage == "final"
+    assert found.report.base_score.protocol["examples"] == 16
+    assert "final" in str(found.table)
+    assert str(found).startswith(found.sentence)
+    found.recipe.to_yaml(tmp_path / "recipe.yaml")
+    recipe = lc.Pipeline.from_yaml(tmp_path / "recipe.yaml")
+    again = lc.compress(model, recipe, data=rows, tokenizer=tiny_tokenizer(), progress=False)
+    assert disk_bytes(again.model) == found.disk_bytes
+    folder = found.save_pretrained(tmp_path / "model")
+    assert (folder / "model.safetensors").stat().st_size == found.disk_bytes
+    assert found.report.recipe == recipe.to_dict()
+
+
+def test_an_impossible_target_ends_with_the_sentence():
+    model = tiny_model("llama")
+    texts = [example.text for example in tiny_data(model, rows=40)]
+    task = lc.LanguageModeling(texts[20:], window=32)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few_ways(monkeypatch)
+        monkeypatch.setattr(search_module, "_RELAXED", (0.0, 0.5))
+        given = {"tokenizer": tiny_tokenizer(), "budget": "4 s", "progress": False}
+        found = lc.fit(model, task, texts[:20], size="1 KB", max_drop=0, **given)
+    assert not found.met
+    assert "no chain of these strategies comes below" in found.sentence
+    assert "The nearest found" in found.sentence
+    assert found.disk_bytes < disk_bytes(model)
+    assert any("vocabulary stays" in note for note in found.notes)
