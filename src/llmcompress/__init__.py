@@ -57,6 +57,8 @@ _HOME = {
     "fitting.result": ("FitResult",),
     "gates": ("MaxDrop", "MaxPerplexityRatio", "MinAgreement"),
     "pipeline": ("Pipeline", "compress"),
+    "planning.document": ("Plan",),
+    "planning.plan": ("plan",),
     "pruning.depth": ("DepthPruning",),
     "pruning.importance": ("register_importance",),
     "pruning.magnitude": ("MagnitudePruning",),

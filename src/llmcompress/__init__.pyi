@@ -99,6 +99,8 @@ from .gates import MaxPerplexityRatio as MaxPerplexityRatio
 from .gates import MinAgreement as MinAgreement
 from .pipeline import Pipeline as Pipeline
 from .pipeline import compress as compress
+from .planning.document import Plan as Plan
+from .planning.plan import plan as plan
 from .pruning.depth import DepthPruning as DepthPruning
 from .pruning.importance import register_importance as register_importance
 from .pruning.magnitude import MagnitudePruning as MagnitudePruning

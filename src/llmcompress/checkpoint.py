@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 METADATA_FILE = "llmcompress.json"
 FORMAT_VERSION = 1
@@ -182,30 +182,15 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     Raises:
         CheckpointError: it is no folder of a model, fails `verify`, or its weights do not fill the model.
     """
-    import transformers
 
     from .quantization import hf  # noqa: F401 - makes the method known, however this file came to be imported
     from .quantization.bitsandbytes import keep_exact
 
     if (Path(folder) / METADATA_FILE).is_file():
         verify(folder)
-    elif Path(folder).exists():
-        if not (Path(folder) / "config.json").is_file():
-            raise CheckpointError(f"{folder} is no checkpoint: it holds neither {METADATA_FILE} nor config.json.")
-    elif isinstance(folder, Path) or Path(folder).is_absolute():
-        raise CheckpointError(f"{folder} must be a folder with a model, or a name on the hub; there is no such folder.")
-    chosen: Any = model_class
-    if chosen is None:
-        try:
-            names = transformers.AutoConfig.from_pretrained(folder).architectures or [None]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} is no folder of a model, and no model on the hub: {error}") from error
-        chosen = getattr(transformers, str(names[0]), None)
-        if chosen is None:
-            raise CheckpointError(
-                f"{folder}: transformers {transformers.__version__} has no class {names[0]!r}; upgrade it, or pass "
-                "model_class."
-            )
+    else:
+        _refuse_absent(folder)
+    chosen: Any = model_class or saved_class(folder)[0]
     try:
         # Where sizes differ transformers raises without naming any, unless it is told to go on and list them.
         model, info = chosen.from_pretrained(
@@ -225,6 +210,41 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
         raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; save the model again.")
     keep_exact(model)
     return model
+
+
+def saved_class(folder: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Return the class that a model had when it was saved, and its config; reads no weight.
+
+    Args:
+        folder: a folder, or the name of a model on the hub.
+
+    Raises:
+        CheckpointError: it is no folder of a model, or names a class that transformers does not have.
+    """
+    import transformers
+
+    _refuse_absent(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no folder of a model, and no model on the hub: {error}") from error
+    names = config.architectures or [None]
+    found = getattr(transformers, str(names[0]), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} has no class {names[0]!r}; upgrade it, or pass "
+            "model_class."
+        )
+    return found, config
+
+
+def _refuse_absent(folder: str | Path) -> None:
+    """Raise unless there is a model in `folder`, or it may be a name on the hub."""
+    if Path(folder).exists():
+        if not (Path(folder) / "config.json").is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: it holds neither {METADATA_FILE} nor config.json.")
+    elif isinstance(folder, Path) or Path(folder).is_absolute():
+        raise CheckpointError(f"{folder} must be a folder with a model, or a name on the hub; there is no such folder.")
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -193,6 +193,25 @@ class Rounds(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a step leaves of a model without weights, and what the work on the real one takes.
+
+    Attributes:
+        model: with the sizes that it will have, on the meta device; the one that came in, changed in place, or another.
+        estimated: why the real sizes may be others, or None where these are exact.
+        scratch: bytes that the work takes at most beside the untouched original and the model it works on.
+        flops: of all its matrix products, a multiplication and an addition being two.
+        swept: how many numbers are read or written one by one elsewhere.
+    """
+
+    model: PreTrainedModel
+    estimated: str | None = None
+    scratch: int = 0
+    flops: float = 0.0
+    swept: float = 0.0
+
+
 class Settings(BaseModel):
     """Base of hyper-parameters: immutable, comparable, written to and read from plain dicts.
 
@@ -262,6 +281,17 @@ class Compressor(Settings, ABC):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Tell what `compress` would touch, and why it leaves the rest. Changes nothing."""
         return [Action(path="", does=type(self).__name__)]
+
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline | None:
+        """Do to the sizes of `model`, which has no weights, what `compress` does; None where that is not foretold.
+
+        What `compress` tells `context` of cuts and tokenizers is told here too, for the steps that follow.
+
+        Args:
+            model: on the meta device; it may be changed in place.
+            context: as for `compress`; its `device` is where the work will be done.
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Return `{"name": registry name, **fields}`, which `lc.compressors.create` turns back into an equal step."""

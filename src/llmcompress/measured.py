@@ -90,7 +90,7 @@ def account(
         seconds: its time.
     """
     if shapes(model) != before:
-        _mark(model, context)
+        mark_sizes(model, context)
     found = context.findings(actions)
     return StepRecord(
         step=step.to_dict(),
@@ -99,6 +99,14 @@ def account(
         touched=[action for action in found if action.touched],
         left=[action for action in found if not action.touched],
     )
+
+
+def mark_sizes(model: PreTrainedModel, context: Context) -> None:
+    """Have the config tell what shapes the model has now, so that whatever saves it writes a folder that loads."""
+    try:
+        mark(model)
+    except UnsupportedModelError as error:
+        context.tell(Action(path="", reason=f"a folder of this model will not load by from_pretrained: {error}"))
 
 
 def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
@@ -155,11 +163,3 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         yield
-
-
-def _mark(model: PreTrainedModel, context: Context) -> None:
-    """Have the config tell what shapes the model has now, so that whatever saves it writes a folder that loads."""
-    try:
-        mark(model)
-    except UnsupportedModelError as error:
-        context.tell(Action(path="", reason=f"a folder of this model will not load by from_pretrained: {error}"))

@@ -1,14 +1,17 @@
-"""A model's class built from a config without memory: the shapes that a folder with this config will have."""
+"""Models without memory: built from a config, the shapes that a folder with it will have; or a twin of a real one."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_ZEROS = "_llmcompress_zeros"
 
 
 def empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -39,3 +42,50 @@ def empty_of_class(model_class: type[PreTrainedModel], config: PreTrainedConfig)
         loaded.dtype = getattr(torch, loaded.dtype)
     with torch.device("meta"):
         return model_class(loaded)
+
+
+def weightless(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` on the meta device: all but the values of its tensors, ties included.
+
+    How many weights of each tensor are zero is noted on the copy's.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> twin = weightless(model)
+        >>> twin.device, twin.lm_head.weight is twin.model.embed_tokens.weight
+        (device(type='meta'), True)
+    """
+    known: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            zeros = noted_zeros(tensor) if tensor.is_meta else tensor.numel() - int(torch.count_nonzero(tensor))
+            note_zeros(empty, zeros)
+        known[id(tensor)] = empty
+    return copy.deepcopy(model, known)
+
+
+def note_zeros(weight: torch.Tensor, zeros: int) -> None:
+    """Note on a weight without content how many of its values are, or will be, zero.
+
+    Example:
+        >>> weight = torch.empty(3, device="meta")
+        >>> note_zeros(weight, 2)
+        >>> noted_zeros(weight)
+        2
+    """
+    setattr(weight, _ZEROS, zeros)
+
+
+def carry_zeros(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Note on `after`, a part of `before`, its share of the zeros noted there; tensors with content need no note."""
+    if before.is_meta:
+        note_zeros(after, round(noted_zeros(before) * after.numel() / max(before.numel(), 1)))
+
+
+def noted_zeros(weight: torch.Tensor) -> int:
+    """Return how many zeros were noted on a weight without content; 0 where nothing was."""
+    zeros: int = getattr(weight, _ZEROS, 0)
+    return zeros

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
+from .empty import noted_zeros
 from .saved import file_bytes, saved_tensors
 from .turns import let_go
 
@@ -73,7 +74,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, int, int]]:
     """Yield each distinct weight tensor, the number of weights it stands for, and how many of them are zero.
 
     A module that stores a weight in another form says so by `coded_weights()`, a list of (tensor, weights it holds),
-    and `zero_counts()`. On the meta device nothing is zero.
+    and `zero_counts()`. Of weights on the meta device zeros are those noted (`empty.note_zeros`), of codes none.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -102,7 +103,7 @@ def _counts(module: Any) -> list[tuple[int, int]]:
 
 
 def _zeros(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.numel() - int(torch.count_nonzero(tensor))
+    return noted_zeros(tensor) if tensor.is_meta else tensor.numel() - int(torch.count_nonzero(tensor))
 
 
 def _memory_bytes(model: nn.Module) -> int:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .empty import carry_zeros
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -149,7 +151,9 @@ def cut(model: PreTrainedModel, group: Group, keep: torch.Tensor) -> None:
             new = old.detach().index_select(member.axis, _positions(member, keep).to(old.device))
         replacement = new.contiguous()
         if isinstance(old, nn.Parameter):
-            setattr(module, name, nn.Parameter(replacement, requires_grad=old.requires_grad))
+            parameter = nn.Parameter(replacement, requires_grad=old.requires_grad)
+            carry_zeros(old, parameter)
+            setattr(module, name, parameter)
         else:
             module._buffers[name] = replacement
         _note_size(module, name, member.axis, replacement.shape[member.axis])

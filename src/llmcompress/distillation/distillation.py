@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..compressor import Action, Compressor, Context, Cut, Need, Rounding, Rounds, still_there
+from ..compressor import Action, Compressor, Context, Cut, Need, Outline, Rounding, Rounds, still_there
 from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
 from .alignment import Alignment, align, feature_actions
@@ -44,7 +44,7 @@ from .masking import masking_for
 from .objective import Objective
 from .schedule import least, most
 from .sources import told
-from .student import Student, make_student, plan_student, read_student
+from .student import Student, make_student, outline_student, plan_student, read_student
 from .teachers import Teachers, is_original, read_teachers, weights_of
 from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
 from .train import train
@@ -307,6 +307,11 @@ class KnowledgeDistillation(Compressor):
             )
         context.tell(Action(path="", does=f"train on {len(rows)} rows", reason=str(course)))
         return model
+
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline | None:
+        """Cut the student out, or put it in place; training changes no size."""
+        student = outline_student(model, self.student, context)
+        return None if student is None else Outline(student)
 
     def _training(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Training:
         same = {field.name for field in fields(Training)} & set(type(self).model_fields)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ..anatomy.depth import evenly_spaced, keep_blocks, plan_depth
-from ..anatomy.empty import empty_of_class
+from ..anatomy.empty import empty_of_class, weightless
 from ..anatomy.footprint import footprint
 from ..anatomy.stacks import Stack, find_stacks
 from ..anatomy.vocabulary import vocabulary_size
@@ -181,6 +181,27 @@ def make_student(model: PreTrainedModel, student: Student, context: Context) -> 
     if planned.tokenizer is not None:
         context.replace_tokenizer(planned.tokenizer)
     return made.to(model.device)
+
+
+def outline_student(model: PreTrainedModel, student: Student, context: Context) -> PreTrainedModel | None:
+    """Return the student without weights, `model` having none; arguments as for `make_student`.
+
+    None where the step that narrows it does not foretell its sizes.
+    """
+    if student is None:
+        return model
+    if _keeps_blocks(student):
+        context.history.extend(keep_blocks(model, choose_blocks(model, student)))
+        return model
+    if _narrows(student):
+        outline = narrowing(model, student, context)[0].outline(model, context)
+        return None if outline is None else outline.model
+    planned = plan_student(model, student, context)
+    if planned.tokenizer is not None:
+        context.replace_tokenizer(planned.tokenizer)
+    if isinstance(student, InMemory):
+        return weightless(planned.model)
+    return planned.model.float().eval()
 
 
 def parse_blocks(spec: str) -> int | tuple[int, ...]:

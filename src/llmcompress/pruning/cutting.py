@@ -75,6 +75,23 @@ def cut_proven(
     _prove_outputs(model, found.outputs, expected.outputs, {group.kind for group, _ in cuts}, who=who)
 
 
+def cut_outlined(
+    model: PreTrainedModel,
+    cuts: Sequence[tuple[Group, torch.Tensor]],
+    context: Context,
+    *,
+    values: Mapping[str, Any] | None,
+) -> None:
+    """Do to the sizes of a model without weights what `cut_proven` does; arguments as there."""
+    tied = ties(model)
+    for group, keep in cuts:
+        cut(model, group, keep)
+        context.history.extend(_history(group, keep))
+    retie(model, tied)
+    if values is not None:
+        adopt_config(model, values)
+
+
 def _answer(
     model: PreTrainedModel, hidden: tuple[Group, torch.Tensor] | None, inputs: Mapping[str, torch.Tensor]
 ) -> Stream:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from ..anatomy.depth import keep_blocks, plan_depth
@@ -15,7 +16,7 @@ from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
 from ..anatomy.sizes import matches_config, shapes_of
 from ..anatomy.stacks import Stack, token_stacks
 from ..calibration import calibration_batches
-from ..compressor import Action, Compressor, Context, Need
+from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import ConfigError, NothingToCompressError, UnsupportedModelError, VerificationError
 from ..registry import register
 from .block_choice import Choice, complement, deviation, early_and_last, legal_choice
@@ -173,6 +174,16 @@ class DepthPruning(Compressor):
         context.history.extend(cuts)
         return model
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Drop as many blocks as will go: those named, or where data choose those that `criterion="last"` takes."""
+        choices = [part.choice for part in self._parts(model) if part.choice is not None]
+        shapes = [_block_shapes(choice.stack) for choice in choices]
+        uneven = self._asks_data and any(any(block != own[0] for block in own) for own in shapes)
+        context.history.extend(
+            keep_blocks(model, {choice.stack.path: self._without_data(choice) for choice in choices})
+        )
+        return Outline(model, "the blocks differ in size, and data choose which go" if uneven else None)
+
     def _parts(self, model: PreTrainedModel) -> list[_Part]:
         stacks = token_stacks(model)
         if not stacks:
@@ -270,6 +281,10 @@ def _nearest(model: PreTrainedModel, stack: Stack, keep: int) -> Choice:
             refused = refused or error
     assert refused is not None
     raise refused
+
+
+def _block_shapes(stack: Stack) -> list[dict[str, torch.Size]]:
+    return [{name: tensor.shape for name, tensor in block.state_dict().items()} for block in stack.blocks]
 
 
 def _shallow_shapes(model: PreTrainedModel, kept: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.groups import Group, Kind, new_shapes
 from ..anatomy.sizes import shapes_of
 from ..calibration import calibration_batches
-from ..compressor import Action, Compressor, Context, Need
+from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import ConfigError
 from ..registry import register
-from .cutting import cut_proven
+from .cutting import cut_outlined, cut_proven
 from .importance import Evidence, needs_of, score_groups
 from .rounding import Rounding, fastest_rounding
 from .selection import choose
@@ -168,6 +169,14 @@ class StructuredPruning(Compressor):
         cut_proven(model, cuts, context, values=widths.values if self.uniform else None, who="StructuredPruning")
         return model
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Cut the sizes; which channels stay is open, and their numbers stand for it."""
+        widths = self._widths(model)
+        cuts = [(group, _some(group, kept)) for group, kept in widths.changed]
+        cut_outlined(model, cuts, context, values=widths.values if self.uniform else None)
+        competing = self.scope == "global" and "under the global scope widths depend on the weights"
+        return Outline(model, competing or None)
+
     @property
     def _shares(self) -> dict[Kind, float]:
         return {kind: share for kind in _KINDS if (share := getattr(self, kind)) is not None}
@@ -187,6 +196,12 @@ class StructuredPruning(Compressor):
             model, context, who=who, samples=self.samples, max_length=self.max_length, labels=True
         )
         return Evidence(batches, context.seed, who, context.progress)
+
+
+def _some(group: Group, kept: int) -> torch.Tensor:
+    """Return `kept` channels of a group, any; in equal numbers from each run that must keep as many."""
+    runs = torch.arange(group.count).view(group.balance, -1)[:, : kept // group.balance].flatten()
+    return runs.expand(group.experts, -1) if group.experts else runs
 
 
 _NAMES: dict[Kind, str] = {

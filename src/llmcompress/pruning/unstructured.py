@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from ..anatomy.empty import note_zeros, noted_zeros
 from ..anatomy.layers import WeightLayer, select
 from ..anatomy.turns import let_go
-from ..compressor import Action, Compressor, Context
+from ..compressor import Action, Compressor, Context, Outline
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 
 if TYPE_CHECKING:
@@ -89,6 +90,14 @@ class UnstructuredPruning(Compressor):
         """Name the layers that get zeros and how many, those that do not, and what the zeros do not give."""
         quotas, left = self._quotas(model)
         return [Action(path=quota.layer.name, does=self._does(quota)) for quota in quotas] + left + [_REMARK]
+
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Note the zeros; no size changes."""
+        quotas, _ = self._quotas(model)
+        for quota in quotas:
+            weight = quota.layer.weight
+            note_zeros(weight, max(round(quota.sparsity * weight.numel()), noted_zeros(weight)))
+        return Outline(model)
 
     def _does(self, quota: Quota) -> str:
         return str(quota)

@@ -11,7 +11,7 @@ from ..anatomy.probe import probe_outputs, relative_error
 from ..anatomy.sizes import Shapes, shapes_of
 from ..anatomy.surgery import ties
 from ..anatomy.vocabulary import keep_tokens, named_tokens, plan_vocabulary, vocabulary_size
-from ..compressor import Action, Compressor, Context, Need
+from ..compressor import Action, Compressor, Context, Need, Outline
 from ..data import Example, load_examples
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError, VerificationError
 from ..registry import register
@@ -151,6 +151,14 @@ class VocabularyPruning(Compressor):
         context.history.append(cut)
         context.replace_tokenizer(chosen.tokenizer)
         return model
+
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Count the tokens of the texts, and drop the rows of all others."""
+        chosen = self._choose(model, context)
+        if len(chosen.kept) < vocabulary_size(model):
+            context.history.append(keep_tokens(model, chosen.kept))
+            context.replace_tokenizer(chosen.tokenizer)
+        return Outline(model)
 
     def _choose(self, model: PreTrainedModel, context: Context) -> Choice:
         tokenizer = context.tokenizer

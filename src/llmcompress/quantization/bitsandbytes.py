@@ -11,11 +11,13 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ..anatomy.layers import WeightLayer, select, weight_layers
-from ..compressor import Action, Compressor, Context
+from ..compressor import Action, Compressor, Context, Outline
 from ..errors import ConfigError, NothingToCompressError, PluginError, VerificationError
 from ..registry import register
+from .bitsandbytes_empty import empty_layer
 from .bitsandbytes_paths import product_path
 from .checks import refuse_nonfinite, refuse_quantized, refuse_sizes
+from .modules import replace_modules
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -90,7 +92,9 @@ class BitsAndBytesQuantization(Compressor):
         does = f"bitsandbytes {self.kind}"
         actions = [Action(path=layer.name, does=does) for layer in chosen] + left
         dtype = getattr(torch, self._compute_dtype(model))
-        fast, how = product_path(self.kind, model.device, dtype)
+        # Of a model without weights the work says where it will be.
+        device = torch.device(context.device) if model.device.type == "meta" else model.device
+        fast, how = product_path(self.kind, device, dtype)
         actions.append(Action(path="", reason=f"{'fast path' if fast else 'no fast path'}: {how}"))
         return actions
 
@@ -122,6 +126,20 @@ class BitsAndBytesQuantization(Compressor):
         result.config.name_or_path = model.config.name_or_path
         keep_exact(result)
         return result.train(model.training)
+
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Put empty layers of bitsandbytes in place."""
+        chosen, _ = self._choose(model)
+        config = self._config(model, {layer.path for layer in chosen})
+        for layer in chosen:
+            empty = empty_layer(layer.module, self.kind, block=_BLOCK, double_quant=self.double_quant)
+            replace_modules(model, {layer.module: empty})
+        model.config.quantization_config = config
+        model.quantization_method, model.is_quantized = config.quant_method, True
+        # The real one is read from tensors that have their names in memory, and is saved by those.
+        model._weight_conversions = []
+        offsets = "the mean of a layer's scales is stored in words, of which the length is not known before"
+        return Outline(model, offsets if self.double_quant else None)
 
     def _config(self, model: PreTrainedModel, names: set[str]) -> BitsAndBytesConfig:
         from transformers import BitsAndBytesConfig

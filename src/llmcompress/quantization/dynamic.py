@@ -11,7 +11,7 @@ from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer
 from ..calibration import calibration_batches
-from ..compressor import Action, Compressor, Context, Need, Rounding
+from ..compressor import Action, Compressor, Context, Need, Outline, Rounding
 from ..errors import ConfigError
 from ..registry import register
 from .affine import round_rows
@@ -116,6 +116,13 @@ class DynamicQuantization(Compressor):
         mark_quantized(model)
         return model
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Put empty int8 layers in place."""
+        chosen, _ = self._choose(model)
+        replace_in_turns(model, chosen, self._empty, self._empty_experts)
+        mark_quantized(model)
+        return Outline(model)
+
     def roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
         """Return how weights and activations will be rounded, for `KnowledgeDistillation(quantize_for=...)`.
 
@@ -149,6 +156,15 @@ class DynamicQuantization(Compressor):
 
     def _quantize_experts(self, module: nn.Module, parameters: Sequence[str], transposed: bool) -> Int8Experts:
         return Int8Experts.from_float(module, parameters, transposed=transposed, activations=self.activations)
+
+    def _empty(self, layer: WeightLayer) -> QuantizedModule:
+        if isinstance(layer.module, nn.Embedding):
+            return Int8Embedding.from_spec(layer.module, {})
+        return Int8Linear.from_spec(layer.module, {"activations": self.activations})
+
+    def _empty_experts(self, module: nn.Module, parameters: Sequence[str], transposed: bool) -> Int8Experts:
+        spec = {"parameters": parameters, "transposed": transposed, "activations": self.activations}
+        return Int8Experts.from_spec(module, spec)
 
     def _action(self, layer: WeightLayer) -> Action:
         does = "int8 per row" if layer.kind == "embedding" else f"int8 per channel, activations per {self.activations}"

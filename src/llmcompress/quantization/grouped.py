@@ -13,10 +13,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from ..anatomy.empty import noted_zeros
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import let_go
-from ..compressor import Action, Compressor, Context, Need
+from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from . import kernels
 from .auto_bits import free_targets, with_bits
@@ -182,6 +183,13 @@ class GroupedQuantization(Compressor):
         """
         return with_bits(self, model, context) if self.bits == "auto" else self
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Put empty packed layers in place."""
+        targets, _ = self._choose(model)
+        self._replace(model, [(target, blank(target)) for target in targets])
+        finish(model)
+        return Outline(model)
+
     @property
     def _auto_fit(self) -> Fit:
         """How grids are laid where damages are measured."""
@@ -315,7 +323,7 @@ class GroupedQuantization(Compressor):
         """Fit the grid to a layer: its group size as `indivisible` says, its zero points to the zeros of a pruning."""
         grid = self._grid(bits)
         # A zero point between two levels would make every zero of a pruned layer a small number.
-        if grid.zero_parts > 1 and not layer.weight.is_meta and share_of_zeros(layer.weight) > PRUNED:
+        if grid.zero_parts > 1 and share_of_zeros(layer.weight) > PRUNED:
             grid = replace(grid, zero_bits=None)
             remark = joined(remark, "whole zero points, since it has weights that are zero")
         columns = layer.weight.shape[layer.input_axis]
@@ -366,7 +374,7 @@ class GroupedQuantization(Compressor):
             CompressionError: a scale is NaN or infinite; none of these layers is changed then.
         """
         for target, codes in coded:
-            if not torch.isfinite(codes.scale).all():
+            if not codes.scale.is_meta and not torch.isfinite(codes.scale).all():
                 self._refuse_scale(target)
         found = {(target.layer.module, target.layer.parameter): (codes, target.grid) for target, codes in coded}
 
@@ -393,8 +401,23 @@ def finish(model: PreTrainedModel) -> None:
     mark_quantized(model)
 
 
+def blank(target: Target) -> Coded:
+    """Return codes without content for a layer without weights."""
+    layer, grid = target.layer, target.grid
+    columns = layer.weight.shape[layer.input_axis]
+    rows = layer.weight.numel() // max(columns, 1)
+    groups = grid.groups(columns)
+    return Coded(
+        torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
+        torch.empty(rows, groups, dtype=grid.scale_dtype, device="meta"),
+        torch.empty(rows, groups, dtype=torch.uint8, device="meta") if grid.has_zero else None,
+    )
+
+
 def share_of_zeros(weight: torch.Tensor) -> float:
-    """Return the share of weights that are exactly 0."""
+    """Return the share of weights that are exactly 0; on the meta device of those noted."""
+    if weight.is_meta:
+        return noted_zeros(weight) / max(weight.numel(), 1)
     share = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
     let_go(weight)
     return share

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer
 from ..calibration import calibration_batches, observe
-from ..compressor import Action, Compressor, Context, Need, Rounding
+from ..compressor import Action, Compressor, Context, Need, Outline, Rounding
 from ..errors import ConfigError
 from ..registry import register
 from .affine import round_rows
@@ -205,6 +205,14 @@ class StaticQuantization(Compressor):
                 refused[layer.name] = f"its int8 outputs are off by {error:.1%}, above outliers={self.outliers:g}"
         return coded, refused
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Put empty int8 layers in place, as if no layer were an outlier."""
+        chosen, _ = self._choose(model, {})
+        replace_in_turns(model, chosen, _empty, _empty_experts)
+        mark_quantized(model)
+        few = None if self.outliers is None else "layers whose int8 outputs are too far off stay in float"
+        return Outline(model, few)
+
     def _choose(self, model: PreTrainedModel, refused: dict[str, str]) -> tuple[list[WeightLayer], list[Action]]:
         kinds: tuple[Kind, ...] = ("linear", "conv1d", "experts", *(("embedding",) if self.embeddings else ()))
         who = type(self).__name__
@@ -257,6 +265,14 @@ def _replacement(layer: WeightLayer, coded: Mapping[str, QuantizedModule]) -> Qu
 def _uncalibrated(inputs: torch.Tensor) -> torch.Tensor:
     """Stand for the rounding of inputs whose range a plan does not know."""
     return inputs
+
+
+def _empty(layer: WeightLayer) -> QuantizedModule:
+    return (Int8Embedding if layer.kind == "embedding" else Int8StaticLinear).from_spec(layer.module, {})
+
+
+def _empty_experts(module: nn.Module, parameters: Sequence[str], transposed: bool) -> Int8Experts:
+    return Int8Experts.from_spec(module, {"parameters": parameters, "transposed": transposed, "activations": "token"})
 
 
 def _quantize_experts(module: nn.Module, parameters: Sequence[str], transposed: bool) -> Int8Experts:

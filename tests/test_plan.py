@@ -1,0 +1,160 @@
+"""A plan says what the run will do, to the last byte, and refuses what the run would refuse."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import llmcompress as lc
+from llmcompress.planning.opening import open_weightless
+from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
+
+GPTQ = lc.GPTQ(group_size=32)
+CHAINS = {
+    # Conv1D, tied.
+    "gpt2": [lc.StructuredPruning(ffn=0.5), lc.MagnitudePruning(), lc.DynamicQuantization()],
+    # Zeros that decide how zero points are stored, lost in part by a cut.
+    "llama": [lc.MagnitudePruning(pattern="2:4"), lc.StructuredPruning(ffn=0.5), GPTQ],
+    # 3-D experts, of which folders hold one tensor each.
+    "mixtral": [
+        lc.StructuredPruning(experts=0.5),
+        lc.DepthPruning(layers=1),
+        lc.WeightOnlyQuantization(group_size=24, indivisible="pad"),
+    ],
+    "bert": [
+        lc.VocabularyPruning(),
+        lc.StructuredPruning(heads=0.5, uniform=False),
+        lc.StaticQuantization(outliers=None),
+    ],
+    "distilbert": [lc.KnowledgeDistillation(steps=1, student="layers:1"), lc.AWQ(group_size=32)],
+    "t5": [lc.StructuredPruning(hidden=0.5), lc.DynamicQuantization(embeddings=False)],
+    "qwen3": [
+        lc.KnowledgeDistillation(steps=1, student={"intermediate_size": 64}),
+        lc.WeightOnlyQuantization(fit="hqq"),
+    ],
+    "gemma": [lc.DepthPruning(layers=1, criterion="last"), lc.WeightOnlyQuantization(codebook="nf4")],
+}
+
+
+def told(steps):
+    return [(one.parameters, one.disk_bytes, one.memory_bytes) for one in steps]
+
+
+@pytest.mark.parametrize("family", CHAINS)
+def test_sizes_are_those_of_the_run(family, tmp_path):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    given = {"data": tiny_data(model), "tokenizer": tokenizer}
+    before = copy.deepcopy(model.state_dict())
+    plan = lc.plan(model, CHAINS[family], **given)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    bare = model.config
+    bare.architectures = [type(model).__name__]
+    of_folder, of_config = (lc.plan(source, CHAINS[family], **given) for source in (tmp_path, bare))
+    run = lc.compress(model, CHAINS[family], **given, progress=False)
+    expected = told(record.footprint for record in run.report.steps)
+    for found in (plan, of_folder, of_config):
+        assert told(step.size for step in found.steps) == expected
+        assert not any(step.estimated for step in found.steps)
+    for record, step in zip(run.report.steps, plan.steps, strict=True):
+        assert {action.path for action in record.touched} >= {action.path for action in step.touched}
+        if step.size.zeros is not None:
+            assert step.size.zeros == pytest.approx(record.footprint.zeros, abs=0.01)
+    run.save_pretrained(tmp_path / "out")
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) == expected[-1][1]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_is_foretold(kind):
+    pytest.importorskip("bitsandbytes")
+    model, step = tiny_model("mixtral"), lc.BitsAndBytesQuantization(kind=kind)
+    plan, run = lc.plan(model, step), lc.compress(model, step, progress=False)
+    assert told([plan.steps[0].size]) == told([run.report.steps[0].footprint])
+    assert [one.loads for one in plan.loads_in] == [True, True, None, False]
+    assert any("3-D experts" in (action.reason or "") for action in plan.steps[0].left)
+
+
+def test_of_a_folder_only_the_config_is_read(tmp_path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    step = lc.DynamicQuantization()
+    plan = lc.plan(str(tmp_path), step)
+    assert told([plan.base]) == told([lc.plan(lc.load(tmp_path), step).base])
+    (tmp_path / "model.safetensors").unlink()
+    assert lc.plan(tmp_path, step) == plan
+    big = LlamaConfig(num_hidden_layers=200, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    assert lc.plan(big, [lc.StructuredPruning(ffn=0.5), lc.DynamicQuantization()]).base.parameters > 4e10
+    assert open_weightless(big).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("error", "steps", "given"),
+    [
+        (lc.PipelineOrderError, ["dynamic_quantization", "magnitude_pruning"], {}),
+        (lc.MissingInputError, ["gptq"], {}),
+        (lc.MissingInputError, ["gptq"], {"data": ["a cat sat"]}),
+        (lc.NothingToCompressError, [lc.MagnitudePruning(targets=("*.no_proj",))], {}),
+        (lc.ConfigError, [lc.WeightOnlyQuantization(group_size=48)], {}),
+        (lc.ConfigError, [], {}),
+        (lc.UnknownNameError, ["magnitude_prunning"], {}),
+    ],
+)
+def test_mistakes_are_those_of_the_run(error, steps, given):
+    model = tiny_model("llama")
+    with pytest.raises(error) as run:
+        lc.compress(model, steps, **given, progress=False)
+    with pytest.raises(error) as plan:
+        lc.plan(model, steps, **given)
+    assert str(plan.value).removeprefix("plan()") == str(run.value).removeprefix("compress()")
+
+
+def test_what_is_quantized_is_refused(tmp_path):
+    result = lc.compress(tiny_model("bert"), lc.DynamicQuantization(), progress=False)
+    folder = result.save_pretrained(tmp_path / "int8")
+    for model in (result.model, folder):
+        with pytest.raises(lc.UnsupportedModelError, match="already quantized"):
+            lc.plan(model, lc.MagnitudePruning())
+    with pytest.raises(lc.CheckpointError, match="no such folder"):
+        lc.plan(tmp_path / "missing", lc.MagnitudePruning())
+    with pytest.raises(lc.ConfigError, match="architectures"):
+        lc.plan(LlamaConfig(), lc.MagnitudePruning())
+
+
+def test_sizes_that_a_config_notes_are_planned_on(tmp_path):
+    step = lc.StructuredPruning(ffn=0.3, uniform=False, round_to=1)
+    narrow = lc.compress(tiny_model("bert"), step, progress=False)
+    folder = narrow.save_pretrained(tmp_path / "narrow")
+    plan = lc.plan(folder, lc.DynamicQuantization())
+    run = lc.compress(narrow.model, lc.DynamicQuantization(), progress=False)
+    assert told([plan.steps[0].size]) == told([run.report.steps[0].footprint])
+    assert [one.loads for one in lc.plan(tiny_model("bert"), step).loads_in] == [False, True, False, None]
+
+
+class Plugin(lc.Compressor):
+    """Says nothing of the sizes it will leave."""
+
+    def compress(self, model, context):
+        return model
+
+
+def test_a_step_that_foretells_nothing_is_told():
+    lc.register("test_plan_plugin")(Plugin)
+    plan = lc.plan(tiny_model("llama"), [Plugin(), lc.DynamicQuantization()])
+    assert [step.size for step in plan.steps] == [None, None]
+    assert plan.loads_in == []
+    assert "not predicted" in str(plan)
+    assert plan.steps[1].touched  # as planned on the model as it arrives
+
+
+def test_the_document_is_a_tree_a_page_and_json():
+    model = tiny_model("llama")
+    chain = [lc.MagnitudePruning(), lc.DynamicQuantization()]
+    plan = lc.plan(model, chain, tokenizer=tiny_tokenizer())
+    assert lc.Plan.model_validate_json(plan.model_dump_json()) == plan
+    text = str(plan)
+    assert "├─ model.layers.0..1: self_attn.q_proj, self_attn.k_proj" in text
+    assert "0 % smaller on disk, 0 % faster here" in text
+    assert any(name in text for name in lc.kernels().used("int8_linear"))
+    page = plan._repr_html_()
+    assert page.count("<details") == 5
