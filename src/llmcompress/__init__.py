@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "checkpoint": ("load",),
     "comparison": ("Comparison", "compare"),
-    "compressor": ("Action", "Compressor", "Context", "Cut"),
+    "compressor": ("Action", "Compressor", "Context", "Cut", "Outline"),
     "contents": ("Contents", "show"),
     "data": ("Example", "load_examples"),
     "distillation.cache": ("TeacherCache",),

@@ -7,6 +7,7 @@ from .compressor import Action as Action
 from .compressor import Compressor as Compressor
 from .compressor import Context as Context
 from .compressor import Cut as Cut
+from .compressor import Outline as Outline
 from .contents import Contents as Contents
 from .contents import show as show
 from .data import Example as Example
