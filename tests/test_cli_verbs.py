@@ -94,6 +94,26 @@ def test_a_failed_gate_gives_status_1_and_the_stage_before_it(place: Path, tmp_p
     assert "did you mean 'accuracy'" in capsys.readouterr().err
 
 
+def test_plan_tells_what_compress_then_does(place: Path, compressed: Path, capsys) -> None:
+    arguments = [
+        "plan",
+        str(place / "base"),
+        "--recipe",
+        str(place / "recipe.yaml"),
+        "--data",
+        str(place / "films.tsv"),
+    ]
+    assert main(arguments) == 0
+    assert "static_quantization" in capsys.readouterr().out
+    assert main([*arguments, "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    report = lc.Report.model_validate_json((place / "report.json").read_text(encoding="utf-8"))
+    assert [step["size"]["parameters"] for step in told["steps"]] == [
+        record.footprint.parameters for record in report.steps
+    ]
+    assert main([*arguments[:4], "--data", "absent.txt"]) == 2
+
+
 def test_show_tells_recipe_sizes_bits_and_scores(place: Path, compressed: Path, capsys) -> None:
     assert main(["show", str(compressed)]) == 0
     told = capsys.readouterr().out
@@ -163,7 +183,7 @@ def test_show_of_what_is_no_model_folder(place: Path, tmp_path: Path, capsys) ->
     assert "config.json is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["compress", "evaluate", "compare", "show", "list", "support"])
+@pytest.mark.parametrize("verb", ["compress", "plan", "evaluate", "compare", "show", "list", "support"])
 def test_help_has_an_example(verb: str) -> None:
     told = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
     assert told.exit_code == 0

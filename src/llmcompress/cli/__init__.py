@@ -18,6 +18,7 @@ from .demo import demo
 from .fit import fit
 from .lists import list_strategies, list_tasks
 from .measure import compare, evaluate
+from .plan import plan
 from .show import show
 from .support import support
 from .sweep import sweep
@@ -40,6 +41,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 app.command()(compress)
+app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(sweep)
