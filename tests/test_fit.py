@@ -314,6 +314,23 @@ def test_fit_finds_a_chain_that_its_recipe_makes_again(classifier, tmp_path, rel
     assert found.report.recipe == recipe.to_dict()
 
 
+def test_the_verb_refuses_before_any_work(tmp_path, capsys):
+    from llmcompress.cli import main
+
+    tiny_model("bert").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.csv").write_text("text,label\ngood,1\nbad,0\n")
+    rows = str(tmp_path / "rows.csv")
+    given = ["--data", rows, "--task-data", rows, "--task", "text_classification", "--out", str(tmp_path / "out")]
+    for wrong, said in (
+        (["--size", "12"], "fit.size must be a quantity"),
+        (["--shape", "128"], "--shape must be ROWSx"),
+    ):
+        assert main(["fit", str(tmp_path / "model"), *given, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_impossible_target_ends_with_the_sentence():
     model = tiny_model("llama")
     texts = [example.text for example in tiny_data(model, rows=40)]

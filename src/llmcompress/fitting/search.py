@@ -130,9 +130,13 @@ class Search:
             solution = solve(self._predictor.problem(), limits, excluded=self._excluded, vocabulary=self._vocabulary)
             if solution is None:
                 break
-            for one in (solution, self._spread(solution, chains)):
-                if one is not None and len(chains) < count and (chain := self._built(one, limits)) is not None:
-                    chains.append(chain)
+            chain = self._built(solution, limits)
+            if chain is None:
+                continue
+            chains.append(chain)
+            even = self._spread(solution) if len(chains) == 1 < count else None
+            if even is not None and (other := self._built(even, limits)) is not None:
+                chains.append(other)
         return chains
 
     def _built(self, solution: Solution, limits: Mapping[Kind, float]) -> Chain | None:
@@ -163,20 +167,14 @@ class Search:
             return cost.ms
         return self._base.ms / cost.speedup
 
-    def _spread(self, solution: Solution, chains: Sequence[Chain]) -> Solution | None:
-        """Return the same with evenly spread blocks, once: each then does the work of those behind it."""
+    def _spread(self, solution: Solution) -> Solution | None:
+        """Return the same with evenly spread blocks, or None: each then does the work of those behind it."""
         stacks = self._predictor.space.stack_blocks
         of, keep = len(stacks[0]), len(solution.kept)
         ways = set(solution.kept.values())
         even = spread(of, keep)
-        told = any(chain.solution.rest == solution.rest and chain.solution.kept.keys() == set(even) for chain in chains)
-        if (
-            len(stacks) > 1
-            or keep > of / 2
-            or len({way.bits for way in ways}) > 1
-            or told
-            or set(even) == set(solution.kept)
-        ):
+        mixed = len({way.bits for way in ways}) > 1
+        if len(stacks) > 1 or keep > of / 2 or mixed or set(even) == set(solution.kept):
             return None
         problem, way = self._predictor.problem(), solution.skeleton
         bits = next(iter(ways)).bits

@@ -200,7 +200,9 @@ def _packed(
 def _tells(model: PreTrainedModel, context: Context, shape: Shape, notes: list[str]) -> bool | None:
     """Return whether a plain config can tell such widths, or None where they cannot be cut at all."""
     why = ""
-    for uniform in (True, False):
+    # Where the size of a head follows from their number no config tells it, and finding that out takes many tries.
+    derived = shape.heads is not None and getattr(model.config.get_text_config(), "head_dim", None) is None
+    for uniform in (False,) if derived else (True, False):
         step = replace(shape, uniform=uniform).step()
         assert step is not None
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from transformers import set_seed
 
 from ..anatomy.kept import random_state_kept
+from ..anatomy.vocabulary import vocabulary_size
 from ..calibration import calibration_batches
 from ..compressor import Compressor, Context
 from ..data import Example
@@ -27,7 +28,7 @@ _SAMPLES, _LENGTH = 32, 64
 # Numbers of all answers that are compared; a language model has one for each token of the vocabulary.
 _MOST_NUMBERS = 2**25
 # Share of the budget that sensitivities may take.
-_SHARE = 0.15
+_SHARE = 0.08
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _together(damages: Sensitivities, drops: Sequence[float], space: Space) -> l
 
 def _vocabularies(model: PreTrainedModel, space: Space, context: Context, unseen: Sequence[Example]) -> dict[str, dict]:
     damages: dict[Vocabulary, float] = {}
-    sizes: dict[tuple[Vocabulary, Form], float] = {}
+    models: dict[Vocabulary, PreTrainedModel] = {}
     assert context.tokenizer is not None
     for vocabulary in space.vocabularies:
         step = vocabulary.step()
@@ -202,8 +203,26 @@ def _vocabularies(model: PreTrainedModel, space: Space, context: Context, unseen
                 continue
             damage = found
         damages[vocabulary] = damage
-        for form in space.forms:
-            rest = form.of_rest(space.blocks, space.rest)
-            stored = cut if rest is None else make(cut, [rest], context).model
-            sizes[vocabulary, form] = bytes_of_blocks(stored, space.blocks)[1]
+        models[vocabulary] = cut
+    sizes = {
+        (own, form): size for form in space.forms for own, size in _rest_bytes(models, form, space, context).items()
+    }
     return {"vocabulary": damages, "rest_bytes": sizes}
+
+
+def _rest_bytes(
+    models: Mapping[Vocabulary, PreTrainedModel], form: Form, space: Space, context: Context
+) -> dict[Vocabulary, float]:
+    """Return the bytes outside of the blocks with each vocabulary: of the two smallest tell what a row takes."""
+    rows = {own: vocabulary_size(model) for own, model in models.items()}
+    stored: dict[Vocabulary, float] = {}
+    for own in sorted(models, key=rows.__getitem__):
+        first, last = (min(stored, key=rows.__getitem__), max(stored, key=rows.__getitem__)) if stored else (own, own)
+        if rows[last] > rows[first]:
+            row = (stored[last] - stored[first]) / (rows[last] - rows[first])
+            stored[own] = stored[first] + row * (rows[own] - rows[first])
+            continue
+        step = form.of_rest(space.blocks, space.rest)
+        changed = models[own] if step is None else make(models[own], [step], context).model
+        stored[own] = bytes_of_blocks(changed, space.blocks)[1]
+    return stored
