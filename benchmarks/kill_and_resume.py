@@ -1,9 +1,10 @@
 """A chain of four stages ended with SIGKILL at random moments, gone on with each time: are the last bytes the same?
 
-The chain (cut channels, distil, prune 2:4, quantize to 4 bits, scored after each stage) runs in processes of its own.
-One is left alone. Then others are killed, each at a moment drawn evenly over the time that the undisturbed one worked,
-and the next goes on in the same folder; one that ends before its moment closes the round, and the next begins in a new
-folder. Every round is run to its end, and all files of the result are compared with the undisturbed ones.
+The chain (cut channels, distil, prune 2:4, quantize to 4 bits, scored after each stage) runs in processes of its own,
+forked from this one, which has imported everything and computed nothing. One is left alone. Then others are killed,
+each at a moment drawn evenly over the time that the undisturbed one worked, and the next goes on in the same folder;
+one that ends before its moment closes the round, and the next begins in a new folder. Every round is run to its end,
+and all files of the result are compared with the undisturbed ones.
 
     python benchmarks/kill_and_resume.py                # 20 kills
     python benchmarks/kill_and_resume.py --kills 5 --seed 1
@@ -12,41 +13,36 @@ folder. Every round is run to its end, and all files of the result are compared 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-_BEGIN = "begin"
-_TEXTS = [
-    f"{a} {b} sat on the {c}" for a in ("a", "the") for b in ("cat", "dog", "bird", "fish") for c in ("mat", "rug")
-]
+import torch
+
+import llmcompress as lc
+from llmcompress.testing import tiny_model, tiny_tokenizer
+
+_BEASTS = ("cat", "dog", "bird", "fish")
+_TEXTS = [f"{a} {b} sat on the {c}" for a in ("a", "the") for b in _BEASTS for c in ("mat", "rug")]
 
 
 def work(stages: Path, out: Path) -> None:
     """Run the chain, and save the result."""
-    import torch
-
-    import llmcompress as lc
-    from llmcompress.testing import tiny_model, tiny_tokenizer
-
     torch.set_num_threads(1)
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     steps = [
         lc.StructuredPruning(ffn=0.25),
-        lc.KnowledgeDistillation(epochs=6, batch_size=2, max_length=24, precision="fp32"),
+        lc.KnowledgeDistillation(epochs=3, batch_size=2, max_length=24, precision="fp32"),
         lc.SparseGPTPruning(pattern="2:4"),
         lc.GPTQ(group_size=32),
     ]
-    print(_BEGIN, flush=True)
     result = lc.compress(
-        model,
+        tiny_model("llama"),
         steps,
         data=_TEXTS,
-        tokenizer=tokenizer,
+        tokenizer=tiny_tokenizer(),
         task=lc.LanguageModeling(_TEXTS, window=24),
         gates=[lc.MaxPerplexityRatio(1e6)],
         resume_dir=stages,
@@ -55,22 +51,18 @@ def work(stages: Path, out: Path) -> None:
     result.save_pretrained(out)
 
 
-def start(stages: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a process, and return when its work begins: the import of torch is not worth killing."""
-    command = [sys.executable, __file__, "--work", str(stages), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == _BEGIN:
-            return process
-    raise SystemExit(process.stderr.read() if process.stderr else "the process did not begin")
+def start(stages: Path, out: Path) -> ForkProcess:
+    """Start a process that runs the chain."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=(stages, out))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen[str]) -> None:
+def finish(process: ForkProcess) -> None:
     """Wait for a process that must succeed."""
-    _, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(errors)
+    process.join()
+    if process.exitcode:
+        raise SystemExit("the chain failed; its traceback is above")
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -90,19 +82,14 @@ def left_by(stages: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     asked = parser.parse_args()
-    if asked.work:
-        work(*asked.work)
-        return
     draw = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        process = start(place / "stages", place / "undisturbed")
         begun = time.perf_counter()
-        finish(process)
+        finish(start(place / "stages", place / "undisturbed"))
         span = time.perf_counter() - begun
         expected = files_of(place / "undisturbed")
         print(f"undisturbed: {span:.1f} s of work, {len(expected)} files\n", flush=True)
@@ -119,11 +106,10 @@ def main() -> None:
             while True:
                 stages = place / f"stages-{rounds}"
                 process = start(stages, place / f"out-{rounds}")
-                try:
-                    process.wait(moment)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.communicate()
+                process.join(moment)
+                if process.exitcode is None:
+                    process.kill()
+                    process.join()
                     kills += 1
                     print(f"| {kills} | {rounds} | {moment:.2f} s | {left_by(stages)} |", flush=True)
                     break
