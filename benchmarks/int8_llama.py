@@ -1,4 +1,4 @@
-"""int8 against its peers on a Llama of 150 million random weights: `python benchmarks/int8_llama.py`.
+"""int8 and 4 bits against their peers on a Llama of 150 million random weights: `python benchmarks/int8_llama.py`.
 
 Two passes: `prefill`, 128 tokens, logits of the last; and `decode`, one token behind 128 that are in the cache. All
 engines take turns in each round. Prints Markdown.
@@ -6,12 +6,14 @@ engines take turns in each round. Prints Markdown.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import llmcompress as lc
 from _int8_engines import Engine, chosen, command_line, dynamic, eager, onnx_int8, print_head, static, torch_ao
 from _turns import print_table, take_turns
 
@@ -29,7 +31,7 @@ _CONFIG = LlamaConfig(
 def main() -> None:
     arguments = command_line(__doc__, "passes", "prefill,decode", "which passes")
     model = LlamaForCausalLM(_CONFIG).eval()
-    print_head(f"int8, a Llama of {model.num_parameters() / 1e6:.0f} million weights", arguments)
+    print_head(f"int8 and 4 bits, a Llama of {model.num_parameters() / 1e6:.0f} million weights", arguments)
     engines = chosen(ENGINES, model, arguments)
     print_table(
         {
@@ -85,6 +87,12 @@ def torch_engines(model: torch.nn.Module) -> dict[str, Engine]:
     return {"prefill": eager(_Prefill(model)), "decode": eager(_Decode(model))}
 
 
+def int4(model: torch.nn.Module) -> torch.nn.Module:
+    """Return ours in 4 bits, the head too, as in int8."""
+    step = lc.WeightOnlyQuantization(group_size=128, symmetric=True, overrides={"lm_head": 4})
+    return step.compress(copy.deepcopy(model), lc.Context())
+
+
 def onnx_engines(model: torch.nn.Module, threads: int) -> dict[str, Engine]:
     engines = {}
     for name, wrapped in (("prefill", _Prefill(model)), ("decode", _Decode(model))):
@@ -99,6 +107,7 @@ ENGINES: dict[str, Callable[[Any, int], dict[str, Engine]]] = {
     "llmcompress int8 (tensor)": lambda model, threads: torch_engines(dynamic(model)),
     "llmcompress int8 (token)": lambda model, threads: torch_engines(dynamic(model, "token")),
     "llmcompress int8 (static)": lambda model, threads: torch_engines(static(model)),
+    "llmcompress int4 (groups of 128)": lambda model, threads: torch_engines(int4(model)),
     "torch.ao quantize_dynamic": lambda model, threads: torch_engines(torch_ao(model)),
     "ONNX Runtime int8": onnx_engines,
 }

@@ -177,6 +177,7 @@ def test_linear_follows_a_change_of_its_codes_and_has_no_backward():
 def test_linear_follows_zero_points_that_are_replaced(compute, native, monkeypatch):
     if not native:
         monkeypatch.setattr(kernels.packed, "native", lambda: None)
+    torch.manual_seed(0)
     linear, grid = nn.Linear(32, 8, bias=False), Grid(4, 32)
     layer = PackedLinear.from_coded(linear, quantize(linear.weight, grid), grid, compute)
     x = random(2, 32)

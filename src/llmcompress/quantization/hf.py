@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..anatomy.module_sizes import ModuleSizes, module_sizes, quantized_by, resize
 from ..anatomy.per_layer import per_layer_config
 from ..errors import CheckpointError, UnsupportedModelError
+from .between import use_native
 from .modules import QuantizedModule, replace_modules
 from .schemes import SCHEMES
 
@@ -224,6 +225,7 @@ def _note(model: PreTrainedModel, config: LLMCompressConfig) -> None:
 
     quantized = bool(config.groups)
     if quantized:
+        use_native(model)
         model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
         model.is_quantized = True
         model.quantization_method = METHOD

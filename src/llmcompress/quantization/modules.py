@@ -252,26 +252,24 @@ class Int8Linear(Int8Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
-        # Past `nn.Module.__getattr__`, which takes as long as the smallest products.
+        # Past `nn.Module.__getattr__`, and in few steps: Python takes as long as the smallest products.
         weight, bias = cast(nn.Parameter, self._parameters["weight"]), self._parameters["bias"]
         scale = self.scale if self._partner is not None else cast(torch.Tensor, self._buffers["scale"])
-        exact = x if x.dtype == torch.float32 else x.float()
-        copy = self._copy(weight, scale, bias)
-        if copy is not None:
-            y = copy(exact, bias, self.activations)
-        else:
-            y = kernels.unpacked_linear(exact, weight, scale, bias, self.activations)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
-
-    def _copy(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> kernels.PackedCopy | None:
-        """Return the packed copy, made anew whenever a tensor was replaced or written to; None where none is taken."""
+        given = x.dtype
+        if given is not torch.float32:
+            x = x.float()
         known = self._packed
+        # Made anew whenever a tensor was replaced or written to.
         if known is None or known[0] != kernels.copy_state(weight, scale, bias, self.activations):
-            if not kernels.takes_copy(weight):
-                return None
-            # One assignment: another thread sees the old copy or the new one, whole.
-            known = self._packed = kernels.packed_copy(weight, scale, bias, self.activations)
-        return known[1]
+            known = None
+            if kernels.takes_copy(weight):
+                # One assignment: another thread sees the old copy or the new one, whole.
+                known = self._packed = kernels.packed_copy(weight, scale, bias, self.activations)
+        if known is not None:
+            y = known[1](x, bias, self.activations)
+        else:
+            y = kernels.unpacked_linear(x, weight, scale, bias, self.activations)
+        return y if given is torch.float32 else y.to(given)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
         kernels.forget_copy(self.weight)

@@ -142,7 +142,7 @@ class PackedLinear(PackedModule):
         self.compute: Compute = compute
         added = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", added)
-        self._derived: tuple[Any, Any] | None = None
+        self._derived: tuple[Any, kernels.Product, PackedMatrix] | None = None
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> PackedLinear:
@@ -202,16 +202,19 @@ class PackedLinear(PackedModule):
             )
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
-        matrix = self.matrix()
-        return cast(torch.Tensor, self._kernel(matrix)(x, self._parameters["bias"], matrix))
-
-    def _kernel(self, matrix: PackedMatrix) -> Any:
-        """Return the product made for these tensors; made anew when one was replaced or written to."""
+        # Past `nn.Module.__getattr__`, and in few steps: Python takes as long as the smallest products.
+        weight, buffers = cast(nn.Parameter, self._parameters["weight"]), cast("dict[str, torch.Tensor]", self._buffers)
+        if self._partner is None:
+            scale, zero = buffers["scale"], buffers.get("zero")
+        else:
+            scale, zero = self.scale, self.zero if self.grid.has_zero else None
         known = self._derived
-        if known is None or known[0] != kernels.product_state(matrix, self.compute):
+        # Made anew when a tensor was replaced or written to.
+        if known is None or known[0] != kernels.product_state(weight, scale, zero, self.compute):
+            matrix = self.matrix()
             # One assignment: another thread sees the old product or the new one, whole.
-            known = self._derived = kernels.product_of(matrix, self.compute)
-        return known[1]
+            known = self._derived = (*kernels.product_of(matrix, self.compute), matrix)
+        return known[1](x, self._parameters["bias"], known[2])
 
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
         grid, zero = self.grid, self.zero if self.grid.has_zero else None

@@ -48,7 +48,7 @@ class Int8StaticLinear(Int8Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("input_scale", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device=device))
-        self._stored: tuple[torch.Tensor, torch.Tensor, tuple[int, ...], Stored] | None = None
+        self._stored: tuple[tuple[tuple[int, int], ...], Stored] | None = None
 
     @classmethod
     def from_spec(cls, module: nn.Module, spec: Spec) -> Int8StaticLinear:
@@ -96,16 +96,16 @@ class Int8StaticLinear(Int8Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, inputs={coding}"
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        scale = cast(torch.Tensor, self._buffers["input_scale"])
-        zero = cast(torch.Tensor, self._buffers["input_zero_point"])
+        buffers = cast("dict[str, torch.Tensor]", self._buffers)
+        scale, zero = buffers["input_scale"], buffers["input_zero_point"]
         known = self._stored
         # Read once, not at each call: reading a number out of a tensor waits for the device.
-        if known is None or known[0] is not scale or known[1] is not zero or known[2] != _versions(scale, zero):
-            stored = Stored.of(float(scale), int(zero))
-            known = self._stored = (scale, zero, _versions(scale, zero), stored)
+        state = kernels.identity(scale), kernels.identity(zero)
+        if known is None or known[0] != state:
+            known = self._stored = (state, Stored.of(float(scale), int(zero)))
         # `nn.Module.__setattr__` takes as long as the smallest products.
-        if self.activations is not known[3]:
-            self.activations = known[3]
+        if self.activations is not known[1]:
+            self.activations = known[1]
         return super()._product(x)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
@@ -115,7 +115,3 @@ class Int8StaticLinear(Int8Linear):
         if self.input_scale.dtype != exact.dtype:
             self.input_scale = exact.to(self.input_scale.device)
         return self
-
-
-def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)

@@ -51,28 +51,36 @@ class Int8Weight:
         weakref.finalize(self, library.llmc_int8_free, self._handle)
         self.nbytes: int = library.llmc_int8_bytes(self._handle)
         self._multiply = library.llmc_int8_linear
+        self._coding: tuple[Activations | Stored, tuple[int, int, int, float]] | None = None
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored) -> torch.Tensor:
         """Multiply float32 `x` (..., in), at least 2-D; returns float32 (..., out). `bias` is the one packed."""
-        if x.shape[-1] != self._inputs or not x.is_cpu:
+        *shape, inputs = x.shape
+        if inputs != self._inputs or not x.is_cpu:
             raise RuntimeError(
                 f"an int8 layer of {self._inputs} inputs on the CPU was given {tuple(x.shape)} on {x.device}"
             )
         x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self._outputs))
-        if isinstance(activations, Stored):
-            coding = _STORED, activations.levels, activations.zero_point, activations.scale
-        else:
-            coding = _GRAINS[activations], 2 ** activation_bits() - 1, 0, 0.0
+        y = x.new_empty((*shape, self._outputs))
+        known = self._coding
+        if known is None or known[0] is not activations:
+            known = self._coding = activations, _coding(activations)
         failed = self._multiply(
             self._table,
             self._handle,
             x.data_ptr(),
-            y.numel() // self._outputs,
+            x.numel() // inputs,
             y.data_ptr(),
-            *coding,
+            *known[1],
             torch.get_num_threads(),
         )
         if failed:
             raise MemoryError(f"no memory for the codes of activations {tuple(x.shape)}")
         return y
+
+
+def _coding(activations: Activations | Stored) -> tuple[int, int, int, float]:
+    """Return what the product is told of codes: what shares a scale, the largest, that of 0.0, and the scale."""
+    if isinstance(activations, Stored):
+        return _STORED, activations.levels, activations.zero_point, activations.scale
+    return _GRAINS[activations], 2 ** activation_bits() - 1, 0, 0.0

@@ -49,7 +49,7 @@ _PRODUCTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def product_of(matrix: PackedMatrix, compute: Compute) -> tuple[Any, Product]:
     """Return what tells whether a product still holds, and the product that is kept for `matrix`, made where needed."""
-    state = product_state(matrix, compute)
+    state = product_state(matrix.weight, matrix.scale, matrix.zero, compute)
     known: tuple[Any, Product] | None = _PRODUCTS.get(matrix.weight)
     if known is None or known[0] != state:
         known = (state, packed_product(matrix, compute))
@@ -57,10 +57,11 @@ def product_of(matrix: PackedMatrix, compute: Compute) -> tuple[Any, Product]:
     return known
 
 
-def product_state(matrix: PackedMatrix, compute: Compute) -> tuple[Any, ...]:
-    """Return what tells whether a product is still of the tensors of `matrix`."""
-    zero = None if matrix.zero is None else identity(matrix.zero)
-    return identity(matrix.weight), identity(matrix.scale), zero, compute
+def product_state(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, compute: Compute
+) -> tuple[Any, ...]:
+    """Return what tells whether a product is still of these tensors of a matrix."""
+    return identity(weight), identity(scale), None if zero is None else identity(zero), compute
 
 
 def takes_packed_copy(device: torch.device, compute: Compute) -> bool:

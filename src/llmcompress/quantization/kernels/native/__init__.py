@@ -1,18 +1,22 @@
 """Kernels in C++, chosen at run time by what the processor has; without them all is computed in torch."""
 
 from .activations import code_rows
+from .between import Gate, activate, rms_norm
 from .library import SETS, Native, NotBuilt, load, native, why_absent
 from .packed_product import NativeProduct, activation_limit, codebook_steps
 
 __all__ = [
     "SETS",
+    "Gate",
     "Native",
     "NativeProduct",
     "NotBuilt",
+    "activate",
     "activation_limit",
     "code_rows",
     "codebook_steps",
     "load",
     "native",
+    "rms_norm",
     "why_absent",
 ]

@@ -59,5 +59,15 @@ LLMC_EXPORT void llmc_multiply_packed(const Table* table, const llmc::PackedMatr
   table->multiply_packed(*a, x, rows, bias, y, exact, threads);
 }
 
+LLMC_EXPORT void llmc_activate(const Table* table, int64_t gate, const float* x, int64_t count, float* y,
+                               int64_t threads) {
+  table->activate(gate, x, count, y, threads);
+}
+
+LLMC_EXPORT void llmc_rms_norm(const Table* table, const float* x, const float* weight, int64_t rows, int64_t columns,
+                               float epsilon, float* y, int64_t threads) {
+  table->rms_norm(x, weight, rows, columns, epsilon, y, threads);
+}
+
 // The largest code of an activation that the set's kernels multiply by codes of 8 bits.
 LLMC_EXPORT int64_t llmc_byte_limit(const Table* table) { return table->byte_limit; }

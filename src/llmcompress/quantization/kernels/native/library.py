@@ -32,6 +32,8 @@ _PROTOTYPES = {
         None,
         [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_bool, _SIZE],
     ),
+    "llmc_activate": (None, [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE]),
+    "llmc_rms_norm": (None, [*[_POINTER] * 3, _SIZE, _SIZE, ctypes.c_float, _POINTER, _SIZE]),
     "llmc_code_rows": (None, [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE]),
     "llmc_int8_pack": (_POINTER, [*[_POINTER] * 4, _SIZE, _SIZE, _SIZE]),
     "llmc_int8_free": (None, [_POINTER]),

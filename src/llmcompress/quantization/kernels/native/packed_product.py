@@ -61,27 +61,27 @@ class NativeProduct:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
         """Multiply in float32, whatever the dtype of `x`, whose the result has."""
-        if x.shape[-1] != self._columns or not x.is_cpu:
+        *shape, columns = x.shape
+        if columns != self._columns or not x.is_cpu:
             raise RuntimeError(
                 f"a packed layer of {self._columns} inputs on the CPU was given {tuple(x.shape)} on {x.device}"
             )
-        exact = x if x.dtype == torch.float32 else x.float()
-        if not exact.is_contiguous():
-            exact = exact.contiguous()
-        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        given = x.dtype
+        exact = x.contiguous() if given is torch.float32 else x.float().contiguous()
+        if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
             bias = bias.float().contiguous()
-        product = exact.new_empty(*x.shape[:-1], self._outputs)
+        product = exact.new_empty((*shape, self._outputs))
         self._multiply(
             self._table,
             self._address,
             exact.data_ptr(),
-            x.numel() // self._columns,
+            x.numel() // columns,
             None if bias is None else bias.data_ptr(),
             product.data_ptr(),
             self._exact,
             torch.get_num_threads(),
         )
-        return product if x.dtype == torch.float32 else product.to(x.dtype)
+        return product if given is torch.float32 else product.to(given)
 
 
 def activation_limit(grid: Grid, kernels: Native) -> int:

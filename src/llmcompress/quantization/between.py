@@ -1,0 +1,173 @@
+"""What stands between the products of a quantized model, in the native kernels: activation functions and RMSNorms.
+
+Where products are fast, these are a tenth of the time and more: torch's GELU takes twice as long as it must, and a
+Llama's norm is seven operators. The modules here take the place of a model's own when it is quantized, and again when
+it is loaded: nothing of them is saved, and names, parameters and state dict stay what they were.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels.native import Gate, activate, native, rms_norm
+from .modules import replace_modules
+
+# Where functions without parameters or state are found, which may be called in order to see what they are.
+_FUNCTIONS = ("transformers.activations", "torch.nn.modules.activation")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Between(nn.Module, ABC):
+    """Computes what `plain` does: in one pass where it can, that is for float32 on the CPU without a backward pass.
+
+    Args:
+        plain: the module whose place it takes; it runs in all other cases, traced by `torch.compile` among them.
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        # In a tuple it is no submodule, so that its parameters are not in the state dict a second time.
+        self._plain = (plain,)
+        self.train(plain.training)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module whose place this one has, with the parameters that this one has now."""
+        plain = self._plain[0]
+        # Written only where it changes something, which a compiled graph may not do.
+        for name, parameter in self._parameters.items():
+            if plain._parameters[name] is not parameter:
+                plain._parameters[name] = parameter
+        return plain if plain.training == self.training else plain.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `x` to a new tensor of its shape."""
+        if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return cast(torch.Tensor, self.plain(x))
+        if x.numel() == 0 or (torch.is_grad_enabled() and self._has_gradient(x)):
+            return cast(torch.Tensor, self.plain(x))
+        return self._compute(x)
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the module."""
+        return f"native {self._plain[0]}"
+
+    @abstractmethod
+    def _has_gradient(self, x: torch.Tensor) -> bool:
+        """Tell whether there would be a backward pass."""
+
+    @abstractmethod
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the result for contiguous float32 `x` on the CPU."""
+
+
+class Activation(Between):
+    """An activation function.
+
+    Args:
+        plain: the module whose place it takes.
+        gate: the function that it is.
+    """
+
+    def __init__(self, plain: nn.Module, gate: Gate) -> None:
+        super().__init__(plain)
+        self.gate: Gate = gate
+
+    def _has_gradient(self, x: torch.Tensor) -> bool:
+        return x.requires_grad
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = native()
+        return self.plain(x) if kernels is None else activate(self.gate, x, kernels)
+
+
+class RMSNorm(Between):
+    """A root mean square norm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    Args:
+        plain: the module whose place it takes; its weight is shared.
+        epsilon: added to the mean.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, plain: nn.Module, epsilon: float) -> None:
+        super().__init__(plain)
+        self.weight = cast(nn.Parameter, plain.weight)
+        self.epsilon = epsilon
+
+    def _has_gradient(self, x: torch.Tensor) -> bool:
+        return x.requires_grad or cast(nn.Parameter, self._parameters["weight"]).requires_grad
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        weight, kernels = cast(nn.Parameter, self._parameters["weight"]), native()
+        fits = weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()
+        if kernels is None or not fits or x.shape[-1:] != weight.shape:
+            return cast(torch.Tensor, self.plain(x))
+        return rms_norm(x, weight, self.epsilon, kernels)
+
+
+def use_native(model: nn.Module) -> None:
+    """Put the modules of this file in the place of those of `model` that compute the same, as far as can be seen.
+
+    What a module computes is found by trying it. Modules with hooks stay, and all where there are no native kernels.
+
+    Example:
+        >>> model = nn.Sequential(nn.GELU(), nn.Tanh())
+        >>> use_native(model)
+        >>> torch.allclose(model[0](torch.ones(2)), F.gelu(torch.ones(2))), type(model[1]).__name__
+        (True, 'Tanh')
+    """
+    if native() is None:
+        return
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, Between) or any(getattr(module, name) for name in _HOOKS):
+            continue
+        found = _activation(module) or _rms_norm(module)
+        if found is not None:
+            replacements[module] = found
+    replace_modules(model, replacements)
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    if type(module).__module__ not in _FUNCTIONS or module._parameters or module._buffers or module._modules:
+        return None
+    x = torch.linspace(-6, 6, 49, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        expected: dict[Gate, torch.Tensor] = {
+            "gelu": F.gelu(x),
+            "gelu_tanh": F.gelu(x, approximate="tanh"),
+            "silu": F.silu(x),
+        }
+        try:
+            y = module(x.clone())
+        except (RuntimeError, TypeError):
+            # One that takes more than a vector is none of these.
+            return None
+    for gate, known in expected.items():
+        if y.shape == known.shape and torch.allclose(y, known, rtol=0, atol=2e-6):
+            return Activation(module, gate)
+    return None
+
+
+def _rms_norm(module: nn.Module) -> RMSNorm | None:
+    epsilon: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = module._parameters.get("weight")
+    if not isinstance(epsilon, float) or weight is None or module._buffers or module._modules:
+        return None
+    if len(module._parameters) > 1 or weight.dim() != 1 or weight.dtype is not torch.float32 or not weight.is_cpu:
+        return None
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        # Small rows, of which the epsilon is a part.
+        x[1] *= epsilon**0.5
+        y, expected = module(x.clone()), x * (x.square().mean(1, keepdim=True) + epsilon).rsqrt() * weight
+    if y.shape != expected.shape or y.dtype is not torch.float32 or not torch.allclose(y, expected, rtol=1e-5):
+        return None
+    return RMSNorm(module, epsilon)

@@ -1,0 +1,58 @@
+"""What lies between the products: activation functions and RMSNorm, each in one pass over its input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from .library import Native
+
+Gate = Literal["gelu", "gelu_tanh", "silu"]
+"""GELU by the error function, GELU by its approximation with tanh, and SiLU."""
+
+_GATES: dict[Gate, int] = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+
+
+def activate(gate: Gate, x: torch.Tensor, kernels: Native) -> torch.Tensor:
+    """Apply an activation function, within `1e-6 * (1 + |x|)` of the exact one; infinities and NaN as torch has them.
+
+    Args:
+        gate: which one.
+        x: float32, of any shape, contiguous, on the CPU.
+        kernels: what computes.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    y = torch.empty_like(x)
+    kernels.functions.llmc_activate(
+        kernels.table, _GATES[gate], x.data_ptr(), x.numel(), y.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Native) -> torch.Tensor:
+    """Return `x / sqrt(mean(x * x) + epsilon) * weight`, the mean that of each row (Zhang & Sennrich 2019).
+
+    Args:
+        x: float32 (..., columns), contiguous, on the CPU, not empty.
+        weight: float32 (columns,), contiguous, on the CPU.
+        epsilon: added to the mean.
+        kernels: what computes.
+
+    Returns:
+        A new tensor of the shape of `x`.
+    """
+    y, columns = torch.empty_like(x), x.shape[-1]
+    kernels.functions.llmc_rms_norm(
+        kernels.table,
+        x.data_ptr(),
+        weight.data_ptr(),
+        x.numel() // columns,
+        columns,
+        epsilon,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y

@@ -1,0 +1,118 @@
+"""What stands between the products of a quantized model: the native functions, and the modules that call them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import llmcompress as lc
+from llmcompress.quantization import between
+from llmcompress.quantization.between import Activation, Between, RMSNorm, use_native
+from llmcompress.quantization.kernels import native
+from llmcompress.testing import tiny_model
+from native_sets import HERE, built
+
+every_set = pytest.mark.parametrize("kernels", HERE, ids=lambda kernels: kernels.name)
+EXACT = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+SWAPPED = {
+    "bert": {("Activation", "GELUActivation")},
+    "gpt2": {("Activation", "NewGELUActivation")},
+    "llama": {("Activation", "SiLUActivation"), ("RMSNorm", "LlamaRMSNorm")},
+    # Its norm multiplies by 1 + weight, and stays.
+    "gemma": {("Activation", "GELUTanh")},
+}
+
+
+@built
+@every_set
+@pytest.mark.parametrize("gate", EXACT)
+def test_activation_functions_are_the_exact_ones_to_rounding(kernels, gate):
+    x = torch.cat([torch.linspace(-12, 12, 40001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -1e30, 1e30, -1000.0])])
+    error = (native.activate(gate, x, kernels).double() - EXACT[gate](x.double())).abs()
+    assert (error / (1 + x.double().abs())).max() < 1e-6
+    odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    assert torch.equal(native.activate(gate, odd, kernels).isnan(), EXACT[gate](odd).isnan())
+
+
+@built
+@every_set
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(0, 4), columns=st.integers(1, 90), exponent=st.integers(-12, 12), seed=st.integers(0, 99))
+def test_rms_norm_is_the_formula(kernels, rows, columns, exponent, seed):
+    source = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, columns, generator=source) * 10.0**exponent, torch.randn(columns, generator=source)
+    exact = x.double()
+    exact = exact * (exact.square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    assert torch.allclose(native.rms_norm(x, weight, 1e-6, kernels).double(), exact, rtol=2e-6, atol=1e-12)
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_nothing(threads):
+    before, x = torch.get_num_threads(), torch.randn(3, 99, 301)
+    weight = torch.rand(301)
+    alone = [native.activate("gelu", x[i], HERE[0]) for i in range(3)]
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(native.activate("gelu", x, HERE[0]), torch.stack(alone))
+        normed = native.rms_norm(x, weight, 1e-5, HERE[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(normed[1, 5:6], native.rms_norm(x[1, 5:6].contiguous(), weight, 1e-5, HERE[0]))
+
+
+@built
+@pytest.mark.parametrize("family", SWAPPED)
+def test_a_quantized_model_has_them_and_nothing_of_them_is_saved(family, tmp_path, monkeypatch):
+    model = tiny_model(family)
+    small = lc.DynamicQuantization().compress(copy.deepcopy(model), lc.Context())
+    swapped = {
+        (type(m).__name__, type(m.plain).__name__): m.plain.training for m in small.modules() if isinstance(m, Between)
+    }
+    assert set(swapped) == SWAPPED[family]
+    assert not any(swapped.values())
+    small.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    inputs = {"input_ids": torch.arange(24).view(2, 12)}
+    with torch.no_grad():
+        logits = small(**inputs).logits
+        assert torch.equal(again(**inputs).logits, logits)
+        assert torch.equal(copy.deepcopy(small)(**inputs).logits, logits)
+    monkeypatch.setattr(between, "native", lambda: None)
+    plain = type(model).from_pretrained(tmp_path)
+    assert not any(isinstance(module, Between) for module in plain.modules())
+    assert list(plain.state_dict()) == list(small.state_dict())
+    with torch.no_grad():
+        # A step of a code at the most.
+        assert (plain(**inputs).logits - logits).norm() < 0.02 * logits.norm()
+    floats = lc.dequantize(small)
+    assert [type(module) for module in floats.modules()] == [type(module) for module in model.modules()]
+
+
+@built
+def test_the_plain_module_runs_where_the_native_one_cannot():
+    model = nn.Sequential(nn.RMSNorm(16, eps=1e-5), nn.GELU(), nn.Tanh()).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    model[1].register_forward_hook(lambda module, given, output: output)
+    use_native(model)
+    assert [type(module) for module in model] == [RMSNorm, nn.GELU, nn.Tanh]
+    model[1]._forward_hooks.clear()
+    use_native(model)
+    assert [type(module) for module in model] == [RMSNorm, Activation, nn.Tanh]
+    assert isinstance(model[0].plain, nn.RMSNorm)
+    x = torch.randn(4, 16)
+    for other in (x.half(), x.double(), x[:0]):
+        assert torch.equal(model(other), plain(other))
+    strided = torch.randn(16, 4).T
+    assert torch.allclose(model(strided), plain(strided), atol=1e-6)
+    x.requires_grad_()
+    assert torch.equal(torch.autograd.grad(model(x).sum(), x)[0], torch.autograd.grad(plain(x).sum(), x)[0])
+    # A weight that is replaced or cast counts at once, on both ways.
+    model[0].weight = nn.Parameter(torch.full((16,), 2.0), requires_grad=False)
+    plain[0].weight = nn.Parameter(torch.full((16,), 2.0), requires_grad=False)
+    assert torch.allclose(model(x.detach()), plain(x.detach()), atol=1e-6)
+    assert torch.equal(model.half()(x.half()), plain.half()(x.half()))
