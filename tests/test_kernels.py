@@ -9,6 +9,7 @@ from torch import nn
 import llmcompress as lc
 from llmcompress.quantization import kernels
 from llmcompress.quantization.affine import quantize_rows
+from llmcompress.quantization.between import use_plain
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid, decode
 from llmcompress.quantization.kernels import dispatch, int4pack, int8, packing
@@ -74,8 +75,11 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same(grad, backend, activat
     monkeypatch.setattr(packing, "make_copy", lambda *tensors, own=packing.make_copy: packed.append(1) or own(*tensors))
     model = lc.DynamicQuantization(activations=activations).compress(one_block(), lc.Context())
     inputs = {**tiny_inputs(model), "use_cache": False}
+    # A compiler gets the model's own norms and activation functions, to fuse with what is around them.
+    eager = copy.deepcopy(model)
+    use_plain(eager)
     with torch.no_grad():
-        expected = copy.deepcopy(model)(**inputs).logits
+        expected = eager(**inputs).logits
     packed.clear()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -142,8 +146,10 @@ def test_the_table_tells_what_runs_here(monkeypatch):
 def test_a_packed_model_compiles_to_one_graph_and_gives_the_same(fields):
     model = lc.WeightOnlyQuantization(**fields).compress(one_block(), lc.Context())
     inputs = {**tiny_inputs(model), "use_cache": False}
+    eager = copy.deepcopy(model)
+    use_plain(eager)
     with torch.no_grad():
-        expected = copy.deepcopy(model)(**inputs).logits
+        expected = eager(**inputs).logits
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(**inputs).logits, expected)

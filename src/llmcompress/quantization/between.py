@@ -135,6 +135,11 @@ def use_native(model: nn.Module) -> None:
     replace_modules(model, replacements)
 
 
+def use_plain(model: nn.Module) -> None:
+    """Give `model` its own modules back: the reverse of `use_native`."""
+    replace_modules(model, {module: module.plain for module in model.modules() if isinstance(module, Between)})
+
+
 def _activation(module: nn.Module) -> Activation | None:
     if type(module).__module__ not in _FUNCTIONS or module._parameters or module._buffers or module._modules:
         return None

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.module_sizes import build, module_sizes, quantized_by, resize
 from ..errors import UnsupportedModelError
-from .between import Between
+from .between import use_plain
 from .hf import METHOD, mark
 from .modules import QuantizedModule, replace_modules
 
@@ -69,7 +69,7 @@ def dequantize(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedMo
     places = dict(floats.named_modules(remove_duplicate=False))
     shared: dict[int, nn.Parameter] = {}
     # One layer at a time: codes and floats of the whole model need not fit in memory together.
-    replace_modules(result, {module: module.plain for module in result.modules() if isinstance(module, Between)})
+    use_plain(result)
     for path, module in list(result.named_modules()):
         weights = _float_weights(module)
         if weights is None:
