@@ -276,8 +276,8 @@ def test_what_cannot_be_met_ends_with_the_nearest(predictor, monkeypatch):
 # Whole runs
 
 
-def few_ways(monkeypatch):
-    monkeypatch.setattr(space_module, "_SHAPES", ((0.5, None),))
+def few_ways(monkeypatch, shapes=((0.5, None),)):
+    monkeypatch.setattr(space_module, "_SHAPES", shapes)
     monkeypatch.setattr(space_module, "FORMS", FORMS[:2])
     monkeypatch.setattr(space_module, "_SEEN", (None,))
 
@@ -336,8 +336,8 @@ def test_an_impossible_target_ends_with_the_sentence():
     texts = [example.text for example in tiny_data(model, rows=40)]
     task = lc.LanguageModeling(texts[20:], window=32)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        few_ways(monkeypatch)
-        monkeypatch.setattr(search_module, "_RELAXED", (0.0, 0.5))
+        few_ways(monkeypatch, shapes=())
+        monkeypatch.setattr(search_module, "_RELAXED", (0.5,))
         given = {"tokenizer": tiny_tokenizer(), "budget": "4 s", "progress": False}
         found = lc.fit(model, task, texts[:20], size="1 KB", max_drop=0, **given)
     assert not found.met

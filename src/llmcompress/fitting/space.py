@@ -152,12 +152,13 @@ def find_space(model: PreTrainedModel, context: Context) -> Space:
         raise UnsupportedModelError(f"fit needs a model with repeated blocks, and {type(model).__name__} has none.")
     notes: list[str] = []
     shapes = [Shape()]
-    told = {
-        "ffn": _tells(model, context, Shape(ffn=0.5), notes),
-        "heads": _tells(model, context, Shape(heads=0.5), notes),
-    }
+    told: dict[str, bool | None] = {}
     for ffn, heads in _SHAPES:
-        asked = [told[kind] for kind, share in (("ffn", ffn), ("heads", heads)) if share is not None]
+        kinds = [kind for kind, share in (("ffn", ffn), ("heads", heads)) if share is not None]
+        for kind in kinds:
+            if kind not in told:
+                told[kind] = _tells(model, context, Shape(ffn=0.5) if kind == "ffn" else Shape(heads=0.5), notes)
+        asked = [told[kind] for kind in kinds]
         if None not in asked:
             shapes.append(Shape(ffn, heads, uniform=all(asked)))
     rest = [
