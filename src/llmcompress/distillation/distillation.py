@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from ..compressor import Action, Compressor, Context, Cut, Need, Outline, Rounding, Rounds, still_there
+from ..data import longest_input
 from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
 from .alignment import Alignment, align, feature_actions
@@ -34,6 +35,7 @@ from .checks import (
     refuse_untrainable,
 )
 from .early_stopping import EarlyStopping
+from .effort import activation_bytes
 from .generation import Generation
 from .heads import Head, head_of
 from .labels import check_labels
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DEFAULT_EPOCHS = 3.0
+# Gradients and AdamW's two moments in float32; the teacher's pass, the student's, and back, which is two.
+_TRAINING_BYTES, _PASSES = 12, 4
 
 
 @register("knowledge_distillation")
@@ -311,7 +315,16 @@ class KnowledgeDistillation(Compressor):
     def outline(self, model: PreTrainedModel, context: Context) -> Outline | None:
         """Cut the student out, or put it in place; training changes no size."""
         student = outline_student(model, self.student, context)
-        return None if student is None else Outline(student)
+        if student is None:
+            return None
+        rows = len(context.data or ()) * (self.epochs or 0)
+        steps = self.steps if self.steps is not None else max(rows / (self.batch_size * self.gradient_accumulation), 1)
+        tokens = self.batch_size * min(self.max_length, longest_input(student) or self.max_length)
+        return Outline(
+            student,
+            scratch=_TRAINING_BYTES * student.num_parameters() + activation_bytes(student, tokens),
+            flops=_PASSES * 2.0 * student.num_parameters() * tokens * self.gradient_accumulation * steps,
+        )
 
     def _training(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Training:
         same = {field.name for field in fields(Training)} & set(type(self).model_fields)

@@ -47,6 +47,20 @@ def milliseconds_text(value: float) -> str:
     return f"{_three_digits(value)} ms"
 
 
+def seconds_text(value: float) -> str:
+    """Write a time as people do, with two digits at most.
+
+    Example:
+        >>> seconds_text(0.02), seconds_text(42.4), seconds_text(600), seconds_text(9000)
+        ('<1 s', '42 s', '10 min', '2.5 h')
+    """
+    if value < 0.95:
+        return "<1 s"
+    if value < 100:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
 def percent_text(share: float) -> str:
     """Write a share of [0, 1] in per cent.
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from ..compressor import Action
 from ..evaluation.table import Table
-from ..evaluation.units import bytes_text, count_text, ratio_text
+from ..evaluation.units import bytes_text, count_text, ratio_text, seconds_text
 from .lines import lines
 from .loading import Loading
 
@@ -31,6 +31,12 @@ class PlannedStep(BaseModel, frozen=True, extra="forbid"):
 
     step: dict[str, Any] = Field(description="the step's recipe")
     size: PlannedSize | None = Field(description="of the model after the step; None where it is not predicted")
+    peak_bytes: int | None = Field(
+        description="about how many bytes all tensors of the run take at most during the step, the original included"
+    )
+    rough_seconds: float | None = Field(
+        description="rough: of the step itself on this machine, from short measurements of its arithmetic"
+    )
     estimated: str | None = Field(description="why the real size may be another one; None where it is exact")
     touched: list[Action] = Field(description="what will be changed, and how")
     left: list[Action] = Field(description="what will be left alone, and why; also remarks")
@@ -57,7 +63,18 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
     def table(self) -> Table:
         """Return a row for the model as it is, and one for each step."""
-        header = ("stage", "parameters", "zeros", "on disk", "smaller", "in memory", "touched", "left")
+        header = (
+            "stage",
+            "parameters",
+            "zeros",
+            "on disk",
+            "smaller",
+            "in memory",
+            "peak",
+            "rough time",
+            "touched",
+            "left",
+        )
         rows = [_row("base", self.base, self.base, None)]
         rows += [_row(step.name, step.size, self.base, step) for step in self.steps]
         return Table(header, rows, title=f"plan for {self.model}, seed {self.seed}")
@@ -98,11 +115,15 @@ def _drawn(tree: Iterator[tuple[str, list[str]]]) -> Iterator[str]:
 
 
 def _row(name: str, size: PlannedSize | None, base: PlannedSize, step: PlannedStep | None) -> list[str]:
-    counts = ["", ""]
+    counts, costs = ["", ""], ["", ""]
     if step is not None:
+        costs = [
+            "?" if step.peak_bytes is None else f"~{bytes_text(step.peak_bytes)}",
+            "?" if step.rough_seconds is None else f"~{seconds_text(step.rough_seconds)}",
+        ]
         counts = [str(len({a.path for a in actions} - {""})) for actions in (step.touched, step.left)]
     if size is None:
-        return [name, "?", "?", "?", "?", "?", *counts]
+        return [name, "?", "?", "?", "?", "?", *costs, *counts]
     about = "~" if step is not None and step.estimated else ""
     return [
         name,
@@ -111,5 +132,6 @@ def _row(name: str, size: PlannedSize | None, base: PlannedSize, step: PlannedSt
         about + bytes_text(size.disk_bytes),
         ratio_text(base.disk_bytes / size.disk_bytes),
         about + bytes_text(size.memory_bytes),
+        *costs,
         *counts,
     ]

@@ -22,6 +22,7 @@ from ..result import TOLD_ZEROS
 from .document import Plan, PlannedSize, PlannedStep
 from .loading import loadings
 from .opening import open_weightless
+from .rates import machine_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +91,7 @@ def plan(
         for index, step in enumerate(flat):
             actions = plans[index] if index == 0 or current is None else plan_step(step, current, context)
             before = planned[-1].size if planned else base
+            standing = base.memory_bytes + (before.memory_bytes if before is not None else 0)
             outline = None if current is None else _outline(step, current, context)
             current = None if outline is None else outline.model
             found = context.findings([*actions, *chain._remarks(step)])
@@ -98,6 +100,8 @@ def plan(
                 PlannedStep(
                     step=step.to_dict(),
                     size=after,
+                    peak_bytes=None if outline is None else standing + outline.scratch,
+                    rough_seconds=None if outline is None else _rough_seconds(outline, str(context.device)),
                     estimated=None if outline is None else outline.estimated,
                     touched=[action for action in found if action.touched],
                     left=[action for action in found if not action.touched],
@@ -126,6 +130,11 @@ def _outline(step: Compressor, model: PreTrainedModel, context: Context) -> Outl
     if outline is not None and shapes(outline.model) != before:
         mark_sizes(outline.model, context)
     return outline
+
+
+def _rough_seconds(outline: Outline, device: str) -> float:
+    rates = machine_rates(device)
+    return outline.flops / rates.flops + outline.swept / rates.swept
 
 
 def _size(model: PreTrainedModel) -> PlannedSize:

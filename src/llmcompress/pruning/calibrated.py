@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,8 +11,9 @@ from pydantic import Field, model_validator
 
 from ..anatomy.layers import WeightLayer
 from ..anatomy.turns import in_turns
-from ..calibration import Statistic, block_by_block, calibration_batches, observe
-from ..compressor import Action, Context, Need
+from ..calibration import InputProducts, Statistic, block_by_block, calibration_batches, observe
+from ..calibration.effort import calibration_effort
+from ..compressor import Action, Context, Need, Outline
 from ..errors import ConfigError
 from .allocation import owl_quotas
 from .unstructured import Quota, UnstructuredPruning, matrices, refuse_nonfinite, zero_lowest
@@ -81,6 +83,18 @@ class CalibratedPruning(UnstructuredPruning):
                 self._prune_layer(by_name[name], statistics, why, context)
         return model
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Note the zeros, and count what the calibration takes."""
+        layers = [quota.layer for quota in self._quotas(model)[0]]
+        products = isinstance(self._statistic(layers[0]), InputProducts)
+        effort = calibration_effort(
+            model, context, layers, who=type(self).__name__, samples=self.samples, max_length=self.max_length,
+            products=products,
+        )  # fmt: skip
+        plain = super().outline(model, context)
+        flops = effort.flops + (sum(_solving(layer) for layer in layers) if products else 0.0)
+        return replace(plain, scratch=plain.scratch + effort.scratch, flops=flops)
+
     @abstractmethod
     def _statistic(self, layer: WeightLayer) -> Statistic:
         """Return an empty statistic of the inputs of `layer`."""
@@ -108,3 +122,9 @@ class CalibratedPruning(UnstructuredPruning):
         if self.allocation == "owl" and not quota.own:
             return f"{self.sparsity:.4g} +- {self.owl_lambda:.4g} of its weights zero, by its block's outliers"
         return str(quota)
+
+
+def _solving(layer: WeightLayer) -> float:
+    """Return the arithmetic of one inverse and of the updates that follow from it."""
+    inputs = layer.weight.shape[layer.input_axis]
+    return 4.0 * inputs**3 + 2.0 * layer.weight.numel() * inputs

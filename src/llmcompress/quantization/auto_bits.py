@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeVar
 
@@ -68,6 +69,28 @@ def with_bits(step: Step, model: PreTrainedModel, context: Context) -> Step:
             context.tell(action.model_copy(update={"reason": why}), instead=True)
     context.tell(Action(path="", reason=_summary(found, chosen, step.target_bits)))
     return resolved
+
+
+def at_target(step: GroupedQuantization, targets: Sequence[Target]) -> list[Target]:
+    """Return the targets with as many bits as `target_bits` allows, whichever layers get them: what a plan counts."""
+    assert step.target_bits is not None
+    free = {id(target.layer.weight): target.layer for target in free_targets(step, targets)}
+    stored = {
+        (key, bits): step._grid_for(layer, bits).bits_a_weight(layer.weight.shape[layer.input_axis])
+        * layer.weight.numel()
+        for key, layer in free.items()
+        for bits in step.auto_bits
+    }
+    room = step.target_bits * sum(layer.weight.numel() for layer in free.values())
+    chosen = dict.fromkeys(free, min(step.auto_bits))
+    room -= sum(stored[key, bits] for key, bits in chosen.items())
+    for bits in step.auto_bits[1:]:
+        for key, now in chosen.items():
+            more = stored[key, bits] - stored[key, now]
+            if more <= room:
+                chosen[key], room = bits, room - more
+    grids = {key: step._grid_for(layer, chosen[key]) for key, layer in free.items()}
+    return [replace(target, grid=grids.get(id(target.layer.weight), target.grid)) for target in targets]
 
 
 def free_targets(step: GroupedQuantization, targets: Sequence[Target]) -> list[Target]:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ..anatomy.layers import WeightLayer, select, weight_layers
+from ..anatomy.saved import saved_tensors
 from ..compressor import Action, Compressor, Context, Outline
 from ..errors import ConfigError, NothingToCompressError, PluginError, VerificationError
 from ..registry import register
@@ -139,7 +140,9 @@ class BitsAndBytesQuantization(Compressor):
         # The real one is read from tensors that have their names in memory, and is saved by those.
         model._weight_conversions = []
         offsets = "the mean of a layer's scales is stored in words, of which the length is not known before"
-        return Outline(model, offsets if self.double_quant else None)
+        # The new model is built beside the float one.
+        built = sum(tensor.nbytes for tensor in saved_tensors(model).values())
+        return Outline(model, offsets if self.double_quant else None, scratch=built)
 
     def _config(self, model: PreTrainedModel, names: set[str]) -> BitsAndBytesConfig:
         from transformers import BitsAndBytesConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
@@ -13,7 +13,8 @@ from pydantic import Field
 from ..anatomy.layers import Kind, WeightLayer
 from ..anatomy.turns import in_turns
 from ..calibration import InputProducts, Statistic, block_by_block, observe
-from ..compressor import Action, Context, Need
+from ..calibration.effort import calibration_effort
+from ..compressor import Action, Context, Need, Outline
 from .fitting import quantize
 from .grid import Coded
 from .grouped import GroupedQuantization, Target
@@ -65,6 +66,22 @@ class CalibratedGrouping(GroupedQuantization):
             reason = joined(target.remark, plainly if id(target.layer.weight) in tables else None)
             actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
         return actions + left + self._remarks(model, targets)
+
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Put empty packed layers in place, and count what the calibration takes."""
+        layers = self._heard(self._choose(model)[0])
+        effort = calibration_effort(
+            model, context, layers, who=type(self).__name__, samples=self.samples, max_length=self.max_length,
+            products=True,
+        )  # fmt: skip
+        solving = sum(self._solving_flops(layer) for layer in layers)
+        plain = super().outline(model, context)
+        return replace(plain, scratch=plain.scratch + effort.scratch, flops=effort.flops + solving)
+
+    def _solving_flops(self, layer: WeightLayer) -> float:
+        """Return the arithmetic that a layer takes once its inputs are known: an inverse, and updates by it."""
+        inputs = layer.weight.shape[layer.input_axis]
+        return 4.0 * inputs**3 + 8.0 * layer.weight.numel() * inputs
 
     @property
     def _fine_unasked(self) -> bool:

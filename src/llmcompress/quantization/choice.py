@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Each row gets a scale of 4 bytes: below this width (relative position biases, one number a head) it does not pay.
 _NARROWEST = 16
+# Bytes that each of about a million weights takes while it is coded, and how often a weight is read or written.
+_CHUNK, _CHUNK_BYTES, CODING_SWEEPS = 1 << 20, 16, 8
 LAST_FLOAT = "transformers tells a model's dtype by a float weight; none else is left"
 """Why a layer is left that `only_float` found."""
 
@@ -82,6 +84,11 @@ def choose(
         why = "; ".join(f"{action.path}: {action.reason}" for action in floats[:4])
         raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
     return kept, [*floats, *left]
+
+
+def coding_bytes(weights: Sequence[int]) -> int:
+    """Return the bytes that coding layers of so many weights takes at most: the codes of one, and a chunk in floats."""
+    return max(weights) + _CHUNK_BYTES * min(max(weights), _CHUNK)
 
 
 def replace_in_turns(

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..registry import register
 from .affine import round_rows
 from .checks import refuse_nonfinite
-from .choice import choose, replace_in_turns
+from .choice import CODING_SWEEPS, choose, coding_bytes, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .kernels import rounded_activations
@@ -119,9 +119,10 @@ class DynamicQuantization(Compressor):
     def outline(self, model: PreTrainedModel, context: Context) -> Outline:
         """Put empty int8 layers in place."""
         chosen, _ = self._choose(model)
+        weights = [layer.weight.numel() for layer in chosen]
         replace_in_turns(model, chosen, self._empty, self._empty_experts)
         mark_quantized(model)
-        return Outline(model)
+        return Outline(model, scratch=coding_bytes(weights), swept=CODING_SWEEPS * sum(weights))
 
     def roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
         """Return how weights and activations will be rounded, for `KnowledgeDistillation(quantize_for=...)`.

@@ -20,7 +20,7 @@ from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from . import kernels
-from .auto_bits import free_targets, with_bits
+from .auto_bits import at_target, free_targets, with_bits
 from .checks import refuse_nonfinite, refuse_quantized
 from .choice import LAST_FLOAT, only_float, own_forward, replace_experts, replace_layers
 from .fitting import Fit
@@ -43,6 +43,9 @@ _MULTIPLE = 8
 _NARROWEST = 16
 # Bits of a fine zero point.
 _FINE = 8
+# Bytes that each weight of a layer takes while it is coded, and how often each is read or written.
+_CODING_BYTES = 24
+_FIT_SWEEPS: dict[Fit, int] = {"min_max": 24, "mse": 200, "hqq": 300}
 PRUNED = 0.01
 """With a larger share of exact zeros than this a layer counts as pruned, and keeps them."""
 
@@ -186,9 +189,15 @@ class GroupedQuantization(Compressor):
     def outline(self, model: PreTrainedModel, context: Context) -> Outline:
         """Put empty packed layers in place."""
         targets, _ = self._choose(model)
+        if self.bits == "auto":
+            targets = at_target(self, targets)
+        weights = [target.layer.weight.numel() for target in targets]
         self._replace(model, [(target, blank(target)) for target in targets])
         finish(model)
-        return Outline(model)
+        scratch = _CODING_BYTES * max(weights)
+        chosen = "bits='auto' chooses by the weights; as many bits as target_bits allows are counted"
+        estimated = chosen if self.bits == "auto" else None
+        return Outline(model, estimated, scratch=scratch, swept=_FIT_SWEEPS[self._auto_fit] * sum(weights))
 
     @property
     def _auto_fit(self) -> Fit:

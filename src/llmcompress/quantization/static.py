@@ -12,12 +12,13 @@ from torch import nn
 
 from ..anatomy.layers import Kind, WeightLayer
 from ..calibration import calibration_batches, observe
+from ..calibration.effort import calibration_effort
 from ..compressor import Action, Compressor, Context, Need, Outline, Rounding
 from ..errors import ConfigError
 from ..registry import register
 from .affine import round_rows
 from .checks import refuse_nonfinite
-from .choice import choose, replace_in_turns
+from .choice import CODING_SWEEPS, choose, coding_bytes, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .kernels import Stored, rounded_activations
@@ -208,10 +209,19 @@ class StaticQuantization(Compressor):
     def outline(self, model: PreTrainedModel, context: Context) -> Outline:
         """Put empty int8 layers in place, as if no layer were an outlier."""
         chosen, _ = self._choose(model, {})
+        linears = [layer for layer in chosen if layer.kind in ("linear", "conv1d")]
+        weights = [layer.weight.numel() for layer in chosen]
+        effort = calibration_effort(
+            model, context, linears, who=type(self).__name__, samples=self.samples, max_length=self.max_length,
+            products=False,
+        )  # fmt: skip
+        rows = sum(_ROWS * layer.weight.shape[layer.input_axis] * 4 for layer in linears) if self.outliers else 0
         replace_in_turns(model, chosen, _empty, _empty_experts)
         mark_quantized(model)
         few = None if self.outliers is None else "layers whose int8 outputs are too far off stay in float"
-        return Outline(model, few)
+        # The coded layers stand beside the float ones until all are there.
+        scratch = effort.scratch + rows + sum(weights) + coding_bytes(weights)
+        return Outline(model, few, scratch=scratch, flops=effort.flops, swept=CODING_SWEEPS * sum(weights))
 
     def _choose(self, model: PreTrainedModel, refused: dict[str, str]) -> tuple[list[WeightLayer], list[Action]]:
         kinds: tuple[Kind, ...] = ("linear", "conv1d", "experts", *(("embedding",) if self.embeddings else ()))

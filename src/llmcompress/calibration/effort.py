@@ -1,0 +1,80 @@
+"""What calibration takes: the memory of states and statistics, and the arithmetic, from sizes alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..anatomy.layers import WeightLayer
+from ..anatomy.turns import in_turns
+from .batches import calibration_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..compressor import Context
+
+# Statistics are float32.
+_EXACT = 4
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a pass over calibration texts takes.
+
+    Attributes:
+        scratch: bytes at most, beside the model.
+        flops: of the passes and of the statistics.
+        tokens: of all texts.
+    """
+
+    scratch: int
+    flops: float
+    tokens: int
+
+
+def calibration_effort(
+    model: PreTrainedModel,
+    context: Context,
+    layers: Sequence[WeightLayer],
+    *,
+    who: str,
+    samples: int,
+    max_length: int,
+    products: bool,
+    passes: int = 2,
+) -> Effort:
+    """Return what it takes to hear the inputs of `layers` block after block.
+
+    Args:
+        model: on the meta device.
+        context: its texts are tokenised.
+        layers: whose inputs are heard.
+        who: the strategy, for messages.
+        samples: texts at most.
+        max_length: tokens a text at most.
+        products: whether sums of x x^T are kept, or one number an input.
+        passes: through each block.
+
+    Raises:
+        MissingInputError: as the calibration itself.
+    """
+    batches = calibration_batches(model, context, who=who, samples=samples, max_length=max_length)
+    sizes = [batch["input_ids"].numel() for batch in batches]
+    tokens, largest = sum(sizes), max(sizes)
+    width = model.get_input_embeddings().weight.shape[-1]
+    states = 2 * tokens * width * model.dtype.itemsize
+    flops = 0.0
+    kept: dict[str, int] = defaultdict(int)
+    passing: dict[str, int] = defaultdict(int)
+    for block, own in in_turns(model, layers):
+        for layer in own:
+            inputs = layer.weight.shape[layer.input_axis]
+            experts = layer.weight.shape[0] if layer.kind == "experts" else 1
+            outputs = layer.weight.numel() // (inputs * experts)
+            kept[block] += experts * (inputs**2 if products else inputs) * _EXACT
+            passing[block] += largest * (inputs + outputs) * model.dtype.itemsize
+            flops += passes * 2 * tokens * inputs * outputs + (2 * tokens * inputs**2 if products else 0)
+    return Effort(states + max(kept[block] + passing[block] for block in kept), flops, tokens)
