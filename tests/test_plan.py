@@ -1,10 +1,13 @@
 """A plan says what the run will do, to the last byte, and refuses what the run would refuse."""
 
 import copy
+import weakref
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmcompress as lc
 from llmcompress.planning.opening import open_weightless
@@ -153,3 +156,48 @@ def test_the_document_is_a_tree_a_page_and_json():
     assert any(name in text for name in lc.kernels().used("int8_linear"))
     page = plan._repr_html_()
     assert page.count("<details") == 5
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that torch's operators touched or made and that still live."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is None or storage.device.type != "cpu" or storage._cdata in self.known:
+                continue
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return out
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lc.DynamicQuantization(),
+        lc.DepthPruning(layers=1),
+        lc.KnowledgeDistillation(steps=2, batch_size=4, max_length=64, precision="fp32"),
+    ],
+    ids=lambda step: type(step).__name__,
+)
+def test_peak_memory_is_within_a_quarter(step):
+    sizes = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4)).eval()
+    given = {"data": ["the quick brown fox jumps over the lazy dog " * 4] * 8, "tokenizer": tiny_tokenizer()}
+    planned = lc.plan(model, step, **given).steps[0]
+    with LiveBytes() as seen:
+        lc.compress(model, step, **given, progress=False)
+    assert planned.peak_bytes == pytest.approx(seen.peak, rel=0.25)
+    assert planned.rough_seconds >= 0

@@ -1,4 +1,4 @@
-"""What calibration takes: the memory of states and statistics, and the arithmetic, from sizes alone."""
+"""What passes over texts take: the memory of states, statistics and gradients, and the arithmetic, from sizes alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..anatomy.layers import WeightLayer
+from ..anatomy.layers import WeightLayer, weight_layers
 from ..anatomy.turns import in_turns
 from .batches import calibration_batches
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
     from ..compressor import Context
 
-# Statistics are float32.
+# Statistics, gradients and what is kept for them are float32.
 _EXACT = 4
+# Numbers kept for the backward pass for each input and output of a layer: what products, norms, gates and dropout keep.
+_KEPT = 1
+# Tables of all tokens by all classes: logits of both, their logarithms, probabilities, and gradients.
+_TABLES = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,29 @@ def calibration_effort(
             experts = layer.weight.shape[0] if layer.kind == "experts" else 1
             outputs = layer.weight.numel() // (inputs * experts)
             kept[block] += experts * (inputs**2 if products else inputs) * _EXACT
-            passing[block] += largest * (inputs + outputs) * model.dtype.itemsize
+            passing[block] += largest * outputs * model.dtype.itemsize
             flops += passes * 2 * tokens * inputs * outputs + (2 * tokens * inputs**2 if products else 0)
     return Effort(states + max(kept[block] + passing[block] for block in kept), flops, tokens)
+
+
+def activation_bytes(model: PreTrainedModel, tokens: int, *, backward: bool = True) -> int:
+    """Return about how many bytes a pass over `tokens` tokens keeps, until its backward pass is done where it has one.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> activation_bytes(model, 32) == 2 * activation_bytes(model, 16)
+        True
+    """
+    if not backward:
+        return max(layer.weight.shape[0] for layer in weight_layers(model)) * tokens * _EXACT
+    kept = 0
+    for layer in weight_layers(model):
+        inputs, outputs = layer.weight.shape[layer.input_axis], layer.weight.shape[-1 if layer.input_axis == 0 else 0]
+        if layer.place == "head":
+            kept += _TABLES * outputs
+        elif layer.kind in ("linear", "conv1d"):
+            kept += _KEPT * (inputs + outputs)
+        elif layer.kind == "experts":
+            kept += _KEPT * sum(layer.weight.shape[1:])
+    return kept * tokens * _EXACT

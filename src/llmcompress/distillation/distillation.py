@@ -17,8 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from ..calibration.effort import activation_bytes
 from ..compressor import Action, Compressor, Context, Cut, Need, Outline, Rounding, Rounds, still_there
-from ..data import longest_input
+from ..data import encode, longest_input
 from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
 from .alignment import Alignment, align, feature_actions
@@ -35,7 +36,6 @@ from .checks import (
     refuse_untrainable,
 )
 from .early_stopping import EarlyStopping
-from .effort import activation_bytes
 from .generation import Generation
 from .heads import Head, head_of
 from .labels import check_labels
@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DEFAULT_EPOCHS = 3.0
-# Gradients and AdamW's two moments in float32; the teacher's pass, the student's, and back, which is two.
-_TRAINING_BYTES, _PASSES = 12, 4
+# Of AdamW's two moments and of gradients, float32, a weight; passes of the teacher, the student, and back, which is two.
+_MOMENT_BYTES, _GRADIENT_BYTES, _PASSES = 8, 4, 4
+# Texts whose length is looked at.
+_TRIED = 256
 
 
 @register("knowledge_distillation")
@@ -320,10 +322,17 @@ class KnowledgeDistillation(Compressor):
         rows = len(context.data or ()) * (self.epochs or 0)
         steps = self.steps if self.steps is not None else max(rows / (self.batch_size * self.gradient_accumulation), 1)
         tokens = self.batch_size * min(self.max_length, longest_input(student) or self.max_length)
+        if context.data and context.tokenizer is not None:
+            # Short texts do not fill the rows.
+            found = encode(context.data[:_TRIED], context.tokenizer, max_length=self.max_length)
+            mean = sum(len(row["input_ids"]) for row in found) / len(found)
+            tokens = min(tokens, int(mean * min(self.batch_size, len(context.data))) + 1)
+        size = student.num_parameters()
+        # Activations are gone as gradients come.
         return Outline(
             student,
-            scratch=_TRAINING_BYTES * student.num_parameters() + activation_bytes(student, tokens),
-            flops=_PASSES * 2.0 * student.num_parameters() * tokens * self.gradient_accumulation * steps,
+            scratch=_MOMENT_BYTES * size + max(_GRADIENT_BYTES * size, activation_bytes(student, tokens)),
+            flops=_PASSES * 2.0 * size * tokens * self.gradient_accumulation * steps,
         )
 
     def _training(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Training:

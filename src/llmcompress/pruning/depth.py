@@ -178,11 +178,26 @@ class DepthPruning(Compressor):
         """Drop as many blocks as will go: those named, or where data choose those that `criterion="last"` takes."""
         choices = [part.choice for part in self._parts(model) if part.choice is not None]
         shapes = [_block_shapes(choice.stack) for choice in choices]
+        scratch, flops = self._effort(model, context) if self._asks_data else (0, 0.0)
         uneven = self._asks_data and any(any(block != own[0] for block in own) for own in shapes)
         context.history.extend(
             keep_blocks(model, {choice.stack.path: self._without_data(choice) for choice in choices})
         )
-        return Outline(model, "the blocks differ in size, and data choose which go" if uneven else None)
+        estimated = "the blocks differ in size, and data choose which go" if uneven else None
+        return Outline(model, estimated, scratch=scratch, flops=flops)
+
+    def _effort(self, model: PreTrainedModel, context: Context) -> tuple[int, float]:
+        """Return the bytes of a batch's states behind every block and of its outputs, and the passes' arithmetic."""
+        batches = calibration_batches(
+            model, context, who="DepthPruning", samples=self.samples, max_length=self.max_length
+        )
+        sizes = [batch["input_ids"].numel() for batch in batches]
+        table = model.get_input_embeddings().weight
+        head = model.get_output_embeddings()
+        blocks = sum(len(stack) for stack in token_stacks(model))
+        numbers = table.shape[1] * (blocks + 1) + (0 if head is None else table.shape[0])
+        passes = blocks if self.criterion == "perplexity" else 1
+        return max(sizes) * numbers * 4, 2.0 * passes * sum(sizes) * model.num_parameters()
 
     def _parts(self, model: PreTrainedModel) -> list[_Part]:
         stacks = token_stacks(model)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ..anatomy.groups import Group, Kind, new_shapes
 from ..anatomy.sizes import shapes_of
 from ..calibration import calibration_batches
+from ..calibration.effort import activation_bytes
 from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import ConfigError
 from ..registry import register
@@ -172,10 +173,23 @@ class StructuredPruning(Compressor):
     def outline(self, model: PreTrainedModel, context: Context) -> Outline:
         """Cut the sizes; which channels stay is open, and their numbers stand for it."""
         widths = self._widths(model)
+        scratch, flops = self._effort(model, context) if self.needs else (0, 0.0)
         cuts = [(group, _some(group, kept)) for group, kept in widths.changed]
         cut_outlined(model, cuts, context, values=widths.values if self.uniform else None)
         competing = self.scope == "global" and "under the global scope widths depend on the weights"
-        return Outline(model, competing or None)
+        return Outline(model, competing or None, scratch=scratch, flops=flops, swept=_SWEEPS * model.num_parameters())
+
+    def _effort(self, model: PreTrainedModel, context: Context) -> tuple[int, float]:
+        """Return the bytes of gradients and activations of a batch, and the arithmetic of the passes, back as well."""
+        batches = calibration_batches(
+            model, context, who="StructuredPruning", samples=self.samples, max_length=self.max_length
+        )
+        sizes = [batch["input_ids"].numel() for batch in batches]
+        backward = self.importance in ("taylor", "fisher")
+        gradients = 4 * model.num_parameters() if backward else 0
+        passes = 3 if backward else 1
+        flops = 2.0 * self.rounds * passes * sum(sizes) * model.num_parameters()
+        return gradients + activation_bytes(model, max(sizes), backward=backward), flops
 
     @property
     def _shares(self) -> dict[Kind, float]:
@@ -204,6 +218,8 @@ def _some(group: Group, kept: int) -> torch.Tensor:
     return runs.expand(group.experts, -1) if group.experts else runs
 
 
+# How often each weight is read or written: scored, silenced, cut.
+_SWEEPS = 4
 _NAMES: dict[Kind, str] = {
     "ffn": "FFN channels",
     "heads": "heads",

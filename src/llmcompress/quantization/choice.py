@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Each row gets a scale of 4 bytes: below this width (relative position biases, one number a head) it does not pay.
 _NARROWEST = 16
 # Bytes that each of about a million weights takes while it is coded, and how often a weight is read or written.
-_CHUNK, _CHUNK_BYTES, CODING_SWEEPS = 1 << 20, 16, 8
+_CHUNK, _CHUNK_BYTES, CODING_SWEEPS = 1 << 20, 16, 4
 LAST_FLOAT = "transformers tells a model's dtype by a float weight; none else is left"
 """Why a layer is left that `only_float` found."""
 

@@ -45,7 +45,7 @@ _NARROWEST = 16
 _FINE = 8
 # Bytes that each weight of a layer takes while it is coded, and how often each is read or written.
 _CODING_BYTES = 24
-_FIT_SWEEPS: dict[Fit, int] = {"min_max": 24, "mse": 200, "hqq": 300}
+_FIT_SWEEPS: dict[Fit, int] = {"min_max": 8, "mse": 80, "hqq": 100}
 PRUNED = 0.01
 """With a larger share of exact zeros than this a layer counts as pruned, and keeps them."""
 
