@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DEFAULT_EPOCHS = 3.0
-# Of AdamW's two moments and of gradients, float32, a weight; passes of the teacher, the student, and back, which is two.
+# Bytes a weight of AdamW's two moments and of gradients; passes of the teacher, the student, and back, which is two.
 _MOMENT_BYTES, _GRADIENT_BYTES, _PASSES = 8, 4, 4
 # Texts whose length is looked at.
 _TRIED = 256
