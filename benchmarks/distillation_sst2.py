@@ -11,10 +11,11 @@ sentence's seeds are drawn together). `--curve` draws the accuracy on dev in the
 """
 
 import argparse
+import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=float, help="instead of each recipe's own")
+    parser.add_argument("--taught", type=json.loads, help='instead of each recipe\'s own, such as {"alpha": 0.9}')
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--split", default="test", choices=SPLITS, help="what is printed; recipes are chosen on dev")
     parser.add_argument("--curve", type=Path, help="a file for the curves, .png or .svg (needs matplotlib)")
@@ -161,7 +163,8 @@ def main() -> None:
     found: dict[tuple[str, str], list[Run]] = {(name, way): [] for name in options.students for way in WAYS}
     for seed in options.seeds:
         for name, way in found:
-            step = STUDENTS[name].training(way, options.epochs)
+            recipe = STUDENTS[name] if options.taught is None else replace(STUDENTS[name], taught=options.taught)
+            step = recipe.training(way, options.epochs)
 
             def run(step: lc.KnowledgeDistillation = step, seed: int = seed) -> Run:
                 return trained(teacher, tokenizer, data, step, seed, options.cache / "answers")
