@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log2
 
 from ..errors import CompressionError
 from .budget import Budget
@@ -92,11 +93,21 @@ class Search:
             short += self._proposed_anew(limits, short, unit)
         longer = [self._run(trial.chain, 2 * unit, "longer") for trial in _best(short)[:2]] if len(short) > 1 else short
         winner = next(iter(_best(longer) or _best(short)), None)
-        if winner is None or winner.drop is None or winner.drop - winner.noise > self._targets.max_drop:
+        if winner is None or self._hopeless(winner, short):
             winner = self._nearest(limits, least, winner, unit)
         chain = winner.chain if winner is not None else None
         within = winner is not None and self._within(winner.cost)
         return Found(chain, [*self._failed, *self._trials], least, feasible, within)
+
+    def _hopeless(self, winner: Trial, short: Sequence[Trial]) -> bool:
+        """Tell whether a chain loses too much even if each doubling of its training gains as much as the last one."""
+        assert winner.drop is not None
+        before = next(
+            (trial.drop for trial in short if trial.chain == winner.chain and trial.drop is not None), winner.drop
+        )
+        gain = max(before - winner.drop, 0.0)
+        more = self._lab.steps_in(winner.chain, self._left()) / winner.steps if winner.steps else 1.0
+        return winner.drop - gain * log2(max(more, 1.0)) - winner.noise > self._targets.max_drop
 
     def _affordable(self, chains: Sequence[Chain]) -> int:
         """Return how many chains there is time to try with some steps each."""
