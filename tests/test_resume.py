@@ -86,6 +86,15 @@ def test_a_long_step_goes_on_behind_its_last_block(family, step, tmp_path, monke
     assert result.report.steps[0].left == expected.report.steps[0].left
 
 
+def test_unfinished_work_of_a_stage_that_is_finished_is_cleared_away(llama, tmp_path):
+    compress(llama, CHAIN[:1], tmp_path)
+    (stage,) = tmp_path.glob("00-*")
+    left = stage.with_name(f"{stage.name}.unfinished")
+    left.mkdir()
+    compress(llama, CHAIN[:1], tmp_path)
+    assert not left.exists()
+
+
 def test_a_damaged_block_is_named_and_not_used(llama, tmp_path, monkeypatch):
     step = lc.WandaPruning()
     with monkeypatch.context() as patch:

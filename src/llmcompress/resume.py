@@ -129,7 +129,11 @@ class Stages:
         self._digest.update(json.dumps(step.to_dict(), sort_keys=True).encode())
         self._stage = self.folder / f"{self._count:02d}-{step.to_dict()['name']}-{self.key[:16]}"
         self._count += 1
-        return self.finished()
+        kept = self.finished()
+        if kept is not None and self.writes:
+            # A process that was killed behind its last act left this.
+            shutil.rmtree(self.work_dir, ignore_errors=True)
+        return kept
 
     def finished(self) -> Kept | None:
         """Return the stage that `find` last looked for, if it is finished now."""
