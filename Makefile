@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install demo test check sanitize bench schema docs clean
+.PHONY: install demo test check sanitize bench schema notebooks docs clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ bench: install
 schema: install
 	$(RUN) -m llmcompress.report.schema > docs/comparison.schema.json
 	$(RUN) -m llmcompress.recipe.schema > docs/recipe.schema.json
+
+# Runs the notebooks in earnest (about ten minutes), and keeps what they print.
+notebooks: install
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks]"
+	cd examples/notebooks && for notebook in *.ipynb; do ../../$(RUN) -m papermill --kernel python3 $$notebook $$notebook || exit 1; done
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

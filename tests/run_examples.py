@@ -1,4 +1,4 @@
-"""Runs scripts and the Python blocks of Markdown pages in one fresh process: `run_examples.py OUT.json FILE...`.
+"""Runs scripts, notebooks, and the Python blocks of Markdown pages in one fresh process: `run_examples.py OUT.json FILE...`.
 
 Starting a process that imports torch takes seconds, so one serves all files. Each runs in a folder of its own, in which
 a reader's files stand: a classifier, a language model, labelled tables and a text.
@@ -43,10 +43,30 @@ def lay_out(folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(text for text, _ in ROWS))
 
 
+# What a notebook's cell of parameters says in earnest takes minutes.
+SMALL = {
+    "compose_a_bert.ipynb": {"texts": 4, "test_texts": 2, "unlabelled": 2, "epochs": 1, "encoder": "my-classifier"},
+    "four_bit_methods_on_a_llama.ipynb": {"steps": 2, "texts": 4, "width": 64, "layers": 1},
+    "fit_to_a_size.ipynb": {
+        **{"texts": 4, "test_texts": 6, "unlabelled": 2, "epochs": 1, "encoder": "my-classifier"},
+        **{"size": "200 KB", "impossible": "5 KB", "budget": "10 s"},
+    },
+}
+
+
 def run(path: Path) -> None:
-    """Run a script, or all Python blocks of a page in one namespace."""
+    """Run a script, or all cells of a notebook or Python blocks of a page in one namespace."""
     if path.suffix == ".py":
         runpy.run_path(str(path), run_name="__main__")
+        return
+    if path.suffix == ".ipynb":
+        names = {"__name__": path.stem}
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), f"{path} {cell['id']}", "exec"), names)
+            if "parameters" in cell["metadata"].get("tags", ()):
+                assert SMALL[path.name].keys() <= names.keys()
+                names.update(SMALL[path.name])
         return
     text = path.read_text(encoding="utf-8")
     names = {"__name__": path.stem}

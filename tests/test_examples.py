@@ -13,6 +13,7 @@ from llmcompress.testing import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_LINES = 39
 
@@ -39,11 +40,11 @@ def test_examples_and_pages_run(tmp_path):
     # One test, not one a file: starting torch takes longer than most files, and workers share no fixture.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
     answer = tmp_path / "outcomes.json"
-    command = [sys.executable, str(ROOT / "tests" / "run_examples.py"), str(answer), *map(str, (*EXAMPLES, *PAGES))]
+    command = [sys.executable, str(ROOT / "tests" / "run_examples.py"), str(answer), *map(str, (*EXAMPLES, *NOTEBOOKS, *PAGES))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     outcomes = json.loads(answer.read_text())
-    assert sorted(outcomes) == sorted(path.name for path in (*EXAMPLES, *PAGES))
+    assert sorted(outcomes) == sorted(path.name for path in (*EXAMPLES, *NOTEBOOKS, *PAGES))
     broken = {name: outcome["error"] for name, outcome in outcomes.items() if outcome["error"]}
     assert not broken, "\n".join(f"{name}:\n{error}" for name, error in broken.items())
     assert {path.name: outcomes[path.name]["left"] for path in EXAMPLES} == LEAVES
@@ -59,7 +60,17 @@ def test_example_is_short_and_says_what_it_is(path):
 
 def test_every_example_is_named_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in readme] == []
+    files = [path.relative_to(ROOT).as_posix() for path in (*EXAMPLES, *NOTEBOOKS)]
+    assert [file for file in files if file not in readme] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_holds_what_it_printed_in_earnest(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ran = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1))
+    assert sum(bool(cell["outputs"]) for cell in ran) >= 3
+    assert not [output for cell in ran for output in cell["outputs"] if output["output_type"] == "error"]
 
 
 def test_the_file_format_page_names_every_key(tmp_path):
