@@ -47,7 +47,7 @@ schema: install
 # Runs the notebooks in earnest (about ten minutes), and keeps what they print.
 notebooks: install
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks]"
-	cd examples/notebooks && for notebook in *.ipynb; do ../../$(RUN) -m papermill --kernel python3 $$notebook $$notebook || exit 1; done
+	$(RUN) examples/notebooks/run.py
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

@@ -250,6 +250,9 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
         return to_terminal(self)
 
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(repr(entry.name) for entry in self.entries)})"
+
     def __rich__(self) -> Any:
         from .report.text import to_rich
 

@@ -118,7 +118,7 @@ class Report(BaseModel):
         return self.table().html()
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A compressed model and its report.
 
@@ -148,6 +148,9 @@ class Result:
         }
         metadata = json.loads(self.report.model_dump_json(exclude=unscored))
         return save(self.model, folder, tokenizer=self.tokenizer, metadata=metadata)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {len(self.report.steps)} steps)"
 
     def __str__(self) -> str:
         return str(self.report)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import TaskScore
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult(Result):
     """A compressed model that `lc.fit` found.
 

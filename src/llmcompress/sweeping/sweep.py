@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Cost = Literal["disk", "memory", "latency"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """What many chains made of one model.
 
@@ -113,6 +113,9 @@ class Sweep:
 
     def __str__(self) -> str:
         return "\n".join([str(self.comparison), "", *self.notes()])
+
+    def __repr__(self) -> str:
+        return f"Sweep({', '.join(map(repr, self.chains))})"
 
     def _repr_html_(self) -> str:
         from xml.sax.saxutils import escape
