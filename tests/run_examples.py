@@ -1,4 +1,4 @@
-"""Runs scripts, notebooks, and the Python blocks of Markdown pages in one fresh process: `run_examples.py OUT.json FILE...`.
+"""Runs scripts, notebooks and the Python blocks of Markdown pages in one fresh process: `run_examples.py OUT FILE...`.
 
 Starting a process that imports torch takes seconds, so one serves all files. Each runs in a folder of its own, in which
 a reader's files stand: a classifier, a language model, labelled tables and a text.

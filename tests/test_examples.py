@@ -40,11 +40,12 @@ def test_examples_and_pages_run(tmp_path):
     # One test, not one a file: starting torch takes longer than most files, and workers share no fixture.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
     answer = tmp_path / "outcomes.json"
-    command = [sys.executable, str(ROOT / "tests" / "run_examples.py"), str(answer), *map(str, (*EXAMPLES, *NOTEBOOKS, *PAGES))]
+    files = (*EXAMPLES, *NOTEBOOKS, *PAGES)
+    command = [sys.executable, str(ROOT / "tests" / "run_examples.py"), str(answer), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     outcomes = json.loads(answer.read_text())
-    assert sorted(outcomes) == sorted(path.name for path in (*EXAMPLES, *NOTEBOOKS, *PAGES))
+    assert sorted(outcomes) == sorted(path.name for path in files)
     broken = {name: outcome["error"] for name, outcome in outcomes.items() if outcome["error"]}
     assert not broken, "\n".join(f"{name}:\n{error}" for name, error in broken.items())
     assert {path.name: outcomes[path.name]["left"] for path in EXAMPLES} == LEAVES
