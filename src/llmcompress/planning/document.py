@@ -79,6 +79,9 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         rows += [_row(step.name, step.size, self.base, step) for step in self.steps]
         return Table(header, rows, title=f"plan for {self.model}, seed {self.seed}")
 
+    def __repr__(self) -> str:
+        return f"Plan({self.model}, {len(self.steps)} steps)"
+
     def __str__(self) -> str:
         return "\n".join([self.table().text(), "", *_drawn(self._tree())])
 
