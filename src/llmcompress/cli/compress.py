@@ -11,16 +11,20 @@ import typer
 
 from ..errors import ConfigError, GateError
 from .options import (
+    DataSplit,
     Json,
     Model,
+    Progress,
     Recipe,
     Seed,
     Settings,
     Split,
+    StepData,
     Threads,
     TokenizerFolder,
     check_endings,
     make_task,
+    read_data,
     read_tokenizer,
     tell,
 )
@@ -41,10 +45,8 @@ def compress(
     model: Model,
     recipe: Recipe,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="where the compressed model goes")],
-    data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="what steps calibrate on or train with: a file or hub data set")
-    ] = None,
-    data_split: Annotated[str, typer.Option(metavar="NAME", help="split of --data, if it is a hub data set")] = "train",
+    data: StepData = None,
+    data_split: DataSplit = "train",
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="scored before and after every step: `llmcompress tasks`")
     ] = None,
@@ -72,7 +74,7 @@ def compress(
     on_fail: Annotated[
         OnFail, typer.Option(help="at a failed gate: keep the stage before it, write nothing, or go on and tell")
     ] = OnFail.rollback,
-    progress: Annotated[bool, typer.Option(help="show progress bars")] = True,
+    progress: Progress = True,
     json: Json = None,
 ) -> None:
     """Compress a model by a recipe, and write a folder that plain `from_pretrained` loads.
@@ -88,7 +90,6 @@ def compress(
     if (task is None) != (task_data is None):
         raise ConfigError("compress must have --task NAME and --task-data DATA together, or neither; got one of them.")
     from ..checkpoint import refuse_foreign
-    from ..data import load_examples
     from ..evaluation.inference import threads_set_to
     from ..gates import failures
     from ..pipeline import Pipeline
@@ -98,7 +99,7 @@ def compress(
     chain = Pipeline.from_yaml(recipe)
     refuse_foreign(out)  # now, and not when hours of work are to be written
     asked = None if task is None or task_data is None else make_task(task, task_data, split, settings)
-    examples = None if data is None else load_examples(data, split=data_split)
+    examples = read_data(data, data_split)
     with threads_set_to(threads):
         result = run(
             model,

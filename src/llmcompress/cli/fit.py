@@ -10,15 +10,19 @@ import typer
 
 from ..errors import ConfigError
 from .options import (
+    DataSplit,
     Json,
     Model,
+    Progress,
     Seed,
     Settings,
     Split,
+    TaskData,
     Threads,
     TokenizerFolder,
     check_endings,
     make_task,
+    read_data,
     read_tokenizer,
     tell,
 )
@@ -29,7 +33,7 @@ _NOT_MET = 1
 def fit(
     model: Model,
     task: Annotated[str, typer.Option(metavar="NAME", help="what it must still be good at: `llmcompress tasks`")],
-    task_data: Annotated[str, typer.Option(metavar="DATA", help="what --task is scored on: a file or hub data set")],
+    task_data: TaskData,
     data: Annotated[str, typer.Option(metavar="DATA", help="what is trained with: a file or hub data set")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="where the model goes, and recipe.yaml")],
     size: Annotated[str | None, typer.Option(metavar="BYTES", help="at most so big on disk: '12 MB'")] = None,
@@ -38,13 +42,13 @@ def fit(
     max_drop: Annotated[float, typer.Option(metavar="LOSS", help="of the task's metric, in its own unit")] = 0.01,
     budget: Annotated[str, typer.Option(metavar="TIME", help="for all of it: '10 min'")] = "10 min",
     shape: Annotated[str, typer.Option(metavar="ROWSxTOKENS", help="at which time is measured")] = "1x128",
-    data_split: Annotated[str, typer.Option(metavar="NAME", help="split of --data, if it is a hub data set")] = "train",
+    data_split: DataSplit = "train",
     split: Split = "test",
     settings: Settings = None,
     tokenizer: TokenizerFolder = None,
     seed: Seed = 0,
     threads: Threads = None,
-    progress: Annotated[bool, typer.Option(help="show a bar with the time that is left")] = True,
+    progress: Progress = True,
     json: Json = None,
 ) -> None:
     """Find the steps that make a model so small or so fast, and lose least; 1 if it cannot be, with the nearest.
@@ -54,7 +58,6 @@ def fit(
     """
     check_endings({".json": json})
     from ..checkpoint import refuse_foreign
-    from ..data import load_examples
     from ..evaluation.inference import threads_set_to
     from ..fitting.fit import fit as run
 
@@ -64,7 +67,7 @@ def fit(
         found = run(
             model,
             asked,
-            load_examples(data, split=data_split),
+            read_data(data, data_split),
             size=size,
             latency=latency,
             speedup=speedup,

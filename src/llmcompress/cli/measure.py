@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import ClaimError, ConfigError
+from ..errors import ClaimError
 from .options import (
     PRINTED,
     BatchSize,
     Data,
+    Html,
     Json,
     Model,
     Settings,
@@ -22,6 +22,7 @@ from .options import (
     TokenizerFolder,
     check_endings,
     make_task,
+    name_places,
     read_tokenizer,
     tell,
 )
@@ -71,7 +72,7 @@ def compare(
     latency: _Latency = True,
     memory: _Memory = False,
     threads: Threads = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write the report as one HTML page")] = None,
+    html: Html = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="write it in Markdown")] = None,
     json: Json = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="write one row a model as CSV")] = None,
@@ -94,7 +95,7 @@ def compare(
     asked = make_task(task, data, split, settings)
     with threads_set_to(threads):
         found = measure(
-            _named([base, *candidates]),
+            name_places([base, *candidates], "model", lambda place: place.name),
             asked,
             tokenizer=read_tokenizer(tokenizer),
             batch_size=batch_size,
@@ -113,22 +114,3 @@ def compare(
     ]
     if failed:
         raise ClaimError("; ".join(failed) + ".")
-
-
-def _named(sources: Sequence[str]) -> dict[str, str]:
-    """Name models by what stands before `=`, else by the last part of their path.
-
-    >>> _named(["models/bert", "small=out/model"])
-    {'bert': 'models/bert', 'small': 'out/model'}
-    """
-    named: dict[str, str] = {}
-    for source in sources:
-        name, equals, folder = source.partition("=")
-        if not equals or Path(source).exists():
-            name, folder = Path(source).name or source, source
-        if name in named:
-            raise ConfigError(
-                f"every model must have a name of its own, got {name!r} twice; write NAME={folder} for one of them."
-            )
-        named[name] = folder
-    return named

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import CheckpointError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..data import Example
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or hub name")]
 Recipe = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="the steps, in YAML")]
@@ -28,6 +31,14 @@ TokenizerFolder = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="examples a batch, at most")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="threads of torch; else torch's own choice")]
+StepData = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="what steps calibrate on or train with: a file or hub data set"),
+]
+DataSplit = Annotated[str, typer.Option(metavar="NAME", help="split of --data, if it is a hub data set")]
+TaskData = Annotated[str, typer.Option(metavar="DATA", help="what --task is scored on: a file or hub data set")]
+Progress = Annotated[bool, typer.Option(help="show progress bars")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="write the report as one HTML page")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="seeds every step")]
 Json = Annotated[
     Path | None,
@@ -87,6 +98,40 @@ def make_task(name: str, data: str, split: str, settings: Sequence[str] | None) 
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {field} must be a YAML value, got {value!r}.") from error
     return task(data, **given)
+
+
+def read_data(source: str | None, split: str) -> list[Example] | None:
+    """Return the examples of `source`, or None where none is named.
+
+    Raises:
+        CompressionError: `load_examples` cannot read it.
+    """
+    from ..data import load_examples
+
+    return None if source is None else load_examples(source, split=split)
+
+
+def name_places(given: Sequence[str], what: str, usual: Callable[[Path], str]) -> dict[str, str]:
+    """Name what was given as `[NAME=]PLACE`, by `usual` where there is no name.
+
+    Raises:
+        ConfigError: two have the same name; `what` they are is said.
+
+    Example:
+        >>> name_places(["models/bert", "small=out/model"], "model", lambda place: place.name)
+        {'bert': 'models/bert', 'small': 'out/model'}
+    """
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not equals or Path(text).exists():
+            name, place = usual(Path(text)) or text, text
+        if name in named:
+            raise ConfigError(
+                f"every {what} must have a name of its own, got {name!r} twice; write NAME={place} for one of them."
+            )
+        named[name] = place
+    return named
 
 
 def read_tokenizer(folder: str | None) -> Any:
