@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from .anatomy.turns import block_of, set_keeper
 from .checkpoint import fingerprint, fingerprint_text
 from .compressor import Action
 from .errors import CheckpointError, CompressionError
+from .processes import writes
 from .quantization.modules import QuantizedModule, replace_modules
 from .quantization.schemes import SCHEMES
 from .tensor_files import Stored, read_sealed, stored_in, write_sealed, write_tensors
@@ -93,7 +93,7 @@ def blocks_kept(step: Compressor, model: PreTrainedModel, context: Context) -> I
     folder, weights = context.work_dir, BlockWeights(model)
     long = step.in_turns and "data" in step.needs
     # Under torchrun every process comes here, with the same model.
-    if folder is None or not long or weights.shared() is not None or os.environ.get("RANK", "0") != "0":
+    if folder is None or not long or weights.shared() is not None or not writes():
         yield
         return
     set_keeper(model, KeptBlocks(folder, weights, context))

@@ -25,6 +25,7 @@ from .data import find_tokenizer
 from .errors import BusyError, CheckpointError, ConfigError
 from .kept_scores import SCORES
 from .locks import locked
+from .processes import writes
 from .result import StepRecord, library_versions
 from .tensor_files import read_sealed, sync, write_sealed
 
@@ -108,7 +109,7 @@ class Stages:
         self._digest.update(json.dumps([seed, library_versions(), _frozen(model), words]).encode())
         self._count = 0
         # Under torchrun and its like every process comes here, with the same model.
-        self.writes = os.environ.get("RANK", "0") == "0"
+        self.writes = writes()
 
     @property
     def key(self) -> str:

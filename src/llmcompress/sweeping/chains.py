@@ -52,20 +52,25 @@ def plan_jobs(chains: Mapping[str, Pipeline]) -> list[Job]:
         [(1, None, ('sparse',)), (2, 0, ('both',))]
     """
     flat = {name: tuple(chain.flatten()) for name, chain in chains.items()}
-    told = {name: tuple(json.dumps(step.to_dict(), sort_keys=True) for step in steps) for name, steps in flat.items()}
+    texts = {name: tuple(map(told, steps)) for name, steps in flat.items()}
     ends: dict[tuple[str, ...], list[str]] = {}
-    for name, steps in told.items():
+    for name, steps in texts.items():
         ends.setdefault(steps, []).append(name)
     # Chains part behind the steps that two of them have in common.
     cuts = {*ends, *(_common(one, other) for one, other in itertools.combinations(ends, 2))} - {()}
-    ordered = sorted(cuts, key=lambda steps: (len(steps), min(_index(told, steps))))
-    steps_of = {told[name][:count]: flat[name][:count] for name in flat for count in range(1, len(flat[name]) + 1)}
+    ordered = sorted(cuts, key=lambda steps: (len(steps), min(_index(texts, steps))))
+    steps_of = {texts[name][:count]: flat[name][:count] for name in flat for count in range(1, len(flat[name]) + 1)}
     jobs: list[Job] = []
     for steps in ordered:
         earlier = [number for number, cut in enumerate(ordered[: len(jobs)]) if steps[: len(cut)] == cut]
         before = max(earlier, key=lambda number: len(ordered[number]), default=None)
         jobs.append(Job(steps_of[steps], before, tuple(ends.get(steps, ()))))
     return jobs
+
+
+def told(step: Compressor) -> str:
+    """Return all that a step tells, as one text: two are the same step where theirs are equal."""
+    return json.dumps(step.to_dict(), sort_keys=True)
 
 
 def allowed_orders(steps: Sequence[Compressor]) -> dict[str, Pipeline]:
@@ -147,8 +152,8 @@ def _common(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
     return tuple(step for step, _ in pairs)
 
 
-def _index(told: Mapping[str, Sequence[str]], steps: Sequence[str]) -> Iterator[int]:
-    return (number for number, chain in enumerate(told.values()) if tuple(chain[: len(steps)]) == tuple(steps))
+def _index(texts: Mapping[str, Sequence[str]], steps: Sequence[str]) -> Iterator[int]:
+    return (number for number, chain in enumerate(texts.values()) if tuple(chain[: len(steps)]) == tuple(steps))
 
 
 def _short_names(steps: Sequence[Compressor]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import uuid
@@ -10,16 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import CompressionError, MissingInputError
-from .work import Run, work, work_alone
+from ..processes import launched
+from .work import Run, work_alone
 
 Where = Literal["processes", "ray"]
 
 _WORKER = "import sys; from llmcompress.sweeping.work import work_alone; work_alone(*sys.argv[1:])"
-
-
-def launched() -> bool:
-    """Tell whether this process is one of several that `accelerate launch`, `torchrun` or their like started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,11 @@ class Team:
 
 
 def launch(run: Run, workers: int, on: Where) -> None:
-    """Have so many workers do the jobs of a run, and wait for them.
+    """Have so many workers, in other processes, do the jobs of a run, and wait for them.
 
     Args:
-        run: what is to be done.
-        workers: how many; one on "processes" is this process. A process that a launcher started has one beside it.
+        run: what is to be done, written.
+        workers: how many. A process that a launcher started has one beside it.
         on: "processes" of this machine, or the workers of a "ray" cluster, which see the same folder.
 
     Raises:
@@ -68,13 +63,9 @@ def launch(run: Run, workers: int, on: Where) -> None:
     """
     if on == "ray":
         _on_ray(run, workers)
-    elif launched():
-        # Steps would take this process for one of several that train one model together.
-        _beside(run, 1)
-    elif workers == 1:
-        work(run)
     else:
-        _beside(run, workers)
+        # Steps would take a launched process for one of several that train one model together.
+        _beside(run, 1 if launched() else workers)
 
 
 def _beside(run: Run, workers: int) -> None:

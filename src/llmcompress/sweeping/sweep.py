@@ -19,10 +19,11 @@ from ..evaluation.evaluate import as_tasks
 from ..inputs import check_inputs, refuse_quantized
 from ..measured import plan_step
 from ..pipeline import Pipeline, Step
+from ..processes import launched
 from ..report.plots import Point, pareto_front
-from .chains import allowed_orders, plan_jobs, with_answers
-from .launch import Team, Where, launch, launched
-from .work import Run
+from .chains import allowed_orders, plan_jobs, told, with_answers
+from .launch import Team, Where, launch
+from .work import Run, Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -200,25 +201,32 @@ def sweep(
     refuse_quantized(model)
     examples, tokenizer = check_inputs(model, flat, data, tokenizer, None, inplace=False)
     context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
-    for name, chain in read.items():
-        _check(name, chain, model, context, alone=workers == 1 and on == "processes" and not launched())
+    here = workers == 1 and on == "processes" and not launched()
+    _check(read, model, context, here=here)
     for one in as_tasks(task):
         one.check(model)
 
     jobs = plan_jobs(read)
     team = Team.meet()
     run = Run(place, team.name)
-    if team.leads:
-        run.write(jobs, model, tokenizer, examples, seed=seed, threads=threads, progress=progress)
-    team.wait()
-    launch(run, workers, on)
-    failed = {chain: reason for number, reason in run.failures(jobs).items() for chain in jobs[number].chains}
+    worker = Worker(run, jobs, model, tokenizer, examples, seed, threads, progress)
+    if here:
+        worker.go()
+    else:
+        if team.leads:
+            worker.write()
+        team.wait()
+        launch(run, workers, on)
+    reasons = {number: run.failure(number) for number in range(len(jobs))}
+    failed = {chain: reason for number, reason in reasons.items() if reason for chain in jobs[number].chains}
     folders = {chain: run.model(chain) for chain in read if chain not in failed}
     if team.leads:
         models = {_base_name(read): model, **folders}
         found = compare(models, task, tokenizer=tokenizer, latency=latency, progress=progress)
         found.save(run.comparison)
     team.wait()
+    if team.leads:
+        run.forget_base()
     return Sweep(
         comparison=Comparison.from_json(run.comparison.read_text(encoding="utf-8")),
         chains=read,
@@ -294,18 +302,23 @@ def orders(
     )
 
 
-def _check(name: str, chain: Pipeline, model: PreTrainedModel, context: Context, *, alone: bool) -> None:
-    """Refuse a chain that cannot run; the message says which."""
-    try:
-        for step in chain.flatten():
-            plan_step(step, model, context)
-            if not alone and type(step).__module__ == "__main__":
-                raise ConfigError(
-                    f"{type(step).__name__} is defined in the running script, which no other worker reads; install it "
-                    f"as a plug-in, or sweep with workers=1."
-                )
-    except CompressionError as error:
-        raise type(error)(f"chain {name!r}: {error}") from error
+def _check(chains: Mapping[str, Pipeline], model: PreTrainedModel, context: Context, *, here: bool) -> None:
+    """Refuse chains that cannot run; the message says which. A step that several have is planned once."""
+    planned = set()
+    for name, chain in chains.items():
+        try:
+            for step in chain.flatten():
+                if told(step) in planned:
+                    continue
+                plan_step(step, model, context)
+                planned.add(told(step))
+                if not here and type(step).__module__ == "__main__":
+                    raise ConfigError(
+                        f"{type(step).__name__} is defined in the running script, which no other worker reads; install "
+                        f"it as a plug-in, or sweep with workers=1."
+                    )
+        except CompressionError as error:
+            raise type(error)(f"chain {name!r}: {error}") from error
 
 
 def _base_name(chains: Mapping[str, Pipeline]) -> str:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from ..checkpoint import load, save
 from ..data import Example, Span, find_tokenizer
-from ..errors import CompressionError
+from ..errors import BusyError, CompressionError
 from ..evaluation.inference import threads_set_to
+from ..locks import locked
 from ..pipeline import Pipeline, compress
 from ..registry import compressors
+from ..tensor_files import write_json
 from .chains import Job
 
 if TYPE_CHECKING:
@@ -56,60 +57,19 @@ class Run:
         """Where stages are kept, of all runs."""
         return self.folder / "stages"
 
-    def model(self, chain: str) -> Path:
-        """Return where the model that a chain made is."""
-        return self.folder / "models" / chain
-
-    def write(
-        self,
-        jobs: Sequence[Job],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        data: Sequence[Example] | None,
-        *,
-        seed: int,
-        threads: int | None,
-        progress: bool,
-    ) -> None:
-        """Write what is to be done, whole or not at all.
-
-        Args:
-            jobs: from `plan_jobs`.
-            model: that all chains start from.
-            tokenizer: of the model, if there is one.
-            data: what the steps learn from.
-            seed: of every chain.
-            threads: of torch, in each worker; None leaves them.
-            progress: whether bars are shown.
-        """
-        self.place.mkdir(parents=True, exist_ok=True)
-        save(model, self.place / "base", tokenizer=tokenizer, metadata={})
-        told = {
-            "jobs": [
-                {"steps": [step.to_dict() for step in job.steps], "before": job.before, "chains": job.chains}
-                for job in jobs
-            ],
-            "data": None if data is None else [asdict(example) for example in data],
-            "frozen": [name for name, weight in model.named_parameters() if not weight.requires_grad],
-            "tokenizer": tokenizer is not None,
-            "device": model.device.type,
-            "seed": seed,
-            "threads": threads,
-            "progress": progress,
-        }
-        draft = self.place / "work.json.draft"
-        draft.write_text(json.dumps(told), encoding="utf-8")
-        os.replace(draft, self.place / "work.json")
+    @property
+    def base(self) -> Path:
+        """Where the model is that all chains start from, as long as there are other workers than this process."""
+        return self.place / "base"
 
     @property
     def comparison(self) -> Path:
         """Where what was found is written."""
         return self.place / "comparison.json"
 
-    def failures(self, jobs: Sequence[Job]) -> dict[int, str]:
-        """Return why jobs failed, by number."""
-        reasons = {number: self.failure(number) for number in range(len(jobs))}
-        return {number: reason for number, reason in reasons.items() if reason is not None}
+    def model(self, chain: str) -> Path:
+        """Return where the model that a chain made is."""
+        return self.folder / "models" / chain
 
     def failure(self, number: int) -> str | None:
         """Return why a job failed, or None."""
@@ -120,22 +80,122 @@ class Run:
         """Tell whether a job was done, or failed."""
         return any((self.place / f"{number}.{mark}").exists() for mark in ("done", "failed"))
 
+    def end(self, number: int, failed: str | None) -> None:
+        """Mark a job as done, or as failed for the reason given."""
+        if failed is None:
+            (self.place / f"{number}.done").touch()
+        else:
+            (self.place / f"{number}.failed").write_text(failed, encoding="utf-8")
 
-def work(run: Run) -> None:
-    """Do jobs of a run until all are over, by whomever."""
-    told = json.loads((run.place / "work.json").read_text(encoding="utf-8"))
-    jobs = [
-        Job(tuple(map(compressors.create, job["steps"])), job["before"], tuple(job["chains"])) for job in told["jobs"]
-    ]
-    base = load(run.place / "base").to(told["device"])
-    for name in told["frozen"]:
-        base.get_parameter(name).requires_grad_(False)
-    tokenizer = find_tokenizer(base, who="sweep") if told["tokenizer"] else None
-    data = None if told["data"] is None else [Example(**_read_example(example)) for example in told["data"]]
-    with threads_set_to(told["threads"]):
-        while left := [number for number in range(len(jobs)) if not run.is_over(number)]:
-            if not any(_try(run, number, jobs, base, tokenizer, data, told) for number in left):
-                time.sleep(_PAUSE)
+    def forget_base(self) -> None:
+        """Delete the copy of the model that the workers read."""
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a worker knows of a run.
+
+    Attributes:
+        run: where it is.
+        jobs: from `plan_jobs`.
+        base: the model that all chains start from.
+        tokenizer: of the model, if there is one.
+        data: what the steps learn from.
+        seed: of every chain.
+        threads: of torch; None leaves them.
+        progress: whether bars are shown.
+    """
+
+    run: Run
+    jobs: Sequence[Job]
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    data: Sequence[Example] | None
+    seed: int
+    threads: int | None
+    progress: bool
+
+    def write(self) -> None:
+        """Write all of it for workers in other processes."""
+        save(self.base, self.run.base, tokenizer=self.tokenizer, metadata={})
+        jobs = [
+            {"steps": [step.to_dict() for step in job.steps], "before": job.before, "chains": job.chains}
+            for job in self.jobs
+        ]
+        told = {
+            "jobs": jobs,
+            "data": None if self.data is None else [asdict(example) for example in self.data],
+            "frozen": [name for name, weight in self.base.named_parameters() if not weight.requires_grad],
+            "tokenizer": self.tokenizer is not None,
+            "device": self.base.device.type,
+            "seed": self.seed,
+            "threads": self.threads,
+            "progress": self.progress,
+        }
+        write_json(told, self.run.place / "work.json")
+
+    @classmethod
+    def read(cls, run: Run) -> Worker:
+        """Read what another process wrote."""
+        told = json.loads((run.place / "work.json").read_text(encoding="utf-8"))
+        base = load(run.base).to(told["device"])
+        for name in told["frozen"]:
+            base.get_parameter(name).requires_grad_(False)
+        return cls(
+            run,
+            jobs=[
+                Job(tuple(map(compressors.create, job["steps"])), job["before"], tuple(job["chains"]))
+                for job in told["jobs"]
+            ],
+            base=base,
+            tokenizer=find_tokenizer(base, who="sweep") if told["tokenizer"] else None,
+            data=None if told["data"] is None else [Example(**_read_example(example)) for example in told["data"]],
+            seed=told["seed"],
+            threads=told["threads"],
+            progress=told["progress"],
+        )
+
+    def go(self) -> None:
+        """Do jobs until all are over, by whomever."""
+        numbers = range(len(self.jobs))
+        with threads_set_to(self.threads):
+            while left := [number for number in numbers if not self.run.is_over(number)]:
+                if not any(self._try(number) for number in left):
+                    time.sleep(_PAUSE)
+
+    def _try(self, number: int) -> bool:
+        """Do a job if it can be done now; tell whether it is over."""
+        before = self.jobs[number].before
+        if before is not None and not self.run.is_over(before):
+            return False
+        try:
+            with locked(self.run.place / f"{number}.lock", "another worker does it"):
+                if not self.run.is_over(number):
+                    self.run.end(number, (None if before is None else self.run.failure(before)) or self._do(number))
+        except BusyError:
+            return False
+        return True
+
+    def _do(self, number: int) -> str | None:
+        """Do a job, and return why it failed, or None."""
+        job = self.jobs[number]
+        try:
+            result = compress(
+                self.base,
+                Pipeline(steps=job.steps),
+                data=self.data,
+                tokenizer=self.tokenizer,
+                seed=self.seed,
+                resume_dir=self.run.stages,
+                progress=self.progress,
+            )
+            for chain in job.chains:
+                result.save_pretrained(self.run.model(chain))
+        # What a chain breaks on must not take the others with it; all of it is told.
+        except (CompressionError, RuntimeError, ValueError, OSError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
 
 def work_alone(folder: str, name: str) -> None:
@@ -145,63 +205,7 @@ def work_alone(folder: str, name: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = local
     for variable in _LAUNCHED:
         os.environ.pop(variable, None)
-    work(Run(Path(folder), name))
-
-
-def _try(
-    run: Run,
-    number: int,
-    jobs: Sequence[Job],
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: Sequence[Example] | None,
-    told: dict[str, Any],
-) -> bool:
-    """Do a job if it can be done now; tell whether it is over."""
-    job = jobs[number]
-    if job.before is not None and not run.is_over(job.before):
-        return False
-    lock = FileLock(run.place / f"{number}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return False
-    with lock:
-        if run.is_over(number):
-            return True
-        failed = None if job.before is None else run.failure(job.before)
-        if failed is None:
-            try:
-                _do(run, job, base, tokenizer, data, told)
-            # What a chain breaks on must not take the others with it; all of it is told.
-            except (CompressionError, RuntimeError, ValueError, OSError, MemoryError) as error:
-                failed = f"{type(error).__name__}: {error}"
-        if failed is None:
-            (run.place / f"{number}.done").touch()
-        else:
-            (run.place / f"{number}.failed").write_text(failed, encoding="utf-8")
-    return True
-
-
-def _do(
-    run: Run,
-    job: Job,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: Sequence[Example] | None,
-    told: dict[str, Any],
-) -> None:
-    result = compress(
-        base,
-        Pipeline(steps=job.steps),
-        data=data,
-        tokenizer=tokenizer,
-        seed=told["seed"],
-        resume_dir=run.stages,
-        progress=told["progress"],
-    )
-    for chain in job.chains:
-        result.save_pretrained(run.model(chain))
+    Worker.read(Run(Path(folder), name)).go()
 
 
 def _read_example(told: dict[str, Any]) -> dict[str, Any]:
