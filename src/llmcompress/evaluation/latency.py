@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -201,6 +201,31 @@ def _timed_pass(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> floa
     model(**inputs)
     synchronize(model.device)
     return (time.perf_counter() - begin) * 1000
+
+
+def least_seconds(run: Callable[[], Any], device: torch.device, *, seconds: float, fewest: int = 1) -> float:
+    """Return the least time of several runs behind one of warm-up: whatever else the machine does only adds.
+
+    Args:
+        run: what is timed; without gradients.
+        device: that it runs on.
+        seconds: how long to go on.
+        fewest: runs that are timed at least.
+
+    Example:
+        >>> 0 < least_seconds(lambda: torch.ones(8).sum(), torch.device("cpu"), seconds=0) < 1
+        True
+    """
+    least, begin, runs = float("inf"), time.perf_counter(), 0
+    with torch.inference_mode():
+        while runs <= fewest or time.perf_counter() - begin < seconds:
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            least = min(least, time.perf_counter() - start) if runs else least
+            runs += 1
+    return least
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 
 from ..anatomy.saved import file_bytes, saved_tensors
 from ..calibration.replay import replaced
-from ..evaluation.latency import forward_inputs, synchronize
+from ..evaluation.latency import forward_inputs, least_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,19 +75,8 @@ class BlockTimer:
 
         return forward
 
-    @torch.inference_mode()
     def _least(self, run: Callable[[], Any]) -> float:
-        # The least of several: whatever else the machine does only adds.
-        least, begin, passes = float("inf"), time.perf_counter(), 0
-        while passes <= _FEWEST or time.perf_counter() - begin < _SECONDS:
-            synchronize(self._device)
-            start = time.perf_counter()
-            run()
-            synchronize(self._device)
-            # The first pass warms up.
-            least = min(least, time.perf_counter() - start) if passes else least
-            passes += 1
-        return 1e3 * least
+        return 1e3 * least_seconds(run, self._device, seconds=_SECONDS, fewest=_FEWEST)
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

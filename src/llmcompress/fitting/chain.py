@@ -41,18 +41,13 @@ class Chain:
         """Whether there is something that a training can give back."""
         return bool(self.cuts) or self.rounded
 
-    def float_steps(self, recovery: KnowledgeDistillation | None = None) -> list[Compressor]:
-        """Return the steps before the quantization, with `recovery` behind the cuts."""
+    def steps(self, recovery: KnowledgeDistillation | None = None) -> list[Compressor]:
+        """Return all steps, with `recovery` behind the cuts and before the quantization."""
         steps = list(self.cuts)
         if recovery is not None and self.recovers:
             rounds = self.rounded and isinstance(self.quantization, Rounds)
             steps.append(recovery.model_copy(update={"quantize_for": self.quantization}) if rounds else recovery)
-        return steps
-
-    def steps(self, recovery: KnowledgeDistillation | None = None) -> list[Compressor]:
-        """Return all steps."""
-        last = [self.quantization] if self.quantization is not None else []
-        return [*self.float_steps(recovery), *last]
+        return steps if self.quantization is None else [*steps, self.quantization]
 
 
 def chain_of(predictor: Predictor, solution: Solution) -> Chain:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..anatomy.footprint import disk_bytes
+from ..anatomy.kept import modes_kept
 from ..checkpoint import load
 from ..compressor import Context
 from ..data import find_tokenizer, load_examples
@@ -118,12 +120,8 @@ mib, gib, got '12 megabytes'.
     tokenizer = find_tokenizer(model, tokenizer or task.tokenizer, who="fit")
     clock = Budget(targets.budget, progress=progress)
     training = model.training
-    try:
-        with tempfile.TemporaryDirectory(prefix="llmcompress-fit-") as folder:
-            found = _fit(model.eval(), task, examples, targets, tokenizer, seed, clock, folder)
-    finally:
-        model.train(training)
-        clock.close()
+    with closing(clock), modes_kept(model), tempfile.TemporaryDirectory(prefix="llmcompress-fit-") as folder:
+        found = _fit(model.eval(), task, examples, targets, tokenizer, seed, clock, folder)
     found.model.train(training)
     return found
 

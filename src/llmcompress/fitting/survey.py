@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from transformers import set_seed
-
-from ..anatomy.kept import random_state_kept
 from ..anatomy.vocabulary import vocabulary_size
 from ..calibration import calibration_batches
 from ..compressor import Compressor, Context
 from ..data import Example
 from ..errors import CompressionError
+from ..measured import seeded
 from .blocks import BlockTimer, bytes_of_blocks
 from .budget import Budget
 from .sensitivity import Sensitivities, vocabulary_damage
@@ -139,8 +137,7 @@ def make(model: PreTrainedModel, steps: Iterable[Compressor], context: Context) 
     own = replace(context, history=[], told=[], corrected=set())
     changed = copy.deepcopy(model)
     for step in steps:
-        with random_state_kept():
-            set_seed(context.seed)
+        with seeded(context.seed):
             changed = step.compress(changed.eval(), own)
     assert own.tokenizer is not None
     return Made(changed.eval(), own.tokenizer)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from ..evaluation.latency import least_seconds
 
 _SIDE = 512
 _NUMBERS = 1 << 20
@@ -42,19 +42,7 @@ def machine_rates(device: str = "cpu") -> Rates:
 def _measured(device: str, threads: int) -> Rates:
     left = torch.randn(_SIDE, _SIDE, device=device)
     numbers = torch.randn(_NUMBERS, device=device)
-    product = _least_seconds(lambda: left @ left, device)
-    sweep = _least_seconds(lambda: torch.where(numbers.abs() < 1, 0.0, numbers), device)
+    place = torch.device(device)
+    product = least_seconds(lambda: left @ left, place, seconds=_SECONDS)
+    sweep = least_seconds(lambda: torch.where(numbers.abs() < 1, 0.0, numbers), place, seconds=_SECONDS)
     return Rates(2 * _SIDE**3 / product, _NUMBERS / sweep)
-
-
-def _least_seconds(work: Callable[[], torch.Tensor], device: str) -> float:
-    best, begin = float("inf"), time.perf_counter()
-    with torch.inference_mode():
-        work()
-        while best == float("inf") or time.perf_counter() - begin < _SECONDS:
-            start = time.perf_counter()
-            work()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            best = min(best, time.perf_counter() - start)
-    return best
