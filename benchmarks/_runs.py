@@ -29,6 +29,10 @@ class Runs:
         """Return the scores of the run that `what` describes: from the file, or of `run()`, which is kept then."""
         return self.kept(what, lambda: [round(float(score), 6) for score in run()])
 
+    def found(self, what: Mapping[str, Any]) -> Any:
+        """Return what the run that `what` describes found, or None where it was not finished."""
+        return self._found.get(_key(what))
+
     def kept(self, what: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """Return what the run that `what` describes found, of what JSON can hold; as `scores`."""
         key = _key(what)

@@ -11,13 +11,14 @@ on models that are there.
 """
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import llmcompress as lc
 from _machine import describe_machine
+from _runs import Runs
 from _tinystories import texts_of, training_texts
 from finetune import minilm_teacher
 from llmcompress.data import load_examples
@@ -89,26 +90,9 @@ class Bench:
         return [found.ratio, found.low, found.high]
 
 
-class Finished:
-    """What was measured, in a file of one JSON object a line; the last one of a recipe counts."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self._found = {(run["name"], run["what"]): run for run in map(json.loads, lines)}
-
-    def get(self, name: str, what: str, recipe: lc.Pipeline) -> dict | None:
-        """Return what was found of this very recipe, or None."""
-        run = self._found.get((name, what))
-        return run if run is not None and run["recipe"] == recipe.to_dict() else None
-
-    def add(self, name: str, what: str, recipe: lc.Pipeline, found: object) -> None:
-        """Keep a finding."""
-        run = {"name": name, "what": what, "recipe": recipe.to_dict(), "found": found, "machine": describe_machine()}
-        self._found[name, what] = run
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(run)}\n")
+def described(name: str, what: str, recipe: lc.Pipeline) -> dict:
+    """Return what a run is known by: a recipe that was changed is run again."""
+    return {"name": name, "what": what, "recipe": recipe.to_dict()}
 
 
 def row(name: str, score: dict | None, timed: dict | None) -> str:
@@ -128,13 +112,17 @@ def row(name: str, score: dict | None, timed: dict | None) -> str:
     return f"| {' | '.join([*cells, speed])} |"
 
 
-def page(recipes: dict[str, lc.Pipeline], finished: Finished) -> str:
+def page(recipes: dict[str, lc.Pipeline], finished: Runs) -> str:
     """Return the page: a table for each base, and each recipe as it stands in its file."""
     parts = [HEAD]
     heads = ["recipe", "", "to the base, paired [95 %]", "on disk", "smaller", "zeros", "speed of the base's [95 %]"]
     machines = set()
     for kind, (title, metric) in KINDS.items():
-        own = {name: finished.get(name, "score", recipe) for name, recipe in recipes.items() if name.startswith(kind)}
+        own = {
+            name: finished.found(described(name, "score", recipe))
+            for name, recipe in recipes.items()
+            if name.startswith(kind)
+        }
         base = next((run["found"] for run in own.values() if run is not None), None)
         if base is None:
             raise SystemExit(f"no recipe of {kind} is measured yet")
@@ -143,7 +131,7 @@ def page(recipes: dict[str, lc.Pipeline], finished: Finished) -> str:
         parts.append(f"## {title}\n\nThe base: {metric} {told}, {bytes_text(base['bytes'][0])} on disk.\n")
         lines = [f"| {' | '.join(heads)} |", "|:---|" + "---:|" * (len(heads) - 1)]
         for name, score in own.items():
-            timed = finished.get(name, "time", recipes[name])
+            timed = finished.found(described(name, "time", recipes[name]))
             machines.update(run["machine"] for run in (score, timed) if run is not None)
             lines.append(row(name, score, timed))
         parts.append("\n".join(lines) + "\n")
@@ -185,20 +173,21 @@ def main() -> None:
 
     files = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
     recipes = {name: lc.Pipeline.from_yaml(path) for name, path in files.items()}
-    finished = Finished(options.cache / "gallery.jsonl")
+    finished = Runs(options.cache / "gallery.jsonl")
     if options.page:
         (ROOT / "docs" / "recipes.md").write_text(page(recipes, finished), encoding="utf-8")
         return
     what, benches = "time" if options.time else "score", {}
     for name in options.recipes or recipes:
         kind, folder = name.partition("-")[0], options.cache / "gallery" / name
-        if finished.get(name, what, recipes[name]) is not None or (options.time and kind == "llama"):
+        run = described(name, what, recipes[name])
+        if finished.found(run) is not None or (options.time and kind == "llama"):
             continue
         if kind not in benches:
             benches[kind] = Bench(kind, options)
         bench = benches[kind]
         found = bench.time(folder) if options.time else bench.measure(recipes[name], folder)
-        finished.add(name, what, recipes[name], found)
+        finished.kept(run, partial(dict, found=found, machine=describe_machine()))
         print(name, found, flush=True)
 
 
