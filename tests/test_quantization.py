@@ -243,7 +243,7 @@ def test_plan_tells_what_is_done_and_changes_nothing():
     model = tiny_model("gemma")
     before = copy.deepcopy(model.state_dict())
     plan = {action.path: action for action in lc.DynamicQuantization().plan(model, lc.Context())}
-    assert plan["model.layers.0.mlp.up_proj"].does == "int8 per channel, activations per tensor"
+    assert plan["model.layers.0.mlp.up_proj"].does == "int8 per channel, activations per token"
     assert "forward of its own" in plan["model.embed_tokens"].reason
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     touched = {path for path, action in plan.items() if action.touched}

@@ -46,8 +46,9 @@ class DynamicQuantization(Compressor):
     Args:
         bits: bits a weight; 8.
         embeddings: whether embeddings become int8 too. If not, a head tied to one stays in float with it.
-        activations: what shares one scale: `"tensor"`, the whole input of a layer, is the fastest; `"token"`, each row,
-            costs some time, is more accurate, and keeps a row's result independent of the batch and its padding.
+        activations: what shares one scale. `"token"`, each row of a layer's input, is more accurate, and a row's result
+            depends neither on the batch nor on its padding. `"tensor"`, the whole input, costs a little less where the
+            native kernels are missing.
         smooth: SmoothQuant's alpha in [0, 1]: how much of what makes activations hard to code is first folded into the
             weights, wherever what comes before a layer can be divided; needs data and a tokenizer. None does not.
         samples: how many texts of the data to smooth by at most.
@@ -69,7 +70,7 @@ class DynamicQuantization(Compressor):
 
     bits: Literal[8] = Field(8, description="bits a weight")
     embeddings: bool = Field(True, description="whether embeddings become int8 too")
-    activations: Literal["tensor", "token"] = Field("tensor", description="what shares one scale of activations")
+    activations: Literal["tensor", "token"] = Field("token", description="what shares one scale of activations")
     smooth: float | None = Field(None, ge=0, le=1, description="SmoothQuant's alpha, or None")
     samples: int = Field(128, ge=1, description="texts of the data to smooth by at most")
     max_length: int = Field(512, ge=1, description="tokens of a text to take at most")

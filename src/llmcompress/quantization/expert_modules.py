@@ -136,7 +136,7 @@ class Int8Experts(QuantizedExperts):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, parameters: Sequence[str], *, transposed: bool, activations: Activations = "tensor"
+        cls, module: nn.Module, parameters: Sequence[str], *, transposed: bool, activations: Activations = "token"
     ) -> Int8Experts:
         """Quantize some of the 3-D weights of `module`; all else that it has is shared.
 

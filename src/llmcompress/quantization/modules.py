@@ -196,7 +196,7 @@ class Int8Linear(Int8Module):
         out_features: int,
         *,
         bias: bool = True,
-        activations: Activations = "tensor",
+        activations: Activations = "token",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -215,7 +215,7 @@ class Int8Linear(Int8Module):
         return cls(form.inputs, form.outputs, activations=spec["activations"], **form.options)
 
     @classmethod
-    def from_float(cls, module: nn.Module, activations: Activations = "tensor") -> Int8Linear:
+    def from_float(cls, module: nn.Module, activations: Activations = "token") -> Int8Linear:
         """Quantize an `nn.Linear` or a `Conv1D`; its bias is shared, its weight is not kept.
 
         Example:
