@@ -178,8 +178,7 @@ def _vocabulary(subject: Subject) -> str:
 
 def _quantization(subject: Subject) -> str:
     """In int8 the model is about the float one; in 4 bits it is the float model of the weights that the codes mean."""
-    # One scale a token: with one for all, a call of one token rounds them otherwise than a call of many.
-    step = lc.DynamicQuantization(activations="token")
+    step = lc.DynamicQuantization()
     work = _coded(subject, step)
     for inputs in _questions(subject.model):
         error = relative_error(probe_outputs(work, inputs), probe_outputs(subject.model, inputs))
