@@ -35,13 +35,14 @@ def main() -> None:
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=options.layers, tie_word_embeddings=False, **sizes)
     rows = torch.randint(3, 100, (options.samples, options.tokens)).tolist()
-    times: dict[str, list[float]] = {"llmcompress": [], "llm-compressor": []}
+    times: dict[str, list[float]] = {"llmcompress": [], "llmcompress, refinements=0": [], "llm-compressor": []}
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)  # llm-compressor wants one beside the model
         asked = {"model": folder, "calibration": rows, "group_size": GROUP, "threads": options.threads}
         for _ in range(options.rounds):
             times["llmcompress"].append(ours(folder, rows))
+            times["llmcompress, refinements=0"].append(ours(folder, rows, refinements=0))
             if options.peer_python:
                 answer = ask(options.peer_python, {**asked, "time_only": True})
                 times["llm-compressor"].append(answer["seconds"])
@@ -52,11 +53,11 @@ def main() -> None:
             print(f"| {name} | {statistics.median(seconds):.1f} s | {spread} |")
 
 
-def ours(folder: str, rows: list[list[int]]) -> float:
+def ours(folder: str, rows: list[list[int]], **fields: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = tiny_tokenizer()
     texts = [tokenizer.decode(row) for row in rows]
-    step = lc.GPTQ(group_size=GROUP, samples=len(rows), max_length=len(rows[0]))
+    step = lc.GPTQ(group_size=GROUP, samples=len(rows), max_length=len(rows[0]), **fields)
     start = time.perf_counter()
     step.compress(model, lc.Context(data=lc.load_examples(texts), tokenizer=tokenizer, progress=False))
     return time.perf_counter() - start
