@@ -24,6 +24,8 @@ STEPS = [
     {"name": "bitsandbytes_quantization"},
     {"name": "wanda_pruning"},
     {"name": "gptq"},
+    {"name": "sparsegpt_pruning"},
+    {"name": "awq"},
     {"name": "knowledge_distillation", "steps": 2, "batch_size": 4, "max_length": 64, "precision": "fp32"},
 ]
 

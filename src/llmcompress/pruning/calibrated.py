@@ -21,6 +21,9 @@ from .unstructured import Quota, UnstructuredPruning, matrices, refuse_nonfinite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# For each pair of a layer's inputs: the factor of their products, an identity and the inverse in float64, and a copy.
+_INVERSE_BYTES = 28
+
 ALL_ZERO = "pruned by magnitude: its inputs were zero on every calibration token"
 
 
@@ -92,8 +95,11 @@ class CalibratedPruning(UnstructuredPruning):
             products=products,
         )  # fmt: skip
         plain = super().outline(model, context)
-        flops = effort.flops + (sum(_solving(layer) for layer in layers) if products else 0.0)
-        return replace(plain, scratch=plain.scratch + effort.scratch, flops=flops)
+        if not products:
+            return replace(plain, scratch=plain.scratch + effort.scratch, flops=effort.flops)
+        inverse = _INVERSE_BYTES * max(layer.weight.shape[layer.input_axis] for layer in layers) ** 2
+        flops = effort.flops + sum(_solving(layer) for layer in layers)
+        return replace(plain, scratch=plain.scratch + effort.scratch + inverse, flops=flops)
 
     @abstractmethod
     def _statistic(self, layer: WeightLayer) -> Statistic:

@@ -21,11 +21,13 @@ from .fitting import quantize
 from .grid import Coded, Grid, encode
 from .grouped import Target, by_weight, finish
 from .remarks import joined
-from .scale_search import InputMoments, Reader, ScaleChoice, search_scales
+from .scale_search import InputMoments, Reader, ScaleChoice, search_scales, searching_bytes
 from .upright import upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..anatomy.layers import WeightLayer
 
 
 @register("awq")
@@ -166,6 +168,9 @@ class AWQ(CalibratedGrouping):
             return any(all(path.startswith(f"{block}.") for path in paths) for block in blocks)
 
         return [site for site in scale_sites(model) if not names.isdisjoint(site.consumers) and is_within(site)]
+
+    def _solving_bytes(self, layer: WeightLayer) -> int:
+        return searching_bytes(layer.weight.numel())
 
     def _scale(
         self,

@@ -76,7 +76,12 @@ class CalibratedGrouping(GroupedQuantization):
         )  # fmt: skip
         solving = sum(self._solving_flops(layer) for layer in layers)
         plain = super().outline(model, context)
-        return replace(plain, scratch=plain.scratch + effort.scratch, flops=effort.flops + solving)
+        scratch = plain.scratch + effort.scratch + max(map(self._solving_bytes, layers), default=0)
+        return replace(plain, scratch=scratch, flops=effort.flops + solving)
+
+    def _solving_bytes(self, layer: WeightLayer) -> int:
+        """Return what the inputs' products of a layer take while they are worked with, beside the sums themselves."""
+        return 0
 
     def _solving_flops(self, layer: WeightLayer) -> float:
         """Return the arithmetic that a layer takes once its inputs are known: an inverse, and updates by it."""

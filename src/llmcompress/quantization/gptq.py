@@ -23,6 +23,11 @@ from .upright import as_stored, upright
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..anatomy.layers import WeightLayer
+
+# For each pair of a layer's inputs, at most: their product twice more in float32, and in float64 as it is factored.
+_CURVATURE_BYTES = 24
+
 
 @register("gptq")
 class GPTQ(CalibratedGrouping):
@@ -141,6 +146,9 @@ class GPTQ(CalibratedGrouping):
     @property
     def _auto_fit(self) -> Fit:
         return self.fit
+
+    def _solving_bytes(self, layer: WeightLayer) -> int:
+        return _CURVATURE_BYTES * layer.weight.shape[layer.input_axis] ** 2
 
     @torch.no_grad()
     def _round(

@@ -21,8 +21,8 @@ from .grid import Grid, decode, in_groups
 
 # No channel is scaled further than this: float16 would overflow, and a group would be ruled by one channel.
 _FURTHEST = 1e3
-# Candidates x weights that are held at a time.
-_HELD = 1 << 22
+# Candidates x weights that are held at a time, and the bytes that each takes while it is rounded and its error found.
+_HELD, _HELD_BYTES = 1 << 22, 40
 
 
 class InputMoments(InputProducts):
@@ -103,6 +103,16 @@ class ScaleChoice:
     by_weights: bool
     before: float
     after: float
+
+
+def searching_bytes(weights: int) -> int:
+    """Return what the search holds at most for a reader of so many weights.
+
+    Example:
+        >>> searching_bytes(1 << 24) // (1 << 20)
+        640
+    """
+    return _HELD_BYTES * max(_HELD // weights, 1) * weights
 
 
 def search_scales(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> ScaleChoice:

@@ -19,14 +19,14 @@ _PATH = re.compile(r"\b[a-z_]\w*(?:\.\w+)*\.\d+(?:\.\w+)*")
 _MODULES = re.compile(r"a module(?:(?:, | and )a module)+")
 _HEAD = """# Supported architectures
 
-What each pruning strategy, and quantization, does on a tiny random model of every architecture that transformers knows under these tasks;
-made by `llmcompress support --page docs/support.md`.
+What each pruning strategy, and quantization, does on a tiny random model of every architecture that transformers knows
+under these tasks; made by `llmcompress support --page docs/support.md`.
 
 - **yes**: verified. The cut model gives the outputs of the whole model in which the same parts are silenced (to 1e-4,
   relative, on two batches, one of them padded); its folder comes back by plain `from_pretrained` with equal outputs;
   where the model generates, it does so with a cache as without. For zeros: exactly half of the weights are zero, the
   others untouched. For the vocabulary: the answers in the new ids are those in the old ones. For quantization: in int8
-  the outputs are about those of the float model, in 4 bits those of the weights that the codes mean, and less is stored.
+  the outputs are about those of the float model, in 4 bits those of the weights that the codes mean; less is stored.
 - **yes**\\*: the same, with sizes that no plain config tells (`uniform=False`); loads after `import llmcompress`.
 - **no**: refused with a reason, see below. Empty: the model has no such part.
 
