@@ -73,7 +73,7 @@ def eager(run: Callable[..., object]) -> Engine:
     return engine
 
 
-def dynamic(model: torch.nn.Module, activations: str = "tensor") -> torch.nn.Module:
+def dynamic(model: torch.nn.Module, activations: str = "token") -> torch.nn.Module:
     """Return ours, activations coded as they come."""
     return lc.DynamicQuantization(activations=activations).compress(copy.deepcopy(model), lc.Context())
 

@@ -57,8 +57,8 @@ class _Logits(torch.nn.Module):
 ENGINES: dict[str, Callable[[BertForSequenceClassification, int], Engine]] = {
     "torch fp32 eager": lambda model, threads: eager(model),
     "torch bf16 eager": bf16,
-    "llmcompress int8 (tensor)": lambda model, threads: eager(dynamic(model)),
-    "llmcompress int8 (token)": lambda model, threads: eager(dynamic(model, "token")),
+    "llmcompress int8 (token)": lambda model, threads: eager(dynamic(model)),
+    "llmcompress int8 (tensor)": lambda model, threads: eager(dynamic(model, "tensor")),
     "llmcompress int8 (static)": lambda model, threads: eager(static(model)),
     "torch.ao quantize_dynamic": lambda model, threads: eager(torch_ao(model)),
     "ONNX Runtime int8": onnx,

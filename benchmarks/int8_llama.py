@@ -104,8 +104,8 @@ def onnx_engines(model: torch.nn.Module, threads: int) -> dict[str, Engine]:
 
 ENGINES: dict[str, Callable[[Any, int], dict[str, Engine]]] = {
     "torch fp32 eager": lambda model, threads: torch_engines(model),
-    "llmcompress int8 (tensor)": lambda model, threads: torch_engines(dynamic(model)),
-    "llmcompress int8 (token)": lambda model, threads: torch_engines(dynamic(model, "token")),
+    "llmcompress int8 (token)": lambda model, threads: torch_engines(dynamic(model)),
+    "llmcompress int8 (tensor)": lambda model, threads: torch_engines(dynamic(model, "tensor")),
     "llmcompress int8 (static)": lambda model, threads: torch_engines(static(model)),
     "llmcompress int4 (groups of 128)": lambda model, threads: torch_engines(int4(model)),
     "torch.ao quantize_dynamic": lambda model, threads: torch_engines(torch_ao(model)),
