@@ -34,6 +34,8 @@ _CACHE_TOLERANCE = 1e-3
 _CODED_TOLERANCE = 0.8
 # Of the weights in matrices; tables of positions are far too large in a tiny model.
 _TOLD_SHARE = 0.1
+# With a cache the activations differ by rounding, which moves some of their 7-bit codes by a whole step.
+_CODED_CACHE_TOLERANCE = 0.1
 # In capitals, whose ids a vocabulary of 64 tokens holds.
 _TEXTS = ["A CAT SAT ON A MAT", "THE DOG RAN FAR", "ONE AND TWO IS THREE", "NO RAIN TODAY"]
 _NEW_TOKENS = 6
@@ -179,12 +181,13 @@ def _vocabulary(subject: Subject) -> str:
 def _quantization(subject: Subject) -> str:
     """In int8 the model is about the float one; in 4 bits it is the float model of the weights that the codes mean."""
     step = lc.DynamicQuantization()
-    work = _coded(subject, step)
+    work = _coded(subject, step, _CODED_CACHE_TOLERANCE)
     for inputs in _questions(subject.model):
         error = relative_error(probe_outputs(work, inputs), probe_outputs(subject.model, inputs))
         _require(error <= _CODED_TOLERANCE, f"int8 outputs differ from the float model's by {error:.1e} (relative)")
     try:
-        packed = _coded(subject, lc.WeightOnlyQuantization(bits=4, group_size=16, indivisible="pad", compute="float"))
+        packing = lc.WeightOnlyQuantization(bits=4, group_size=16, indivisible="pad", compute="float")
+        packed = _coded(subject, packing, _CACHE_TOLERANCE)
     except NothingToCompressError:
         return _told("int8 only", _left_in_float(subject, step))
     plain = lc.dequantize(packed).eval()
@@ -194,7 +197,7 @@ def _quantization(subject: Subject) -> str:
     return _left_in_float(subject, step)
 
 
-def _coded(subject: Subject, step: Compressor) -> PreTrainedModel:
+def _coded(subject: Subject, step: Compressor, tolerance: float) -> PreTrainedModel:
     """Quantize a copy: finite, smaller, all weights counted, and as it is after saving and with a cache."""
     work = step.compress(copy.deepcopy(subject.model), Context()).eval()
     for inputs in _questions(subject.model):
@@ -202,7 +205,7 @@ def _coded(subject: Subject, step: Compressor) -> PreTrainedModel:
     before, after = footprint(subject.model), footprint(work)
     _require(after.parameters == before.parameters, f"{after.parameters} weights are counted of {before.parameters}")
     _require(after.disk_bytes < before.disk_bytes, f"{after.disk_bytes} bytes are left of {before.disk_bytes}")
-    _check_saved(subject, work)
+    _check_saved(subject, work, tolerance)
     return work
 
 
@@ -265,11 +268,11 @@ def _cut(subject: Subject, compress: Callable[[PreTrainedModel, Context], PreTra
     return ""
 
 
-def _check_saved(subject: Subject, work: PreTrainedModel) -> None:
+def _check_saved(subject: Subject, work: PreTrainedModel, tolerance: float = _CACHE_TOLERANCE) -> None:
     if subject.reloads:
         _check_reload(work)
     if subject.generates:
-        _check_generation(work)
+        _check_generation(work, tolerance)
 
 
 def _check_reload(model: PreTrainedModel) -> None:
@@ -277,14 +280,15 @@ def _check_reload(model: PreTrainedModel) -> None:
     inputs = probe_inputs(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = type(model).from_pretrained(Path(folder))
+        # Copied: mapped from the file, weights start anywhere in memory, where some products add in another order.
+        again = copy.deepcopy(type(model).from_pretrained(Path(folder)))
         expected, found = probe_outputs(model, inputs), probe_outputs(again, inputs)
     _require(
         torch.equal(expected, found), f"reloaded outputs differ by {relative_error(found, expected):.1e} (relative)"
     )
 
 
-def _check_generation(model: PreTrainedModel) -> bool:
+def _check_generation(model: PreTrainedModel, tolerance: float = _CACHE_TOLERANCE) -> bool:
     """Generate greedily with and without a cache, and compare; False where the model does not generate."""
     if not model.can_generate():
         return False
@@ -299,7 +303,7 @@ def _check_generation(model: PreTrainedModel) -> bool:
     # Later tokens hang on earlier ones, and these on ties: logits are compared up to the first other token.
     for step, (found, expected) in enumerate(zip(cached.logits, plain.logits, strict=True), start=1):
         error = relative_error(found.float(), expected.float())
-        _require(error <= _CACHE_TOLERANCE, f"generated token {step} differs with a cache by {error:.1e} (relative)")
+        _require(error <= tolerance, f"generated token {step} differs with a cache by {error:.1e} (relative)")
         if not torch.equal(found.argmax(-1), expected.argmax(-1)):
             break
     return True
