@@ -183,7 +183,8 @@ class FakeLab:
 
     def cost(self, chain):
         self.clock.seconds += 1.0
-        ms = 1.2 * chain.solution.ms / self.predictor.slowness[chain.solution.skeleton.scheme]
+        way = chain.solution.skeleton
+        ms = 1.2 * chain.solution.ms / self.predictor.slowness(way.scheme, way.shape)
         return Cost(int(chain.solution.bytes), ms, 10.0 / ms)
 
     def steps_in(self, chain, seconds):
@@ -229,6 +230,20 @@ def searched(predictor, monkeypatch, targets, floor=0.0):
     # The final training takes what is left.
     lab.run(found.chain, lab.steps_in(found.chain, budget.left()), "final")
     return found, lab, clock
+
+
+def test_what_was_measured_of_one_shape_does_not_rule_the_others(predictor):
+    limits = {"ms": 4.0}
+    first = solve(predictor.problem(), limits, vocabulary=0)
+    scheme, shape = first.skeleton.scheme, first.skeleton.shape
+    predictor.time_of(first, 2 * first.ms)
+    assert predictor.slowness(scheme, shape) == pytest.approx(2.0)
+    predictor._slowness[scheme, 1 - shape] = 0.5
+    assert predictor.slowness(scheme, shape) == pytest.approx(2.0)
+    assert predictor.slowness(scheme) == pytest.approx(1.0)
+    again = solve(predictor.problem(), limits, vocabulary=0)
+    assert again.skeleton != first.skeleton
+    assert again.ms <= 4.0
 
 
 def test_the_search_halves_and_keeps_to_its_budget(predictor, monkeypatch):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 from typing import Literal
 
 import numpy as np
 from scipy.optimize import nnls
 
 from .solver import BlockWay, Problem, RestWay, Solution
-from .space import SCHEMES, Form, Shape, Space, Vocabulary
+from .space import Form, Shape, Space, Vocabulary
 from .survey import Survey
 
 Kind = Literal["depth", "width", "int8", "packed8", "packed4", "vocabulary"]
@@ -35,14 +36,13 @@ class Predictor:
 
     Attributes:
         weights: of each kind of damage, in units of the task's metric a nat once there are outcomes.
-        slowness: for each scheme, the milliseconds that were measured over those that were predicted.
     """
 
     def __init__(self, space: Space, survey: Survey) -> None:
         self.space, self._survey = space, survey
         self.vocabularies = [one for one in space.vocabularies if one in survey.vocabulary]
         self.weights = dict(PRIOR)
-        self.slowness = dict.fromkeys(range(len(SCHEMES)), 1.0)
+        self._slowness: dict[tuple[int, int], float] = {}
 
     @property
     def base_ms(self) -> float:
@@ -63,7 +63,7 @@ class Predictor:
                     damage=weights["width"] * _finite(found.widths[own][number])
                     + weights[_kind(form)] * _finite(found.rounding[form][number]),
                     bytes=found.block_bytes[own, form][number],
-                    ms=self.slowness[form.number] * found.block_ms[own, form][number],
+                    ms=self.slowness(form.number, shape) * found.block_ms[own, form][number],
                 )
                 for shape, own in enumerate(self.space.shapes)
                 for form in self.space.forms
@@ -77,7 +77,7 @@ class Predictor:
                 damage=weights["vocabulary"] * _finite(found.vocabulary[own])
                 + weights[_kind(form)] * _finite(found.rest_rounding[form]),
                 bytes=found.rest_bytes[own, form],
-                ms=self.slowness[form.number] * found.rest_ms[form],
+                ms=self.slowness(form.number) * found.rest_ms[form],
             )
             for index, own in enumerate(self.vocabularies)
             for form in self.space.forms
@@ -131,9 +131,22 @@ class Predictor:
         self.weights = calibrated([(self.damages(choice), drop) for choice, drop in outcomes], PRIOR)
 
     def time_of(self, solution: Solution, measured: float) -> None:
-        """Correct the times of a scheme by what one of its chains really took, in milliseconds."""
+        """Correct the times of a scheme and a shape by what one of their chains really took, in milliseconds."""
         if solution.ms > 0:
-            self.slowness[solution.skeleton.scheme] *= measured / solution.ms
+            way = solution.skeleton
+            known = self.slowness(way.scheme, way.shape)
+            self._slowness[way.scheme, way.shape] = known * measured / solution.ms
+
+    def slowness(self, scheme: int, shape: int | None = None) -> float:
+        """Return the milliseconds that were measured over those that were predicted.
+
+        Known of a scheme and a shape of which a chain was measured; another shape, or None for all that has none, is
+        thought to be like the scheme's mean, so that one bad measurement does not make a whole scheme slow or fast.
+        """
+        if shape is not None and (scheme, shape) in self._slowness:
+            return self._slowness[scheme, shape]
+        own = [ratio for (other, _), ratio in self._slowness.items() if other == scheme]
+        return geometric_mean(own) if own else 1.0
 
 
 def calibrated(
