@@ -23,6 +23,8 @@ PRIOR: dict[Kind, float] = {
 
 # How many outcomes the prior is worth.
 _TRUST = 1.0
+# Share of a chain's time that its blocks take at least, where the rest was surveyed to take all of it.
+_LEAST = 0.1
 # More than any damage that is measured: nothing that cannot be computed is chosen.
 _BROKEN = 1e3
 
@@ -77,7 +79,7 @@ class Predictor:
                 damage=weights["vocabulary"] * _finite(found.vocabulary[own])
                 + weights[_kind(form)] * _finite(found.rest_rounding[form]),
                 bytes=found.rest_bytes[own, form],
-                ms=self.slowness(form.number) * found.rest_ms[form],
+                ms=found.rest_ms[form],
             )
             for index, own in enumerate(self.vocabularies)
             for form in self.space.forms
@@ -131,19 +133,25 @@ class Predictor:
         self.weights = calibrated([(self.damages(choice), drop) for choice, drop in outcomes], PRIOR)
 
     def time_of(self, solution: Solution, measured: float) -> None:
-        """Correct the times of a scheme and a shape by what one of their chains really took, in milliseconds."""
-        if solution.ms > 0:
-            way = solution.skeleton
-            known = self.slowness(way.scheme, way.shape)
-            self._slowness[way.scheme, way.shape] = known * measured / solution.ms
+        """Correct the times of a scheme and a shape by what one of their chains really took, in milliseconds.
 
-    def slowness(self, scheme: int, shape: int | None = None) -> float:
-        """Return the milliseconds that were measured over those that were predicted.
-
-        Known of a scheme and a shape of which a chain was measured; another shape, or None for all that has none, is
-        thought to be like the scheme's mean, so that one bad measurement does not make a whole scheme slow or fast.
+        All that differs from the survey is laid on the blocks: the chain is then predicted exactly, whatever is learned
+        of others.
         """
-        if shape is not None and (scheme, shape) in self._slowness:
+        way, found = solution.skeleton, self._survey
+        rest = found.rest_ms[self.form(solution.rest)]
+        shape = self.shape(solution)
+        blocks = sum(found.block_ms[shape, self.form(own)][number] for number, own in solution.kept.items())
+        if blocks > 0:
+            self._slowness[way.scheme, way.shape] = max(measured - rest, _LEAST * measured) / blocks
+
+    def slowness(self, scheme: int, shape: int) -> float:
+        """Return the milliseconds that blocks were measured to take over those of the survey.
+
+        Known of a scheme and a shape of which a chain was measured; another shape is thought to be like the scheme's
+        mean, so that one bad measurement does not make a whole scheme slow or fast.
+        """
+        if (scheme, shape) in self._slowness:
             return self._slowness[scheme, shape]
         own = [ratio for (other, _), ratio in self._slowness.items() if other == scheme]
         return geometric_mean(own) if own else 1.0
