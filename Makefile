@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Without --no-compile pip makes bytecode of all that is installed, a minute's work, of which a part is ever imported.
+# Without --no-compile pip makes bytecode of all that is installed, a minute's work, though only a part is ever imported.
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: install demo test check sanitize bench schema notebooks docs clean

@@ -139,6 +139,7 @@ class Plain(Gated):
         return super().forward(x)
 
 
+@built
 @pytest.mark.parametrize(
     "norm", [Gated("optional"), Gated("needed"), Gated("raises"), Plain("needed"), Plain("raises")]
 )

@@ -170,7 +170,8 @@ class AWQ(CalibratedGrouping):
         return [site for site in scale_sites(model) if not names.isdisjoint(site.consumers) and is_within(site)]
 
     def _solving_bytes(self, layer: WeightLayer) -> int:
-        return searching_bytes(layer.weight.numel())
+        # Experts are searched one after the other.
+        return searching_bytes(layer.weight.shape[-2:].numel())
 
     def _scale(
         self,

@@ -130,8 +130,6 @@ def use_native(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Between) or any(getattr(module, name) for name in _HOOKS):
             continue
-        if not _takes_one(module):
-            continue
         found = _activation(module) or _rms_norm(module)
         if found is not None:
             replacements[module] = found
@@ -143,14 +141,12 @@ def use_plain(model: nn.Module) -> None:
     replace_modules(model, {module: module.plain for module in model.modules() if isinstance(module, Between)})
 
 
-def _takes_one(module: nn.Module) -> bool:
-    """Tell whether `module` is called with one tensor; a norm that may get a gate as well is another function."""
-    taken = list(inspect.signature(module.forward).parameters.values())
-    return len(taken) == 1 and taken[0].kind is taken[0].POSITIONAL_OR_KEYWORD
-
-
 def _tried(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """Return what `module` makes of `x`, or None if it cannot take it."""
+    """Return what `module` makes of `x`, or None if it cannot take it, or may be given more."""
+    taken = list(inspect.signature(module.forward).parameters.values())
+    # A norm that may get a gate as well is another function.
+    if len(taken) != 1 or taken[0].kind is not taken[0].POSITIONAL_OR_KEYWORD:
+        return None
     try:
         y = module(x.clone())
     except Exception:

@@ -112,7 +112,7 @@ def searching_bytes(weights: int) -> int:
         >>> searching_bytes(1 << 24) // (1 << 20)
         640
     """
-    return _HELD_BYTES * max(_HELD // weights, 1) * weights
+    return _HELD_BYTES * _at_once(weights) * weights
 
 
 def search_scales(site: ScaleSite, readers: Sequence[Reader], n_grid: int) -> ScaleChoice:
@@ -172,11 +172,16 @@ def _shares(reader: Reader) -> torch.Tensor:
     return shares.flatten(1)[:, : reader.weight.shape[1]]
 
 
+def _at_once(weights: int) -> int:
+    """Return how many candidates are tried together on so many weights."""
+    return max(_HELD // weights, 1)
+
+
 def _errors(reader: Reader, factors: torch.Tensor) -> torch.Tensor:
     """Return the squared error of a reader's outputs, over all tokens, for each of `factors` (candidates, columns)."""
     weight, grid = reader.weight, reader.grid
     errors = []
-    for some in factors.split(max(_HELD // weight.numel(), 1)):
+    for some in factors.split(_at_once(weight.numel())):
         scaled = (weight * some.unsqueeze(1)).flatten(0, 1)
         rounded = decode(quantize(scaled, grid), grid).view(len(some), *weight.shape).div_(some.unsqueeze(1))
         repeated = weight.expand_as(rounded).flatten(0, 1)
