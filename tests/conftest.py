@@ -1,10 +1,18 @@
 """What tests share: the tokenizer of the tiny models, and one fresh process that reloads what they saved."""
 
+import gc
 import sys
 
 import pytest
 
 import llmcompress as lc
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_imported_is_looked_through_again():
+    # Trainer and accelerate collect garbage several times a training: half a second each, over all that was imported.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

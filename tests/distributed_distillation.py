@@ -1,12 +1,17 @@
-"""Launched by test_distributed.py in several processes: distils a tiny model, and each writes what it ended with."""
+"""Launched by test_distributed.py in several processes: distils a tiny model, and each writes what it ended with.
+
+One launch serves all: to import what trains takes each process longer than to train.
+"""
 
 import os
 import random
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 import llmcompress as lc
@@ -17,7 +22,7 @@ from llmcompress.testing import tiny_model, tiny_tokenizer
 
 def shard_on_cpus() -> None:
     """Have accelerate shard on CPUs, which it leaves to GPUs alone, though torch can (gloo)."""
-    from accelerate.state import AcceleratorState, DistributedType
+    from accelerate.state import DistributedType
 
     prepare = AcceleratorState.__init__
 
@@ -29,10 +34,8 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = prepare_sharded
 
 
-def main(folder: Path, batch_size: int, family: str) -> None:
+def distil(folder: Path, batch_size: int, family: str) -> None:
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_cpus()
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
     with torch.no_grad():
         next(p for n, p in student.named_parameters() if "down_proj" in n)[:, ::2] = 0
@@ -58,9 +61,23 @@ def main(folder: Path, batch_size: int, family: str) -> None:
     if state.is_main_process:
         student.save_pretrained(folder / "saved")
     state.wait_for_everyone()
-    if state.num_processes > 1:
-        torch.distributed.destroy_process_group()
+
+
+def main(whole: Path, sharded: Path, example: str, *arguments: str) -> None:
+    """Distil with whole models, as `accelerate launch` without `--use_fsdp` has it; sharded; and run the example."""
+    asked = {name: os.environ.pop(name) for name in list(os.environ) if name == "ACCELERATE_USE_FSDP"}
+    distil(whole, 4, "llama")
+    AcceleratorState._reset_state()
+    os.environ.update(asked)
+    prepare = AcceleratorState.__init__
+    shard_on_cpus()
+    distil(sharded, 4, "llama")
+    AcceleratorState._reset_state()
+    AcceleratorState.__init__ = prepare
+    del os.environ["ACCELERATE_USE_FSDP"]
+    sys.argv = [example, *arguments]
+    runpy.run_path(example, run_name="__main__")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

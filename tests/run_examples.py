@@ -6,6 +6,7 @@ a reader's files stand: a classifier, a language model, labelled tables and a te
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from transformers import BertForMaskedLM
 
 from llmcompress import measured
 from llmcompress.evaluation import cost, latency
+from llmcompress.fitting import blocks
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 ROWS = [("a fine film", 1), ("what a bore", 0), ("warm and wise", 1), ("no idea at all", 0)] * 4
@@ -49,7 +51,7 @@ SMALL = {
     "four_bit_methods_on_a_llama.ipynb": {"steps": 2, "texts": 4, "width": 64, "layers": 1},
     "fit_to_a_size.ipynb": {
         **{"texts": 4, "test_texts": 6, "unlabelled": 2, "epochs": 1, "encoder": "my-classifier"},
-        **{"size": "200 KB", "impossible": "5 KB", "budget": "10 s"},
+        **{"size": "200 KB", "impossible": "5 KB", "budget": "3 s"},
     },
 }
 
@@ -82,10 +84,14 @@ def main(answer: str, *files: str) -> None:
     # What the readers' tiny models take means nothing.
     latency.QUICK_MS = 0.0
     measured.SPEED_TOKENS = 8
+    blocks._SECONDS = 0.01
     cost.measure_latencies = partial(cost.measure_latencies, seconds=0.01)
     cost.measure_generation = partial(cost.measure_generation, seconds=0.01)
     outcomes = {}
     for file in files:
+        # Each training collects garbage over all that was imported, half a second each time.
+        gc.collect()
+        gc.freeze()
         path = Path(file).resolve()
         printed, error = io.StringIO(), None
         with tempfile.TemporaryDirectory() as folder:

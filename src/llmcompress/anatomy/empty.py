@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import initialization, modeling_utils
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,8 +42,17 @@ def empty_of_class(model_class: type[PreTrainedModel], config: PreTrainedConfig)
     # The dict names the dtype by a string, which some modules cannot read; loading turns it back as well.
     if isinstance(loaded.dtype, str):
         loaded.dtype = getattr(torch, loaded.dtype)
-    with torch.device("meta"):
-        return model_class(loaded)
+    with torch.device("meta"), _unfilled():
+        model = model_class(loaded)
+    model.tie_weights()
+    return model
+
+
+def _unfilled() -> AbstractContextManager[None]:
+    """Leave out the filling of weights, which takes as long as all else even where there is nothing to fill."""
+    module = initialization if hasattr(initialization, "no_init_weights") else modeling_utils
+    unfilled: AbstractContextManager[None] = module.no_init_weights()
+    return unfilled
 
 
 def weightless(model: PreTrainedModel) -> PreTrainedModel:

@@ -67,13 +67,21 @@ def solve_config(
     target = {**before, **wanted}
     fixed = dict(_unset(model.config, unset or {}))
     candidates = list(_candidates(model.config, sizes))
+    # The same values are tried on several ways to a solution.
+    built: dict[str, PreTrainedModel | None] = {}
+
+    def built_with(values: Values) -> PreTrainedModel | None:
+        key = repr(sorted(values.items()))
+        if key not in built:
+            built[key] = build(model, values)
+        return built[key]
 
     def fits(values: Values) -> bool:
-        reference = build(model, values)
+        reference = built_with(values)
         return reference is not None and shapes_of(reference) == target and agrees(reference)
 
     def shapes_if(values: Values) -> Shapes | None:
-        reference = build(model, values)
+        reference = built_with(values)
         return None if reference is None else shapes_of(reference)
 
     def brings_a_part(others: Shapes, shapes: Shapes) -> bool:
