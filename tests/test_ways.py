@@ -173,16 +173,43 @@ def test_copies_have_other_words_and_no_labels(masked_lm):
     assert {example.text for example in made if example.pair is None} == {"z", "q"}
 
 
-def test_a_classifier_learns_what_the_teacher_makes_of_the_copies(masked_lm, tmp_path):
+def test_spans_are_runs_of_one_text_or_of_two_and_have_no_labels():
+    one, other = "a b c d e f g h", "1 2 3 4 5 6"
+    data = [Example(one, None, 1), Example(other, None, 0), Example(one, other, 1), Example("x y")]
+
+    def made(**fields):
+        return lc.RandomSpans(copies=50, **fields).copies_of(data, device="cpu", seed=0, progress=False)
+
+    def is_run(text, of):
+        return f" {text} " in f" {of} "
+
+    spans = made(joined=0.0, shortest=3)
+    assert spans == made(joined=0.0, shortest=3)
+    assert {example.label for example in spans} == {None}
+    alone = [example.text for example in spans if example.pair is None]
+    assert all(is_run(text, one) or is_run(text, other) for text in alone)  # "x y" stays whole, and is left out
+    assert {len(text.split()) for text in alone if is_run(text, one)} == {3, 4, 5, 6, 7}
+    pairs = [example for example in spans if example.pair is not None]
+    assert all(is_run(example.text, one) and is_run(example.pair, other) for example in pairs)
+    assert len({(example.text, example.pair) for example in pairs}) > 30
+    joined = [example.text.split() for example in made(joined=1.0, shortest=2) if example.pair is None]
+    assert 145 < len(joined) <= 150  # two runs may make the whole text again
+    assert all(is_run(" ".join(words[:2]), f"{one} {other} x y") for words in joined)
+    mixed = [words for words in joined if "a" <= words[0] <= "h" and words[-1].isdigit()]
+    assert 10 < len(mixed) < 50
+    assert max(len(words) for words in mixed) == 4 + 3
+
+
+@pytest.mark.parametrize("kind", ["masked words", "random spans"])
+def test_a_classifier_learns_what_the_teacher_makes_of_the_copies(masked_lm, kind):
     teacher = tiny_model("bert")
-    step = lc.KnowledgeDistillation(
-        steps=4, alpha=0.5, student="layers:1", max_length=24, augment=lc.MaskedWords(model=masked_lm, copies=3)
-    )
+    augment = lc.MaskedWords(model=masked_lm, copies=3) if kind == "masked words" else lc.RandomSpans(copies=3)
+    step = lc.KnowledgeDistillation(steps=4, alpha=0.5, student="layers:1", max_length=24, augment=augment)
     result = lc.compress(teacher, step, data=texts(), tokenizer=tiny_tokenizer(), progress=False)
     (told,) = [action.does for action in result.report.steps[0].touched if str(action.does).startswith("train on")]
     assert int(told.split()[2]) > 2.5 * 12
     assert lc.compressors.create(step.to_dict()) == step
-    assert result.report.recipe["steps"][0]["augment"]["model"] == str(masked_lm)
+    assert result.report.recipe["steps"][0]["augment"]["name"] == kind.replace(" ", "_")
 
 
 def test_ways_that_a_head_does_not_allow_are_refused(masked_lm):
@@ -206,4 +233,5 @@ def test_ways_that_a_head_does_not_allow_are_refused(masked_lm):
         "bert",
         augment={"model": tiny_model("bert")},
     )
+    refused(lc.ConfigError, "did you mean 'random_spans'", "bert", augment={"name": "random_span"})
     refused(lc.ConfigError, "MaskedWords.model must be a folder", "bert", augment={"model": "/nowhere/at all"})

@@ -12,13 +12,14 @@ from .contents import Contents as Contents
 from .contents import show as show
 from .data import Example as Example
 from .data import load_examples as load_examples
-from .distillation.augmentation import MaskedWords as MaskedWords
 from .distillation.cache import TeacherCache as TeacherCache
 from .distillation.distillation import KnowledgeDistillation as KnowledgeDistillation
 from .distillation.early_stopping import EarlyStopping as EarlyStopping
 from .distillation.generation import Generation as Generation
 from .distillation.lora import LoRA as LoRA
 from .distillation.loss_choice import SoftLoss as SoftLoss
+from .distillation.masked_words import MaskedWords as MaskedWords
+from .distillation.random_spans import RandomSpans as RandomSpans
 from .errors import (
     BusyError as BusyError,
 )

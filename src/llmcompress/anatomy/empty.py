@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import initialization, modeling_utils
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +49,9 @@ def empty_of_class(model_class: type[PreTrainedModel], config: PreTrainedConfig)
 
 def _unfilled() -> AbstractContextManager[None]:
     """Leave out the filling of weights, which takes as long as all else even where there is nothing to fill."""
+    # Not at the top: transformers, while it is imported, imports this file to register what quantizes.
+    from transformers import initialization, modeling_utils
+
     module = initialization if hasattr(initialization, "no_init_weights") else modeling_utils
     unfilled: AbstractContextManager[None] = module.no_init_weights()
     return unfilled

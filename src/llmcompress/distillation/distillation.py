@@ -24,7 +24,7 @@ from ..errors import ConfigError, MissingInputError
 from ..registry import compressors, register
 from .alignment import Alignment, align, feature_actions
 from .arguments import Precision, Training, check_training, use_bf16
-from .augmentation import MaskedWords
+from .augmentation import Augmentation
 from .batches import collate, make_rows, pad_token
 from .cache import TeacherCache
 from .checks import (
@@ -50,7 +50,7 @@ from .student import Student, make_student, outline_student, plan_student, read_
 from .teachers import Teachers, is_original, read_teachers, weights_of
 from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
 from .train import train
-from .ways import Ways, check_ways, way_actions, word_copies
+from .ways import Ways, altered_copies, check_ways, way_actions
 from .zeros import pruned_weights
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ class KnowledgeDistillation(Compressor):
         lora: `LoRA(rank=8)` or its dict: low-rank changes of the linear layers are trained and added at the end.
         generation: `Generation(way="on_policy")` or its dict: a language model also learns from texts that the teacher
             or it itself wrote.
-        augment: `MaskedWords(model="bert-base-uncased")` or its dict: classifiers and readers of questions also learn
-            what the teacher makes of copies of the texts with some words replaced.
+        augment: `RandomSpans()`, `MaskedWords(model="bert-base-uncased")` or its dict: classifiers and readers of
+            questions also learn what the teacher makes of parts of the texts, or of copies with some words replaced.
         early_stopping: `EarlyStopping(task=...)` or its dict: training stops when the student gets no better on a task
             or on rows held out, and the best weights are the result.
         precision: `"bf16"` multiplies in bfloat16, `"fp32"` does not; `"auto"` takes bf16 where the hardware has it.
@@ -164,7 +164,7 @@ class KnowledgeDistillation(Compressor):
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     lora: LoRA | None = Field(None, description="low-rank changes are trained instead of the weights")
     generation: Generation | None = Field(None, description="training on texts that teacher or student wrote")
-    augment: MaskedWords | None = Field(None, description="copies of the texts with words replaced")
+    augment: Augmentation | None = Field(None, description="altered copies of the texts, without labels")
     early_stopping: EarlyStopping | None = Field(None, description="when to stop before the end")
     quantize_for: SerializeAsAny[Compressor] | None = Field(None, description="the quantization step to train for")
 
@@ -262,7 +262,7 @@ class KnowledgeDistillation(Compressor):
         head, tokenizer = lesson.head, lesson.student.tokenizer or context.tokenizer
         examples = context.data
         if self.augment is not None:
-            examples = [*examples, *word_copies(examples, self.augment, context, model.device)]
+            examples = [*examples, *altered_copies(examples, self.augment, context, model.device)]
         rows = make_rows(
             head,
             lesson.student.model,

@@ -1,4 +1,4 @@
-"""What a student learns from beside the data as it is: texts that models wrote, and copies with words replaced."""
+"""What a student learns from beside the data as it is: texts that models wrote, and altered copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..data import Example
 from ..errors import ConfigError, UnsupportedModelError
 from .alignment import Alignment
 from .arguments import Training
-from .augmentation import MaskedWords
+from .augmentation import Augmentation
 from .batches import Row
 from .checkpoints import remembered
 from .generation import Generation, OnPolicy, Writer, teacher_written
@@ -29,7 +29,7 @@ _WRITERS: tuple[Head, ...] = ("causal_lm", "seq2seq_lm")
 _READERS: tuple[Head, ...] = ("classification", "multi_label", "regression", "question_answering")
 
 
-def check_ways(head: Head, model: PreTrainedModel, generation: Generation | None, augment: MaskedWords | None) -> None:
+def check_ways(head: Head, model: PreTrainedModel, generation: Generation | None, augment: Augmentation | None) -> None:
     """Refuse ways of learning that the head does not allow. Reads no weights.
 
     Raises:
@@ -51,7 +51,7 @@ def check_ways(head: Head, model: PreTrainedModel, generation: Generation | None
         augment.check()
 
 
-def way_actions(generation: Generation | None, augment: MaskedWords | None) -> list[Action]:
+def way_actions(generation: Generation | None, augment: Augmentation | None) -> list[Action]:
     """Return what a plan says of them."""
     told = []
     if generation is not None:
@@ -60,13 +60,12 @@ def way_actions(generation: Generation | None, augment: MaskedWords | None) -> l
         )
         told.append(Action(path="", does=f"train on written texts: {generation.share:.0%} of the {what}"))
     if augment is not None:
-        does = f"add {augment.copies} copies of each text with {augment.share:.0%} of the words replaced"
-        told.append(Action(path="", does=does, reason="without labels; the teacher tells what they are"))
+        told.append(Action(path="", does=augment.does, reason="without labels; the teacher tells what they are"))
     return told
 
 
-def word_copies(
-    examples: Sequence[Example], augment: MaskedWords, context: Context, device: torch.device
+def altered_copies(
+    examples: Sequence[Example], augment: Augmentation, context: Context, device: torch.device
 ) -> list[Example]:
     """Return the copies that `augment` makes of the examples; made once, also if the run is killed."""
     file = context.work_dir / "copies.json" if context.work_dir is not None else None
