@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,11 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from ..calibration.effort import activation_bytes
 from ..compressor import Action, Compressor, Context, Cut, Need, Outline, Rounding, Rounds, still_there
-from ..data import encode, longest_input
 from ..errors import ConfigError, MissingInputError
-from ..registry import compressors, register
+from ..registry import register
 from .alignment import Alignment, align, feature_actions
 from .arguments import Precision, Training, check_training, use_bf16
 from .augmentation import Augmentation
@@ -35,7 +33,9 @@ from .checks import (
     refuse_uncacheable,
     refuse_untrainable,
 )
+from .cost import training_outline
 from .early_stopping import EarlyStopping
+from .fake_quantization import read_rounding_step, rounding_action
 from .generation import Generation
 from .heads import Head, head_of
 from .labels import check_labels
@@ -57,10 +57,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DEFAULT_EPOCHS = 3.0
-# Bytes a weight of AdamW's two moments and of gradients; passes of the teacher, the student, and back, which is two.
-_MOMENT_BYTES, _GRADIENT_BYTES, _PASSES = 8, 4, 4
-# Texts whose length is looked at.
-_TRIED = 256
 
 
 @register("knowledge_distillation")
@@ -189,15 +185,7 @@ class KnowledgeDistillation(Compressor):
     @field_validator("quantize_for", mode="before")
     @classmethod
     def _rounding_step(cls, step: Any) -> Any:
-        if isinstance(step, (Mapping, str)):
-            step = compressors.create(step)
-        if step is not None and not (isinstance(step, Compressor) and isinstance(step, Rounds)):
-            raise ConfigError(
-                f"KnowledgeDistillation.quantize_for must be a step that rounds each weight by itself "
-                f"(WeightOnlyQuantization, DynamicQuantization, StaticQuantization), got {step!r}; train for "
-                f"WeightOnlyQuantization of as many bits, which stores exactly what was trained."
-            )
-        return step
+        return read_rounding_step(step)
 
     @field_serializer("quantize_for")
     def _with_its_name(self, step: Compressor | None) -> dict[str, Any] | None:
@@ -234,7 +222,7 @@ class KnowledgeDistillation(Compressor):
             history = history_of(teacher, context.history)
             actions.extend(feature_actions(self.features, aligned.pairs, planned.model, teacher.empty, history))
         if self.quantize_for is not None:
-            actions.append(self._rounding_action(planned.model))
+            actions.append(rounding_action(self.quantize_for, self._roundings(planned.model)))
         if planned.model is not model:
             return actions
         stay = tuple(f"{path}.{index}." for path, indices in kept.items() for index in indices)
@@ -319,20 +307,14 @@ class KnowledgeDistillation(Compressor):
         student = outline_student(model, self.student, context)
         if student is None:
             return None
-        rows = len(context.data or ()) * (self.epochs or 0)
-        steps = self.steps if self.steps is not None else max(rows / (self.batch_size * self.gradient_accumulation), 1)
-        tokens = self.batch_size * min(self.max_length, longest_input(student) or self.max_length)
-        if context.data and context.tokenizer is not None:
-            # Short texts do not fill the rows.
-            found = encode(context.data[:_TRIED], context.tokenizer, max_length=self.max_length)
-            mean = sum(len(row["input_ids"]) for row in found) / len(found)
-            tokens = min(tokens, int(mean * min(self.batch_size, len(context.data))) + 1)
-        size = student.num_parameters()
-        # Activations are gone as gradients come.
-        return Outline(
+        return training_outline(
             student,
-            scratch=_MOMENT_BYTES * size + max(_GRADIENT_BYTES * size, activation_bytes(student, tokens)),
-            flops=_PASSES * 2.0 * size * tokens * self.gradient_accumulation * steps,
+            context,
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            max_length=self.max_length,
         )
 
     def _training(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Training:
@@ -370,16 +352,6 @@ class KnowledgeDistillation(Compressor):
 
     def _roundings(self, model: PreTrainedModel, context: Context | None = None) -> list[Rounding]:
         return self.quantize_for.roundings(model, context) if isinstance(self.quantize_for, Rounds) else []
-
-    def _rounding_action(self, model: PreTrainedModel) -> Action:
-        roundings = self._roundings(model)
-        inputs = sum(rounding.inputs is not None for rounding in roundings)
-        return Action(
-            path="",
-            does=f"train {len(roundings)} weights rounded as {self.quantize_for} will"
-            + (f", and the inputs of {inputs} layers" if inputs else ""),
-            reason="put that step behind this one",
-        )
 
     def _check(self, model: PreTrainedModel, context: Context) -> Lesson:
         """Refuse all that cannot work; return what student and teachers will be. Reads no weights."""

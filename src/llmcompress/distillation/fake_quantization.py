@@ -7,7 +7,7 @@ step codes them. The gradient passes the rounding as if it were not there (strai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,39 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..compressor import Rounding
+from ..compressor import Action, Compressor, Rounding, Rounds
+from ..errors import ConfigError
+from ..registry import compressors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def read_rounding_step(given: Any) -> Compressor | None:
+    """Return the step that `KnowledgeDistillation.quantize_for` names, from a recipe's dict or name or the step itself.
+
+    Raises:
+        ConfigError: it is none that rounds each weight by itself.
+    """
+    step = compressors.create(given) if isinstance(given, (Mapping, str)) else given
+    if step is None or (isinstance(step, Compressor) and isinstance(step, Rounds)):
+        return step
+    raise ConfigError(
+        f"KnowledgeDistillation.quantize_for must be a step that rounds each weight by itself "
+        f"(WeightOnlyQuantization, DynamicQuantization, StaticQuantization), got {step!r}; train for "
+        f"WeightOnlyQuantization of as many bits, which stores exactly what was trained."
+    )
+
+
+def rounding_action(step: Compressor, roundings: Sequence[Rounding]) -> Action:
+    """Return what a plan says of a training for `step`."""
+    inputs = sum(rounding.inputs is not None for rounding in roundings)
+    return Action(
+        path="",
+        does=f"train {len(roundings)} weights rounded as {step} will"
+        + (f", and the inputs of {inputs} layers" if inputs else ""),
+        reason="put that step behind this one",
+    )
 
 
 class _StraightThrough(nn.Module):

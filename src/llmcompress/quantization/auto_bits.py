@@ -17,8 +17,9 @@ from .remarks import joined
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .grouped import GroupedQuantization, Target
+    from .grouped import GroupedQuantization
     from .sensitivity_table import Sensitivity
+    from .targets import Target
 
 Step = TypeVar("Step", bound="GroupedQuantization")
 

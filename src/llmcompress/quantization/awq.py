@@ -19,9 +19,10 @@ from .calibrated_grouping import CalibratedGrouping
 from .clipping import clipped
 from .fitting import quantize
 from .grid import Coded, Grid, encode
-from .grouped import Target, by_weight, finish
+from .grouped import finish
 from .remarks import joined
 from .scale_search import InputMoments, Reader, ScaleChoice, search_scales, searching_bytes
+from .targets import Target, by_weight
 from .upright import upright
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from ..calibration.effort import calibration_effort
 from ..compressor import Action, Context, Need, Outline
 from .fitting import quantize
 from .grid import Coded
-from .grouped import GroupedQuantization, Target
+from .grouped import GroupedQuantization
 from .remarks import joined
+from .targets import Target
 from .upright import upright
 
 if TYPE_CHECKING:

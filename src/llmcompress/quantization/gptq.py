@@ -17,7 +17,8 @@ from .calibrated_grouping import CalibratedGrouping
 from .fitting import Fit, fit, quantize
 from .gptq_rounding import lay_again, round_again, round_with_feedback
 from .grid import Coded, Grid, decode
-from .grouped import PRUNED, Target, by_weight, finish, share_of_zeros
+from .grouped import finish
+from .targets import PRUNED, Target, by_weight, share_of_zeros
 from .upright import as_stored, upright
 
 if TYPE_CHECKING:

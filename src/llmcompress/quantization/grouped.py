@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,7 +13,6 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from ..anatomy.empty import noted_zeros
 from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import let_go
@@ -22,7 +21,7 @@ from ..errors import CompressionError, ConfigError, NothingToCompressError
 from . import kernels
 from .auto_bits import at_target, free_targets, with_bits
 from .checks import refuse_nonfinite, refuse_quantized
-from .choice import LAST_FLOAT, only_float, own_forward, replace_experts, replace_layers
+from .choice import LAST_FLOAT, only_float, replace_experts, replace_layers
 from .fitting import Fit
 from .grid import Coded, Grid, laid
 from .hf import mark_quantized
@@ -30,6 +29,7 @@ from .modules import QuantizedModule
 from .packed_experts import PackedExperts
 from .packed_modules import Compute, PackedEmbedding, PackedLinear
 from .remarks import joined
+from .targets import PRUNED, Target, blank, share_of_zeros, why_float
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,36 +39,11 @@ if TYPE_CHECKING:
 
 # Groups begin on whole bytes at any number of bits.
 _MULTIPLE = 8
-# 3-D weights that are no experts (a mix of two tokens, a kernel) have such an axis.
-_NARROWEST = 16
 # Bits of a fine zero point.
 _FINE = 8
 # Bytes that each weight of a layer takes while it is coded, and how often each is read or written.
 _CODING_BYTES = 24
 _FIT_SWEEPS: dict[Fit, int] = {"min_max": 8, "mse": 80, "hqq": 100}
-PRUNED = 0.01
-"""With a larger share of exact zeros than this a layer counts as pruned, and keeps them."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer that becomes packed.
-
-    Attributes:
-        layer: the layer.
-        grid: the levels of its weights.
-        remark: for the plan, or None.
-    """
-
-    layer: WeightLayer
-    grid: Grid
-    remark: str | None = None
-
-    def __str__(self) -> str:
-        columns = self.layer.weight.shape[self.layer.input_axis]
-        kind = self.grid.codebook or f"int{self.grid.bits}"
-        group = "one scale a row" if self.grid.group_size is None else f"groups of {self.grid.size(columns)}"
-        return f"{kind}, {group}: {self.grid.bits_a_weight(columns):.2f} bits a weight"
 
 
 class GroupedQuantization(Compressor):
@@ -280,7 +255,7 @@ class GroupedQuantization(Compressor):
             partners[id(layer.weight)].append(layer)
         # The codes have the dtype int8, which is what is looked for by default.
         direct = read_directly(model)
-        floats = {layer.name: direct.get(layer.name) or _why_float(layer) for layer in known}
+        floats = {layer.name: direct.get(layer.name) or why_float(layer) for layer in known}
         targets, left = [], []
         for layer in known:
             together = partners[id(layer.weight)]
@@ -408,41 +383,3 @@ def finish(model: PreTrainedModel) -> None:
         if isinstance(module, (PackedLinear, PackedExperts)):
             module.drop_derived()
     mark_quantized(model)
-
-
-def blank(target: Target) -> Coded:
-    """Return codes without content for a layer without weights."""
-    layer, grid = target.layer, target.grid
-    columns = layer.weight.shape[layer.input_axis]
-    rows = layer.weight.numel() // max(columns, 1)
-    groups = grid.groups(columns)
-    return Coded(
-        torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
-        torch.empty(rows, groups, dtype=grid.scale_dtype, device="meta"),
-        torch.empty(rows, groups, dtype=torch.uint8, device="meta") if grid.has_zero else None,
-    )
-
-
-def share_of_zeros(weight: torch.Tensor) -> float:
-    """Return the share of weights that are exactly 0; on the meta device of those noted."""
-    if weight.is_meta:
-        return noted_zeros(weight) / max(weight.numel(), 1)
-    share = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-    let_go(weight)
-    return share
-
-
-def by_weight(targets: Sequence[Target]) -> dict[int, list[Target]]:
-    """Return the targets that share a weight together, by its id."""
-    sharing: dict[int, list[Target]] = defaultdict(list)
-    for target in targets:
-        sharing[id(target.layer.weight)].append(target)
-    return sharing
-
-
-def _why_float(layer: WeightLayer) -> str | None:
-    """Say why a layer cannot be packed, or None."""
-    if layer.kind == "experts" and min(layer.weight.shape[1:]) < _NARROWEST:
-        rows, columns = layer.weight.shape[1:]
-        return f"matrices of {rows} x {columns} are too small for groups of their own"
-    return own_forward(layer.module)

@@ -16,8 +16,9 @@ from ..errors import ConfigError
 from ..registry import register
 from .fitting import Fit, quantize
 from .grid import Grid, decode
-from .grouped import GroupedQuantization, by_weight, finish
+from .grouped import GroupedQuantization, finish
 from .row_wise import row_wise
+from .targets import by_weight
 from .upright import upright
 
 if TYPE_CHECKING:
