@@ -308,6 +308,18 @@ def test_what_cannot_be_met_ends_with_the_nearest(predictor, monkeypatch):
     assert "nearest" in {stage for _, _, stage in lab.asked}
 
 
+@pytest.mark.parametrize("most", [0.01, 0.005])
+def test_the_nearest_is_looked_for_between_what_fails_and_what_holds(predictor, monkeypatch, most):
+    found, _, clock = searched(predictor, monkeypatch, Targets(100_000, None, None, most, (1, 128), 600.0))
+    nearest = [trial for trial in found.trials if trial.stage == "nearest"]
+    enough = [trial for trial in nearest if trial.drop <= most]
+    assert nearest[0].drop > most
+    assert len(nearest) - nearest.index(enough[0]) == 3  # two more behind the first that loses little enough
+    assert found.chain == min(enough, key=lambda trial: trial.cost.bytes).chain
+    assert found.chain != enough[0].chain
+    assert clock.seconds < 1.2 * 600
+
+
 # Whole runs
 
 

@@ -32,6 +32,10 @@ _MARGIN = 0.04
 _TRIES = 4
 # Where a limit cannot be met: how far towards the base, on a scale of ratios, the nearest ones are looked for.
 _RELAXED = (0.0, 1 / 3, 2 / 3)
+# Between the nearest that failed and the first that did not, how many more are tried, each in the middle.
+_HALVED = 2
+# Units of time for the final training of what was found so; one is for each that is tried.
+_FINAL = 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Search:
         longer = [self._run(trial.chain, 2 * unit, "longer") for trial in _best(short)[:2]] if len(short) > 1 else short
         winner = next(iter(_best(longer) or _best(short)), None)
         if winner is None or self._hopeless(winner, short):
-            winner = self._nearest(limits, least, winner, unit)
+            winner = self._nearest(limits, least, winner)
         chain = winner.chain if winner is not None else None
         within = winner is not None and self._within(winner.cost)
         return Found(chain, [*self._failed, *self._trials], least, feasible, within)
@@ -217,26 +221,44 @@ class Search:
             return []
         return [self._run(more[0], unit, "short")]
 
-    def _nearest(
-        self, limits: Mapping[Kind, float], least: Mapping[Kind, float], best: Trial | None, unit: float
-    ) -> Trial | None:
+    def _nearest(self, limits: Mapping[Kind, float], least: Mapping[Kind, float], best: Trial | None) -> Trial | None:
         """Look for the nearest to the limits that loses no more than is allowed; else for what loses least."""
-        base = {"bytes": float(self._base.bytes), "ms": self._base.ms or 0.0}
         trials = [best] if best is not None else []
+        unit = self._left() / (len(_RELAXED) + _HALVED + _FINAL)
         self._vocabulary = None if best is None else self._vocabulary
-        for share in _RELAXED:
-            if share == 0 and best is not None:
-                continue
-            floors = {cost: max(limit, least[cost] * 1.001) for cost, limit in limits.items()}
-            relaxed = {cost: floor * (base[cost] / floor) ** share for cost, floor in floors.items()}
-            chains = self._proposals(relaxed, 1)
+
+        def tried(share: float) -> Trial | None:
+            chains = self._proposals(self._relaxed(limits, least, share), 1)
             if not chains:
-                continue
-            trial = self._run(chains[0], unit, "nearest")
-            trials.append(trial)
-            if trial.drop is not None and trial.drop <= self._targets.max_drop:
-                return trial
-        return next(iter(_best(trials)), None)
+                return None
+            trials.append(self._run(chains[0], unit, "nearest"))
+            return trials[-1]
+
+        def holds(trial: Trial | None) -> bool:
+            return trial is not None and trial.drop is not None and trial.drop <= self._targets.max_drop
+
+        failed = 0.0
+        for share in _RELAXED if best is None else _RELAXED[1:]:
+            nearest = tried(share)
+            if holds(nearest):
+                break
+            failed = share
+        else:
+            return next(iter(_best(trials)), None)
+        for _ in range(_HALVED if share > 0 else 0):
+            middle = (failed + share) / 2
+            nearer = tried(middle)
+            if holds(nearer):
+                nearest, share = nearer, middle
+            else:
+                failed = middle
+        return nearest
+
+    def _relaxed(self, limits: Mapping[Kind, float], least: Mapping[Kind, float], share: float) -> dict[Kind, float]:
+        """Return the limits moved by `share` of the way to the base, on a scale of ratios, from what can be reached."""
+        base = {"bytes": float(self._base.bytes), "ms": self._base.ms or 0.0}
+        floors = {cost: max(limit, least[cost] * 1.001) for cost, limit in limits.items()}
+        return {cost: floor * (base[cost] / floor) ** share for cost, floor in floors.items()}
 
     def _within(self, cost: Cost | None) -> bool:
         return cost is not None and self._targets.hold(cost.bytes, cost.ms, cost.speedup)
