@@ -42,6 +42,7 @@ class Training:
     weight_decay: float
     gradient_accumulation: int
     precision: Precision
+    dropout: float | None = None
     gradient_checkpointing: bool = False
     lora: LoRA | None = None
     early_stopping: EarlyStopping | None = None

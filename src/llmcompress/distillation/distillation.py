@@ -111,6 +111,7 @@ class KnowledgeDistillation(Compressor):
         max_length: tokens a row, cut to what the model can take.
         warmup: share of the steps in which the learning rate rises from 0, in [0, 1).
         weight_decay: of AdamW.
+        dropout: share of activations that are dropped in training, in [0, 1); None: as the student's config says.
         gradient_accumulation: batches that make one step.
         gradient_checkpointing: keeps only what enters each block and computes the rest again in the backward pass: less
             memory for the time of one more forward pass.
@@ -155,6 +156,7 @@ class KnowledgeDistillation(Compressor):
     max_length: int = Field(256, gt=1, description="tokens a row")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    dropout: float | None = Field(None, ge=0, lt=1, description="of the student in training; None: its config's own")
     gradient_accumulation: int = Field(1, gt=0, description="batches that make one optimizer step")
     precision: Precision = Field("auto", description="arithmetic of the matrix products")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")

@@ -14,6 +14,7 @@ from ..anatomy.find import anatomy
 from ..anatomy.parts import Anatomy, Attention
 from ..errors import UnsupportedModelError
 from .answers import Answers
+from .dropout import dropout_of
 from .losses.table import Reads
 
 if TYPE_CHECKING:
@@ -182,17 +183,15 @@ def _columns(attention: Attention) -> dict[str, torch.Tensor]:
 @contextmanager
 def _eager_attention(model: PreTrainedModel, body: Anatomy) -> Iterator[None]:
     before = {id(part.config): (part.config, part.config._attn_implementation) for part in _with_config(model)}
-    dropouts = list(_attention_dropouts(model, body))
+    paths = [attention.path for block in body.blocks() for attention in block.attentions]
+    inside = [module for path in paths for module in model.get_submodule(path).modules()]
     try:
         model.set_attn_implementation("eager")
-        for module, name, _ in dropouts:
-            setattr(module, name, 0.0)
-        yield
+        with dropout_of(inside, 0.0):
+            yield
     finally:
         for config, implementation in before.values():
             config._attn_implementation_internal = implementation
-        for module, name, share in dropouts:
-            setattr(module, name, share)
 
 
 def _with_config(model: PreTrainedModel) -> Iterator[Any]:
@@ -201,15 +200,3 @@ def _with_config(model: PreTrainedModel) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             yield module
-
-
-def _attention_dropouts(model: PreTrainedModel, body: Anatomy) -> Iterator[tuple[nn.Module, str, float]]:
-    """Yield where the attentions of `model` keep their dropout: a module of its own, or a number."""
-    for block in body.blocks():
-        for attention in block.attentions:
-            for module in model.get_submodule(attention.path).modules():
-                if isinstance(module, nn.Dropout):
-                    yield module, "p", module.p
-                for name, value in vars(module).items():
-                    if "dropout" in name and isinstance(value, float):
-                        yield module, name, value

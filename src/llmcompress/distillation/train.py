@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .arguments import Training, training_arguments
 from .batches import Row
 from .checkpoints import WEIGHTS, last_checkpoint, load_weights, state_of
+from .dropout import dropout_of
 from .early_stopping import EarlyStopping, KeepBest, held_out_rows
 from .fake_quantization import fake_quantized
 from .first_rows import fitted_projections
@@ -112,6 +113,8 @@ def train(
             # Zeros of the weights underneath are not trained; what is added to them is zeroed at the end.
             undo.callback(zeros.restore)
             adapted_layers = undo.enter_context(adapted(model, training.lora, objective.head))
+        if training.dropout is not None:
+            undo.enter_context(dropout_of(model.modules(), training.dropout))
         if training.gradient_checkpointing:
             undo.enter_context(checkpointed_activations(model))
         pairs = objective.alignment.pairs
