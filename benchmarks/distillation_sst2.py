@@ -1,10 +1,11 @@
 """SST-2: students of a fine-tuned MiniLM, distilled, beside the same students fine-tuned without the teacher.
 
-Both start from the same weights (what is left of the teacher) and see the same sentences for the same epochs at the
-same learning rate; only the loss differs. Both are scored on dev twice an epoch, and the best weights on dev are the
-result. Recipes are chosen by what `--split dev` prints, never on test. Prints a Markdown table: accuracy of each seed,
-the mean's share of the teacher's, and the difference of the two ways, with its 95 % interval (paired by sentence; a
-sentence's seeds are drawn together). `--curve` draws the accuracy on dev in the course of the trainings.
+Both start from the same weights: what is left of the teacher. Distilled students learn what the teacher says of the
+training set's sentences and of random spans of them; no label is read. Fine-tuned ones learn the sentences' labels.
+Both are scored on dev twice an epoch, and the best weights on dev are the result. Recipes are chosen by what
+`--split dev` prints, never on test. Prints a Markdown table: accuracy of each seed, the mean's share of the teacher's,
+and the difference of the two ways, with its 95 % interval (paired by sentence; a sentence's seeds are drawn together).
+`--curve` draws the accuracy on dev in the course of the trainings.
 
     python benchmarks/distillation_sst2.py --split dev --students "1 layer"
     python benchmarks/distillation_sst2.py --seeds 0 1 2 --threads 2 --curve curves.png
@@ -15,7 +16,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +39,35 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Student:
-    """Which share of the teacher's accuracy a student should keep, which part of the teacher it is, and its recipe."""
+    """Which share of the teacher's accuracy a student should keep, which part of the teacher it is, and its recipes."""
 
     goal: float
     part: str
-    learning_rate: float
-    epochs: float
-    taught: Mapping[str, Any] = field(default_factory=lambda: {"alpha": 0.5, "features": {"hidden": 1.0}})
+    distilled: Mapping[str, Any]
+    fine_tuned: Mapping[str, Any]
 
     def training(self, way: str, epochs: float | None) -> lc.KnowledgeDistillation:
         """Return how it is trained: `"distilled"`, or `"fine-tuned"` without the teacher."""
-        return lc.KnowledgeDistillation(
-            student=self.part,
-            epochs=epochs or self.epochs,
-            learning_rate=self.learning_rate,
-            max_length=64,
-            **(self.taught if way == "distilled" else {"alpha": 0.0}),
-        )
+        own = dict(self.distilled if way == "distilled" else self.fine_tuned)
+        own["epochs"] = epochs or own["epochs"]
+        return lc.KnowledgeDistillation(student=self.part, max_length=64, **own)
 
 
+DISTILLED = {
+    "alpha": 1.0,
+    "features": {"hidden": 1.0},
+    "augment": {"name": "random_spans", "copies": 5},
+    "epochs": 2,
+    "learning_rate": 2e-4,
+    "batch_size": 8,
+    "dropout": 0.0,
+}
+FINE_TUNED = {"alpha": 0.0, "epochs": 3, "learning_rate": 2e-4, "batch_size": 16}
 STUDENTS = {
-    "3 layers": Student(0.995, "layers:0,2,5", 2e-4, 3),
-    "2 layers": Student(0.98, "layers:0,5", 3e-4, 3),
-    "1 layer": Student(0.95, "layers:1", 5e-4, 3),
-    "width 0.5": Student(0.97, "width:0.5", 5e-4, 3),
+    "3 layers": Student(0.995, "layers:0,2,5", DISTILLED, FINE_TUNED),
+    "2 layers": Student(0.98, "layers:0,5", DISTILLED, FINE_TUNED),
+    "1 layer": Student(0.95, "layers:1", DISTILLED, FINE_TUNED),
+    "width 0.5": Student(0.97, "width:0.5", DISTILLED, FINE_TUNED),
 }
 
 
@@ -143,7 +149,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=float, help="instead of each recipe's own")
-    parser.add_argument("--taught", type=json.loads, help='instead of each recipe\'s own, such as {"alpha": 0.9}')
+    parser.add_argument("--distilled", type=json.loads, default={}, help='over each recipe\'s own, as {"alpha": 0.9}')
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--split", default="test", choices=SPLITS, help="what is printed; recipes are chosen on dev")
     parser.add_argument("--curve", type=Path, help="a file for the curves, .png or .svg (needs matplotlib)")
@@ -163,7 +169,7 @@ def main() -> None:
     found: dict[tuple[str, str], list[Run]] = {(name, way): [] for name in options.students for way in WAYS}
     for seed in options.seeds:
         for name, way in found:
-            recipe = STUDENTS[name] if options.taught is None else replace(STUDENTS[name], taught=options.taught)
+            recipe = replace(STUDENTS[name], distilled={**STUDENTS[name].distilled, **options.distilled})
             step = recipe.training(way, options.epochs)
 
             def run(step: lc.KnowledgeDistillation = step, seed: int = seed) -> Run:

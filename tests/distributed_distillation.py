@@ -19,6 +19,10 @@ from llmcompress.compressor import Context
 from llmcompress.data import Example
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
+TEXTS = [("a fine film", 1), ("a dull film", 0)]
+HALF = lc.MagnitudePruning(sparsity=0.5)
+CHAINS = {"sparse": HALF, "sparse, int8": [HALF, lc.DynamicQuantization()]}
+
 
 def shard_on_cpus() -> None:
     """Have accelerate shard on CPUs, which it leaves to GPUs alone, though torch can (gloo)."""
@@ -63,8 +67,23 @@ def distil(folder: Path, batch_size: int, family: str) -> None:
     state.wait_for_everyone()
 
 
-def main(whole: Path, sharded: Path, example: str, *arguments: str) -> None:
-    """Distil with whole models, as `accelerate launch` without `--use_fsdp` has it; sharded; and run the example."""
+def sweep(folder: Path) -> None:
+    """Run chains that begin alike, each process with a worker beside it."""
+    found = lc.sweep(
+        tiny_model("bert"),
+        CHAINS,
+        lc.TextClassification(TEXTS),
+        data=TEXTS,
+        tokenizer=tiny_tokenizer(),
+        folder=folder,
+        latency=False,
+        progress=False,
+    )
+    (folder / f"seen by {PartialState().process_index}.txt").write_text(", ".join(found.folders))
+
+
+def main(whole: Path, sharded: Path, swept: Path, example: str, *arguments: str) -> None:
+    """Distil with whole models, as `accelerate launch` without `--use_fsdp` has it; sharded; sweep; run the example."""
     asked = {name: os.environ.pop(name) for name in list(os.environ) if name == "ACCELERATE_USE_FSDP"}
     distil(whole, 4, "llama")
     AcceleratorState._reset_state()
@@ -75,9 +94,10 @@ def main(whole: Path, sharded: Path, example: str, *arguments: str) -> None:
     AcceleratorState._reset_state()
     AcceleratorState.__init__ = prepare
     del os.environ["ACCELERATE_USE_FSDP"]
+    sweep(swept)
     sys.argv = [example, *arguments]
     runpy.run_path(example, run_name="__main__")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])

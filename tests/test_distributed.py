@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import distributed_distillation
+import llmcompress as lc
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed" / "distill.py"
@@ -22,15 +23,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """What two processes end with, whole and sharded, beside one process; and the example's student and output."""
+    """What two processes end with, whole and sharded, beside one process; their sweep; what the example leaves."""
     folder = tmp_path_factory.mktemp("distributed")
-    for name in ("one", "whole", "sharded"):
+    for name in ("one", "whole", "sharded", "swept"):
         (folder / name).mkdir()
     tiny_model("llama").save_pretrained(folder / "teacher")
     tiny_tokenizer().save_pretrained(folder / "teacher")
     (folder / "texts.txt").write_text("\n\n".join(["a cat sat on a mat", "the dog ran"] * 8))
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, "--main_process_port", "0"]
-    command += [distributed_distillation.__file__, "whole", "sharded", str(EXAMPLE), "teacher", "texts.txt", "student"]
+    command += [distributed_distillation.__file__, "whole", "sharded", "swept"]
+    command += [str(EXAMPLE), "teacher", "texts.txt", "student"]
     command += ["--student", "layers:1", "--steps", "2", "--max-length", "16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -67,6 +69,15 @@ def test_two_processes_end_with_the_same_weights_and_as_one_process_with_the_sam
     pruned = next(tensor for name, tensor in first.items() if "down_proj" in name)
     assert bool((pruned[:, ::2] == 0).all())
     assert float((pruned[:, 1::2] != 0).float().mean()) > 0.99
+
+
+def test_a_sweep_of_two_processes_makes_what_each_chain_makes_alone(ended):
+    for name, steps in distributed_distillation.CHAINS.items():
+        alone = lc.compress(tiny_model("bert"), steps, tokenizer=tiny_tokenizer(), progress=False)
+        swept = lc.load(next((ended / "swept").glob(f"*/{name}"))).state_dict()
+        assert all(torch.equal(tensor, swept[key]) for key, tensor in alone.model.state_dict().items())
+    for rank in (0, 1):
+        assert (ended / "swept" / f"seen by {rank}.txt").read_text() == ", ".join(distributed_distillation.CHAINS)
 
 
 def test_the_example_runs_in_two_processes(ended):
