@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import TrainingArguments
 
 from ..errors import UnsupportedModelError
 from .early_stopping import EarlyStopping
 from .lora import LoRA, require_peft
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -76,6 +75,8 @@ def check_training(
 
 def training_arguments(training: Training, folder: Path, device: torch.device) -> TrainingArguments:
     """Return Trainer's own settings for a model on `device` whose output goes to `folder`."""
+    from transformers import TrainingArguments
+
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=training.epochs if training.epochs is not None else 1,

@@ -49,7 +49,6 @@ from .sources import told
 from .student import Student, make_student, outline_student, plan_student, read_student
 from .teachers import Teachers, is_original, read_teachers, weights_of
 from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
-from .train import train
 from .ways import Ways, altered_copies, check_ways, way_actions
 from .zeros import pruned_weights
 
@@ -239,6 +238,9 @@ class KnowledgeDistillation(Compressor):
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Make the student out of `model`, train it in place, and return it."""
+        # Trainer and accelerate import most of what is installed, for seconds; other steps do without.
+        from .train import train
+
         if not context.data:
             raise MissingInputError("KnowledgeDistillation needs data; pass data=[...] with at least one example.")
         if context.tokenizer is None:

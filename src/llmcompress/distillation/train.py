@@ -21,11 +21,12 @@ from .arguments import Training, training_arguments
 from .batches import Row
 from .checkpoints import WEIGHTS, last_checkpoint, load_weights, state_of
 from .dropout import dropout_of
-from .early_stopping import EarlyStopping, KeepBest, held_out_rows
+from .early_stopping import EarlyStopping, held_out_rows
 from .fake_quantization import fake_quantized
 from .first_rows import fitted_projections
 from .generation import OnPolicy
 from .isolation import checkpointed_activations, traces_removed
+from .keep_best import KeepBest
 from .lora import adapted
 from .masking import Masking
 from .objective import Objective

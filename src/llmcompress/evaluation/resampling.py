@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported when they are first used, for more than a second
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -85,12 +85,12 @@ class Resampled:
             return None
         if np.ptp(self.draws) == 0:
             return self.value, self.value
-        tail = float(stats.t.ppf((1 - CONFIDENCE) / 2, self.degrees_of_freedom)) * self._inflation
+        tail = float(scipy.stats.t.ppf((1 - CONFIDENCE) / 2, self.degrees_of_freedom)) * self._inflation
         reach = np.array([tail, -tail])
         if corrected:
             bias, acceleration = self._bias_and_acceleration()
             reach = bias + (bias + reach) / np.maximum(1 - acceleration * (bias + reach), 1e-3)
-        low, high = np.quantile(self.draws, stats.norm.cdf(reach))
+        low, high = np.quantile(self.draws, scipy.stats.norm.cdf(reach))
         return float(low), float(high)
 
     def p_value(self, null: float = 0.0) -> float:
@@ -101,8 +101,8 @@ class Resampled:
         beyond = min(_level_of(null, self.draws), _level_of(-null, -self.draws))
         # So many draws cannot tell less.
         share = max(beyond, 1 / (len(self.draws) + 1))
-        distance = max(-float(stats.norm.ppf(share)) / self._inflation, 0.0)
-        return 2 * float(stats.t.sf(distance, self.degrees_of_freedom))
+        distance = max(-float(scipy.stats.norm.ppf(share)) / self._inflation, 0.0)
+        return 2 * float(scipy.stats.t.sf(distance, self.degrees_of_freedom))
 
     @property
     def _inflation(self) -> float:
@@ -123,7 +123,7 @@ class Resampled:
         left = -self._deviations
         spread = (left**2).sum()
         acceleration = (left**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
-        return float(stats.norm.ppf(min(max(below, edge), 1 - edge))), float(acceleration)
+        return float(scipy.stats.norm.ppf(min(max(below, edge), 1 - edge))), float(acceleration)
 
 
 def _level_of(value: float, draws: Floats) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts are imported when they are first used, for more than a second
 from pydantic import BaseModel, Field
-from scipy import optimize, stats
 
 from .resampling import CONFIDENCE, RESAMPLES, Floats, Metrics, resample
 
 Scale = Literal["points", "difference", "ratio"]
 """How two values of a metric are compared: shares of [0, 1] in points, other numbers by difference, or by ratio."""
 
-_Z = float(stats.norm.ppf(1 - (1 - CONFIDENCE) / 2))
+_Z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2)
 _POWER = 0.8
 
 
@@ -68,7 +69,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
         >>> round(low, 4), round(high, 4)
         (0.8256, 0.9448)
     """
-    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
+    interval = scipy.stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -79,7 +80,7 @@ def mcnemar(lost: int, won: int) -> float:
         >>> round(mcnemar(8, 1), 4)
         0.0391
     """
-    return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def flips(base: Sequence[bool], candidate: Sequence[bool], same: Sequence[bool]) -> Flips:
@@ -200,22 +201,22 @@ def _detectable_share(rest: float, examples: int) -> float | None:
 
     def power(drop: float) -> float:
         flipped = 2 * rest + drop
-        low, high = stats.binom.ppf([1e-9, 1 - 1e-9], examples, flipped)
+        low, high = scipy.stats.binom.ppf([1e-9, 1 - 1e-9], examples, flipped)
         counts = np.arange(int(low), int(high) + 1)
         # The most flips back that the test still calls uneven.
-        most = stats.binom.ppf((1 - CONFIDENCE) / 2, counts, 0.5)
-        most -= stats.binom.cdf(most, counts, 0.5) > (1 - CONFIDENCE) / 2
-        found = stats.binom.cdf(most, counts, rest / flipped)
-        return float((stats.binom.pmf(counts, examples, flipped) * found).sum())
+        most = scipy.stats.binom.ppf((1 - CONFIDENCE) / 2, counts, 0.5)
+        most -= scipy.stats.binom.cdf(most, counts, 0.5) > (1 - CONFIDENCE) / 2
+        found = scipy.stats.binom.cdf(most, counts, rest / flipped)
+        return float((scipy.stats.binom.pmf(counts, examples, flipped) * found).sum())
 
     if power(1 - 2 * rest) < _POWER:
         return None
-    return float(optimize.brentq(lambda drop: power(drop) - _POWER, 1e-9, 1 - 2 * rest, xtol=1e-5))
+    return float(scipy.optimize.brentq(lambda drop: power(drop) - _POWER, 1e-9, 1 - 2 * rest, xtol=1e-5))
 
 
 def _reach(degrees_of_freedom: float) -> float:
     """How many standard errors a true change must be for a test at the 5 % level to find it in 80 of 100 samples."""
-    level, power = stats.t.ppf([1 - (1 - CONFIDENCE) / 2, _POWER], degrees_of_freedom)
+    level, power = scipy.stats.t.ppf([1 - (1 - CONFIDENCE) / 2, _POWER], degrees_of_freedom)
     return float(level + power)
 
 
@@ -245,6 +246,6 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """
     ordered = sorted(values)
     # The largest k with P(Binomial(n, 1/2) < k) <= 2.5 %: the interval from the k-th lowest to the k-th highest.
-    k = int(stats.binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5))
+    k = int(scipy.stats.binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5))
     k = max(k - 1, 0)
     return ordered[k], ordered[-1 - k]
