@@ -64,10 +64,18 @@ def keep_the_contract(name, families, reloads, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timed
 @pytest.mark.parametrize("name", sorted(set(STEPS) - _NO_TEXT))
 def test_contract_on_every_family(name, reloads, tmp_path):
     keep_the_contract(name, _FEWER.get(name, FAMILIES), reloads, tmp_path)
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("name", sorted(set(STEPS) - _NO_TEXT - set(_FEWER)))
+def test_what_each_strategy_leaves_is_timed(name, family):
+    model = tiny_model(family)
+    result = lc.compress(model, STEPS[name], data=tiny_data(model), tokenizer=tiny_tokenizer(), progress=False)
+    assert 0 < result.report.speedup.low <= result.report.speedup.ratio <= result.report.speedup.high
 
 
 @pytest.mark.parametrize("family", FAMILIES)
