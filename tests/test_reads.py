@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, MambaConfig, MambaForCausalLM
 
 import llmcompress as lc
+from llmcompress.anatomy.empty import weightless
 from llmcompress.anatomy.layers import weight_layers
 from llmcompress.anatomy.reads import read_directly
 from llmcompress.support.tiny_models import build_tiny
@@ -118,3 +119,16 @@ def test_mamba_is_quantized_but_for_what_it_reads():
     assert plan["backbone.layers.0.mixer.in_proj"].touched
     assert "instead of calling it" in plan["backbone.layers.0.mixer.dt_proj"].reason
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["gemma", "mixtral", "opt", "t5", "vit"])
+def test_a_model_without_weights_reads_the_same(family):
+    model = tiny_model(family)
+    assert read_directly(weightless(model)) == read_directly(model)
+
+
+def test_without_weights_a_pass_is_followed_as_far_as_it_goes():
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1)).eval()
+    found = read_directly(weightless(model))
+    assert found == read_directly(model)
+    assert {name.rpartition(".")[2] for name in found} == {"dt_proj", "lm_head"}

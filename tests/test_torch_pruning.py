@@ -53,6 +53,19 @@ def test_sizes_are_as_predicted_and_the_folder_loads(family, ratio, tmp_path):
 
 
 @needs_torch_pruning
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_a_plan_tells_the_sizes_of_the_run(family):
+    steps = [lc.TorchPruning(), lc.TorchPruning(ratio=0.3, round_to=4), lc.DynamicQuantization()]
+    plan = lc.plan(tiny_model(family), steps)
+    run = _compress(tiny_model(family), steps)
+    sizes = [(step.size.parameters, step.size.disk_bytes, step.size.memory_bytes) for step in plan.steps]
+    measured = [step.footprint for step in run.report.steps]
+    assert sizes == [(one.parameters, one.disk_bytes, one.memory_bytes) for one in measured]
+    assert plan.steps[0].peak_bytes > plan.base.memory_bytes + plan.steps[0].size.memory_bytes
+    assert "depend on the weights" in lc.plan(tiny_model(family), lc.TorchPruning(scope="global")).steps[0].estimated
+
+
+@needs_torch_pruning
 @pytest.mark.parametrize("family", ["resnet", "convnext"])
 def test_equal_shares_stand_in_the_plain_config_and_others_do_not(family, tmp_path):
     result = _compress(tiny_model(family), lc.TorchPruning())

@@ -80,6 +80,29 @@ def weightless(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, known)
 
 
+def filled(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy on the CPU of a model without weights, with random ones: signals neither vanish nor grow in it.
+
+    Example:
+        >>> from llmcompress.testing import tiny_inputs, tiny_model
+        >>> model = tiny_model("resnet")
+        >>> bool(filled(weightless(model))(**tiny_inputs(model)).logits.isfinite().all())
+        True
+    """
+    model = copy.deepcopy(model).to_empty(device="cpu")
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_floating_point():
+                tensor.zero_()
+            elif tensor.dim() > 1:
+                tensor.normal_(std=(tensor.shape[0] / tensor.numel()) ** 0.5, generator=draw)
+            else:
+                # Scales and variances are near 1, what is added is near 0.
+                tensor.normal_(float(not name.endswith(("bias", "mean"))), 0.1, generator=draw)
+    return model
+
+
 def note_zeros(weight: torch.Tensor, zeros: int) -> None:
     """Note on a weight without content how many of its values are, or will be, zero.
 

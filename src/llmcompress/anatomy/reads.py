@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
+from .kept import modes_kept
 from .layers import WeightLayer, weight_layers
 from .module_sizes import build
 from .probe import probe_inputs, probe_outputs
@@ -55,9 +56,9 @@ def read_directly(model: PreTrainedModel, *, stored: torch.dtype = torch.int8) -
     """Find the layers whose weight is used in another way than by calling the layer, or than one product an expert.
 
     The model runs once on a few tokens (twice where it asks for the dtype of a weight), with every use of a weight
-    watched. A model that cannot be run so (it reads neither token ids nor pixels, or holds no weights yet) is judged
-    by the classes of its layers alone. What was found is noted on the model, and on copies of it, for as long as its
-    layers stay what they are: a plan and the work after it ask the same.
+    watched. A model that holds no weights yet is run as far as that goes; one that reads neither token ids nor pixels
+    is judged by the classes of its layers alone. What was found is noted on the model, and on copies of it, for as long
+    as its layers stay what they are: a plan and the work after it ask the same.
 
     Args:
         model: a float model; but for that note it is left as it was.
@@ -86,20 +87,18 @@ def _found(model: PreTrainedModel, known: Sequence[WeightLayer], stored: torch.d
     layers = [layer for layer in known if layer.kind in _PLAIN]
     stacks = [layer for layer in known if layer.kind == "experts"]
     reasons = {layer.name: reason for layer in layers if (reason := _own_forward(layer)) is not None}
-    if any(layer.weight.is_meta for layer in layers):
-        return reasons
     try:
         inputs = probe_inputs(model, rows=1)
     except UnsupportedModelError:
         return reasons
     reads = _Reads(layers, stacks)
     with torch.random.fork_rng(devices=[]), one_expert_at_a_time(stacks), reads.watching():
-        probe_outputs(model, inputs)
+        _run(model, inputs)
     for layer in stacks:
         if id(layer.weight) in reads.read:
             who = type(layer.module).__name__
             reasons[layer.name] = f"the code of {who} uses it in another way than one product an expert"
-    first = _read_at_first(model, inputs)
+    first = set() if model.device.type == "meta" else _read_at_first(model, inputs)
     for layer in layers:
         if id(layer.weight) in reads.read or layer.name in first:
             around = model.get_submodule(layer.path.rpartition(".")[0])
@@ -115,18 +114,26 @@ def _found(model: PreTrainedModel, known: Sequence[WeightLayer], stored: torch.d
 def _read_at_first(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> set[str]:
     """Return the names of the layers whose weight a model of this kind reads at the first call after it was loaded.
 
-    `model` may have had that call (RWKV divides some of its weights then), so its twin without weights is called. It
-    stops where the code wants to see a value; what it has done until then counts.
+    `model` may have had that call (RWKV divides some of its weights then), so its twin without weights is called.
     """
     try:
-        twin = build(model).eval()
+        twin = build(model)
     except UnsupportedModelError:
         return set()
     layers = [layer for layer in weight_layers(twin) if layer.kind in _PLAIN]
     reads = _Reads(layers)
-    with suppress(Exception), reads.watching(), torch.no_grad():  # any model's code runs here
-        twin(**{name: tensor.to("meta") for name, tensor in inputs.items()})
+    with reads.watching():
+        _run(twin, inputs)
     return {layer.name for layer in layers if id(layer.weight) in reads.read}
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Run a pass; without weights as far as it goes: to where the code wants to see a value, as routers do."""
+    if model.device.type != "meta":
+        probe_outputs(model, inputs)
+        return
+    with modes_kept(model), suppress(Exception), torch.no_grad():  # any model's code runs here
+        model.eval()(**{name: tensor.to("meta") for name, tensor in inputs.items()})
 
 
 def _own_forward(layer: WeightLayer) -> str | None:
@@ -228,7 +235,7 @@ def _cast_inputs(
             holder._modules[name] = _Disguised(layer.module, stored, seen[layer.name])
             stack.callback(holder._modules.__setitem__, name, layer.module)
         with torch.random.fork_rng(devices=[]):
-            probe_outputs(model, inputs)
+            _run(model, inputs)
     return [layer.name for layer in layers if layer.kind != "embedding" and stored in seen[layer.name]]
 
 

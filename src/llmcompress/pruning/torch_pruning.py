@@ -14,13 +14,16 @@ from pydantic import Field
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..anatomy.empty import filled
+from ..anatomy.footprint import footprint
 from ..anatomy.groups import Group, cut, new_shapes, silence, tensor_of
 from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
 from ..anatomy.sizes import Values, adopt_config, matches_config, shapes_of, solve_config
 from ..anatomy.surgery import retie, ties
-from ..compressor import Action, Compressor, Context, Cut
+from ..compressor import Action, Compressor, Context, Cut, Outline
 from ..errors import CompressionError, ConfigError, UnsupportedModelError, VerificationError
 from ..registry import register
+from .cutting import cut_outlined
 from .dependency_graph import Found, Importance, dependency_groups
 from .selection import dearest, shared_out
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 # Sliced and masked networks add the same numbers in another order; more than this is a wrong slice.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+_COPIES = 2
 
 
 @register("torch_pruning")
@@ -87,6 +92,14 @@ class TorchPruning(Compressor):
                 actions.append(Action(path=part.group.path, does=does, reason=f"in {len(part.layers)} layers"))
         return actions
 
+    def outline(self, model: PreTrainedModel, context: Context) -> Outline:
+        """Cut the sizes; which channels stay is open, and the first ones stand for it."""
+        cuts = [(part.group, torch.arange(part.kept)) for part in self._parts(model) if part.why_not is None]
+        cut_outlined(model, cuts, context, values=_told_by_config(model, cuts) or None)
+        competing = self.scope == "global" and "under the global scope widths depend on the weights"
+        # The graph is of a copy, and each group is tried on another one.
+        return Outline(model, competing or None, scratch=_COPIES * footprint(model).memory_bytes)
+
     def predicted_shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """Return the shape that each tensor of the state dict will have (`scope="layer"`)."""
         changed = [(part.group, part.kept) for part in self._parts(model) if part.why_not is None]
@@ -138,6 +151,8 @@ class TorchPruning(Compressor):
                 f"TorchPruning is for image models, and {type(model).__name__} reads {model.main_input_name}; use "
                 f"StructuredPruning, which knows the parts of language models."
             )
+        # The graph and the trials are of a pass that runs; where there are no weights yet, any will do.
+        model = filled(model) if model.device.type == "meta" else model
         found = dependency_groups(model, self.importance, seconds=self.time_limit, who="TorchPruning")
         for pattern in self.skip:
             if not any(fnmatchcase(layer, pattern) for one in found for layer in one.layers):
