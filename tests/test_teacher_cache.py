@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import llmcompress as lc
 from llmcompress.compressor import Context
@@ -194,6 +196,29 @@ def test_an_entry_belongs_to_one_teacher_one_set_of_rows_and_one_temperature(tmp
         (path / "answers.bin").write_bytes(b"")
     with pytest.raises(lc.CheckpointError, match="damaged cache"):
         distil(teacher, cache=cache, steps=1)
+
+
+def test_entries_that_were_not_read_for_days_go_and_those_being_written_stay(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "about.json").write_text("{}")
+    cache = lc.TeacherCache(folder=tmp_path)
+    distil(tiny_model("bert"), cache=cache, steps=1)
+    distil(tiny_model("bert", seed=1), cache=cache, steps=1)
+    first, second = [path for path in entries(tmp_path) if path.name != "mine"]
+    long_ago = time.time() - 40 * 86_400
+    for path in (first, second):
+        os.utime(path / "about.json", (long_ago, long_ago))
+    distil(tiny_model("bert"), cache=cache, steps=1)  # reads one of the two
+    (gone,) = cache.remove_entries(unused_days=30)
+    assert gone in (first, second)
+    assert not gone.exists()
+    (kept,) = {first, second} - {gone}
+    with FileLock(kept.with_suffix(".lock")):
+        assert cache.remove_entries() == []
+    assert cache.remove_entries() == [kept]
+    assert (tmp_path / "mine").exists()
+    with pytest.raises(lc.ConfigError, match="unused_days must be at least 0"):
+        cache.remove_entries(unused_days=-1)
 
 
 def test_a_teacher_whose_answers_are_there_is_not_loaded(tmp_path, monkeypatch):

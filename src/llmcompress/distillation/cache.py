@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from ..compressor import Settings
 from ..errors import ConfigError
 from .batches import Row
-from .cache_store import FORMAT_VERSION
+from .cache_store import FORMAT_VERSION, remove
 from .heads import LANGUAGE_MODELS, Head
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -80,6 +80,24 @@ class TeacherCache(Settings):
         number = _BYTES[self.dtype]
         kept = classes * number if self.keeps_all(head, classes) else self._of_likeliest(classes)
         return float(kept + len(self.hidden) * width * number)
+
+    def remove_entries(self, *, unused_days: float = 0.0) -> list[Path]:
+        """Delete the entries in the folder that no training has read for some days, finished or not.
+
+        An entry that a process is writing is left alone, and so is whatever is no entry.
+
+        Args:
+            unused_days: 0 deletes all.
+
+        Returns:
+            The folders of entries that are gone.
+
+        Raises:
+            ConfigError: `unused_days` is negative.
+        """
+        if not unused_days >= 0:
+            raise ConfigError(f"TeacherCache.remove_entries.unused_days must be at least 0, got {unused_days!r}.")
+        return remove(Path(self.folder), unused_days=unused_days)
 
     def _of_likeliest(self, classes: int) -> int:
         """Return the bytes of the likeliest tokens, their numbers, and the rest."""

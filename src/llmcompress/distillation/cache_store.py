@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
+from ..errors import BusyError, CheckpointError
+from ..locks import locked
 
 _ABOUT, _DONE = "about.json", "done.bin"
+_SECONDS_A_DAY = 86_400
 FORMAT_VERSION = 1
 
 
@@ -140,7 +144,30 @@ def open_finished(folder: Path, rows: int) -> Store:
     store = Store(folder, arrays, rows, writing=False) if whole else None
     if store is None or not bool(store.done.all()):
         raise CheckpointError(f"{folder} is a damaged cache of a teacher's answers; delete it, and it is made again.")
+    with suppress(OSError):  # readers need not be allowed to write
+        os.utime(folder / _ABOUT)
     return store
+
+
+def remove(folder: Path, *, unused_days: float) -> list[Path]:
+    """Delete the stores in `folder` that nothing was read from or written to for so many days, and return them.
+
+    One that is being written is left alone, and so is whatever is no store.
+    """
+    oldest, gone = time.time() - unused_days * _SECONDS_A_DAY, []
+    for about in sorted(folder.glob(f"*/{_ABOUT}")):
+        store = about.parent
+        if "format_version" not in _read(store) or (unused_days and about.stat().st_mtime > oldest):
+            continue
+        with suppress(BusyError), locked(lock_of(store), "in use"):
+            shutil.rmtree(store)
+            gone.append(store)
+    return gone
+
+
+def lock_of(folder: Path) -> Path:
+    """Return what is locked while a store, finished or not, is written."""
+    return folder.with_suffix(".lock")
 
 
 def _told(arrays: Mapping[str, Array], rows: int, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .answers import Answers, likeliest
 from .batches import Row
 from .cache import TeacherCache, token_bytes
-from .cache_store import Array, Store, begin, finish, open_finished
+from .cache_store import Array, Store, begin, finish, lock_of, open_finished
 from .heads import Batch, Head, counted
 from .objective import Objective
 from .observation import Observed, Teacher
@@ -143,7 +143,7 @@ def cached_teacher(
     layout = Layout.of(rows, collator, objective)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(lock_of(folder)):
             if not folder.exists():
                 draft = folder.with_suffix(".partial")
                 with live() as teacher, torch.no_grad():
