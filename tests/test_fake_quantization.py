@@ -177,7 +177,7 @@ def test_half_precision_students_come_back_in_half():
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     chain = [qat(STEPS["int3"]), STEPS["int3"]]
     once = run(tiny_model("llama"), chain, resume_dir=tmp_path)
-    monkeypatch.setattr("llmcompress.distillation.distillation.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("llmcompress.distillation.train.train", lambda *a, **k: pytest.fail("trained again"))
     again = run(tiny_model("llama"), chain, resume_dir=tmp_path)
     state = once.model.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in again.model.state_dict().items())
