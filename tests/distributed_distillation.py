@@ -7,11 +7,13 @@ import os
 import random
 import runpy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import save_file
 
 import llmcompress as lc
@@ -24,10 +26,9 @@ HALF = lc.MagnitudePruning(sparsity=0.5)
 CHAINS = {"sparse": HALF, "sparse, int8": [HALF, lc.DynamicQuantization()]}
 
 
-def shard_on_cpus() -> None:
+@contextmanager
+def sharding_on_cpus():
     """Have accelerate shard on CPUs, which it leaves to GPUs alone, though torch can (gloo)."""
-    from accelerate.state import DistributedType
-
     prepare = AcceleratorState.__init__
 
     def prepare_sharded(self, *args, fsdp_plugin=None, **settings):
@@ -35,7 +36,11 @@ def shard_on_cpus() -> None:
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
-    AcceleratorState.__init__ = prepare_sharded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", prepare_sharded)
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        yield
+    AcceleratorState._reset_state()
 
 
 def distil(folder: Path, batch_size: int, family: str) -> None:
@@ -84,16 +89,11 @@ def sweep(folder: Path) -> None:
 
 def main(whole: Path, sharded: Path, swept: Path, example: str, *arguments: str) -> None:
     """Distil with whole models, as `accelerate launch` without `--use_fsdp` has it; sharded; sweep; run the example."""
-    asked = {name: os.environ.pop(name) for name in list(os.environ) if name == "ACCELERATE_USE_FSDP"}
+    assert os.environ.pop("ACCELERATE_USE_FSDP") == "true"
     distil(whole, 4, "llama")
     AcceleratorState._reset_state()
-    os.environ.update(asked)
-    prepare = AcceleratorState.__init__
-    shard_on_cpus()
-    distil(sharded, 4, "llama")
-    AcceleratorState._reset_state()
-    AcceleratorState.__init__ = prepare
-    del os.environ["ACCELERATE_USE_FSDP"]
+    with sharding_on_cpus():
+        distil(sharded, 4, "llama")
     sweep(swept)
     sys.argv = [example, *arguments]
     runpy.run_path(example, run_name="__main__")

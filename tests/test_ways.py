@@ -209,7 +209,9 @@ def test_a_classifier_learns_what_the_teacher_makes_of_the_copies(masked_lm, kin
     (told,) = [action.does for action in result.report.steps[0].touched if str(action.does).startswith("train on")]
     assert int(told.split()[2]) > 2.5 * 12
     assert lc.compressors.create(step.to_dict()) == step
-    assert result.report.recipe["steps"][0]["augment"]["name"] == kind.replace(" ", "_")
+    recorded = result.report.recipe["steps"][0]["augment"]
+    assert recorded["name"] == kind.replace(" ", "_")
+    assert recorded.get("model") == (str(masked_lm) if kind == "masked words" else None)
 
 
 def test_ways_that_a_head_does_not_allow_are_refused(masked_lm):

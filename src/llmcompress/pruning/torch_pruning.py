@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Sliced and masked networks add the same numbers in another order; more than this is a wrong slice.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-
+# Beside the model while it is looked through: the one that the graph follows, and the one that a group is tried on.
 _COPIES = 2
 
 
@@ -97,7 +97,6 @@ class TorchPruning(Compressor):
         cuts = [(part.group, torch.arange(part.kept)) for part in self._parts(model) if part.why_not is None]
         cut_outlined(model, cuts, context, values=_told_by_config(model, cuts) or None)
         competing = self.scope == "global" and "under the global scope widths depend on the weights"
-        # The graph is of a copy, and each group is tried on another one.
         return Outline(model, competing or None, scratch=_COPIES * footprint(model).memory_bytes)
 
     def predicted_shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
