@@ -1,7 +1,9 @@
 """What a sweep saves: six chains that begin alike, swept, beside the same six run one by one.
 
 A fine-tuned MiniLM on SST-2; two ways of making it smaller, each distilled for a few steps, then left as it is or
-quantized in two ways. Prints processor seconds (of all processes), their ratio, and whether both made the same weights.
+quantized in two ways. A sweep asks the teacher once for all its chains; run one by one, each keeps its own teacher's
+answers, so that both learn from the same numbers. Prints processor seconds (of all processes), their ratio, and whether
+both made the same weights.
 
     python benchmarks/sweep_cost.py --threads 1
     python benchmarks/sweep_cost.py --threads 1 --workers 2
@@ -28,6 +30,12 @@ def chains(steps: int) -> dict[str, list[lc.Compressor]]:
     begins = {"half FFN": lc.StructuredPruning(ffn=0.5), "3 of 6 layers": lc.DepthPruning(layers=(0, 2, 5))}
     ends = {"": [], ", int8": [lc.DynamicQuantization()], ", int4": [lc.WeightOnlyQuantization(group_size=32)]}
     return {f"{name}{end}": [first, distil, *last] for name, first in begins.items() for end, last in ends.items()}
+
+
+def keeping_answers(steps: list[lc.Compressor], folder: Path) -> list[lc.Compressor]:
+    """Return the same chain with its teacher's answers kept in `folder`, as exactly as a sweep keeps them."""
+    kept = {"cache": lc.TeacherCache(folder=folder, dtype="float32")}
+    return [step.model_copy(update=kept) if isinstance(step, lc.KnowledgeDistillation) else step for step in steps]
 
 
 def seconds() -> float:
@@ -61,7 +69,10 @@ def main() -> None:
         found = lc.sweep(teacher, asked, task, folder=folder, **settings, **shared)
         swept = seconds() - begun
         begun = seconds()
-        results = {name: lc.compress(teacher, steps, **shared) for name, steps in asked.items()}
+        results = {
+            name: lc.compress(teacher, keeping_answers(steps, Path(folder, f"answers-{number}")), **shared)
+            for number, (name, steps) in enumerate(asked.items())
+        }
         lc.compare({"base": teacher, **results}, task, tokenizer=tokenizer, latency=False, progress=False)
         apart = seconds() - begun
         same = [name for name, result in results.items() if _equal(found.load(name), result.model)]

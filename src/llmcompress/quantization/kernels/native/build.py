@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ _X86: _Flags = {
 }
 _ARM: _Flags = {"neon_dot": (["-march=armv8.2-a+dotprod"], [])}
 _SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+_PORTABLE = ("portable", "cpu", "parallel", "int8_weight")
 _COMMON = (["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"], ["/std:c++17", "/O2"])
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
@@ -78,15 +80,21 @@ def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
         common, link = [*common, *_SANITIZE], _SANITIZE[:1]
     with tempfile.TemporaryDirectory() as folder:
 
-        def compiled(name: str, flags: Sequence[str]) -> str:
+        def compiled(name: str, flags: Sequence[str] = ()) -> str:
             made = compiler.compile([str(FOLDER / f"{name}.cpp")], output_dir=folder, extra_postargs=[*common, *flags])
             return str(made[0])
 
         try:
-            objects, known = [compiled(name, []) for name in ("portable", "cpu", "parallel", "int8_weight")], []
-            for name, flags in _SETS.get(platform.machine(), {}).items():
+            # Each compilation is a process of its own, and takes seconds: as many at a time as there are processors.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                sets = {
+                    name: pool.submit(compiled, name, flags[kind])
+                    for name, flags in _SETS.get(platform.machine(), {}).items()
+                }
+                objects, known = list(pool.map(compiled, _PORTABLE)), []
+            for name, one in sets.items():
                 try:
-                    objects.append(compiled(name, flags[kind]))
+                    objects.append(one.result())
                     known.append(f"-DLLMC_{name.upper()}=1")
                 except errors as error:
                     if not quiet:
