@@ -16,23 +16,25 @@ def _nothing_imported_is_looked_through_again():
 
 
 @pytest.fixture(scope="session")
-def reloads():
+def _saved():
     """Collects folders for `check_reloads`: all that a worker's tests saved are read at its end, in one process."""
     from llmcompress.testing import check_reloads
 
-    folders = []
-    yield folders
-    check_reloads(folders)
+    with_llmcompress, plain = [], []
+    yield with_llmcompress, plain
+    check_reloads(with_llmcompress, plain=plain)
 
 
 @pytest.fixture(scope="session")
-def plain_reloads():
-    """The same for folders that load without llmcompress."""
-    from llmcompress.testing import check_reloads
+def reloads(_saved):
+    """Folders that a fresh process will read at the end: append to it."""
+    return _saved[0]
 
-    folders = []
-    yield folders
-    check_reloads(folders, plain=True)
+
+@pytest.fixture(scope="session")
+def plain_reloads(_saved):
+    """The same for folders that load without llmcompress."""
+    return _saved[1]
 
 
 @pytest.fixture

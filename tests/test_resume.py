@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llmcompress as lc
+from forks import needs_fork
 from llmcompress import checkpoint, kept_blocks, resume, run, tensor_files
 from llmcompress.anatomy.turns import keeper_of
 from llmcompress.locks import locked
@@ -111,7 +112,7 @@ def test_a_damaged_block_is_named_and_not_used(llama, tmp_path, monkeypatch):
     same(compress(llama, step, tmp_path), compress(llama, step))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of this process")
+@needs_fork
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(llama, whole, tmp_path):
     start = time.perf_counter()
     compress(llama, CHAIN, tmp_path / "timed")
@@ -120,6 +121,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(llama, whole, tmp_path
     for _ in range(4):
         process = os.fork()
         if process == 0:
+            torch.set_num_threads(1)
             try:
                 compress(llama, CHAIN, tmp_path / "killed")
             finally:

@@ -6,14 +6,13 @@ import json
 import os
 import platform
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import llmcompress as lc
+from forks import needs_fork, wait_status
 from llmcompress import tensor_files as tensors
 from llmcompress.anatomy.layers import weight_layers
 from llmcompress.anatomy.turns import in_turns, keeper_of, let_go
@@ -112,30 +111,23 @@ def test_an_ended_process_goes_on_where_it_was_at_every_point(tmp_path, monkeypa
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-KILLED = """
-import os, signal, sys
-import llmcompress as lc
-from llmcompress import tensor_files as tensors
-from llmcompress.testing import tiny_data, tiny_model
-settle, left = tensors._settle, int(sys.argv[3])
-def kill_or_settle(draft, file):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    settle(draft, file)
-tensors._settle = kill_or_settle
-steps = [{"name": "sparsegpt_pruning", "block_size": 8}, "dynamic_quantization"]
-lc.compress_checkpoint(sys.argv[1], sys.argv[2], steps, data=tiny_data(tiny_model("llama")), progress=False)
-"""
-
-
-def test_kill_9_in_the_second_block(tmp_path):
+@needs_fork
+def test_kill_9_in_the_second_block(tmp_path, monkeypatch):
     source = folder_of("llama", tmp_path / "in")
+    settle = tensors._settle
     # Before the tensors of the second block are there under their name: run, base, and two files of the first block.
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), "4"]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    left = 4
+
+    def kill_or_settle(draft, file):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        settle(draft, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "_settle", kill_or_settle)
+        assert wait_status(lambda: run(source, tmp_path / "out")) == signal.SIGKILL
     files = {path.name for path in (tmp_path / "out.partial" / "0-sparsegpt_pruning").iterdir()}
     assert files == {"block-00000.safetensors", "block-00000.json", "block-00001.safetensors.draft"}
     run(source, tmp_path / "out")

@@ -1,36 +1,23 @@
 """Training itself: goes on after a kill with the same weights, stops early with the best, takes less memory."""
 
 import copy
-import subprocess
+import os
+import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import llmcompress as lc
+from forks import needs_fork, wait_status
 from llmcompress import resume
 from llmcompress.compressor import Context
 from llmcompress.data import Example
 from llmcompress.distillation.checkpoints import last_checkpoint
-from llmcompress.distillation.zeros import pruned_weights
+from llmcompress.distillation.zeros import HeldZeros, pruned_weights
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "by"]
-KILLED = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import test_training
-from llmcompress.distillation import zeros
-restore, done = zeros.HeldZeros.restore, []
-def kill(self):
-    restore(self)
-    done.append(None)
-    if len(done) == 8:
-        os._exit(9)
-zeros.HeldZeros.restore = kill
-test_training.run(sys.argv[2])
-"""
 
 
 def texts(count=24):
@@ -53,17 +40,21 @@ def run(resume_dir=None):
     )
 
 
-@pytest.mark.slow
-def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(tmp_path):
+@needs_fork
+def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):
     whole = run()
     assert max(module.p for module in whole.model.modules() if isinstance(module, torch.nn.Dropout)) > 0
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)],
-        capture_output=True,
-        timeout=200,
-        check=False,
-    )
-    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    restore, done = HeldZeros.restore, []
+
+    def kill(self):
+        restore(self)
+        done.append(None)
+        if len(done) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldZeros, "restore", kill)
+        assert wait_status(lambda: run(tmp_path)) == signal.SIGKILL
     (unfinished,) = tmp_path.glob("*.unfinished")
     kept = last_checkpoint(unfinished)
     assert kept is not None

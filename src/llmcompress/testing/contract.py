@@ -34,8 +34,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
-if sys.argv[1] == "llmcompress":
-    import llmcompress
 
 
 def reload(folder):
@@ -47,13 +45,16 @@ def reload(folder):
         save_file({"logits": model(**expected).logits.float().contiguous()}, folder + "/expected/reloaded.safetensors")
 
 
-for folder in sys.argv[2:]:
+plain = int(sys.argv[1])
+for number, folder in enumerate(sys.argv[2:]):
+    if number == plain:
+        import llmcompress
     try:
         reload(folder)
     except Exception as error:
         with open(folder + "/expected/error.txt", "w") as file:
             file.write(f"{type(error).__name__}: {error}")
-assert ("llmcompress" in sys.modules) == (sys.argv[1] == "llmcompress")
+    assert number >= plain or "llmcompress" not in sys.modules
 """
 
 
@@ -164,16 +165,17 @@ def save_expected(model: PreTrainedModel, folder: Path, inputs: Mapping[str, tor
     save_file({**inputs, "logits": probe_outputs(model, inputs).contiguous()}, folder / "expected" / _EXPECTED)
 
 
-def check_reloads(folders: Sequence[Path], *, plain: bool = False) -> None:
-    """Load `folders` in one fresh process that uses nothing but `from_pretrained`, and compare the logits.
+def check_reloads(folders: Sequence[Path], *, plain: Sequence[Path] = ()) -> None:
+    """Load folders in one fresh process that uses nothing but `from_pretrained`, and compare the logits.
 
     Starting the process takes seconds, whatever the number of folders: give it many at once.
 
     Args:
-        folders: that `check_compression` or `save_expected` wrote to.
-        plain: whether they must load without llmcompress; else the process imports it.
+        folders: that `check_compression` or `save_expected` wrote to; the process imports llmcompress for them.
+        plain: the same for folders that must load without llmcompress: they are read before it is imported.
     """
-    command = [sys.executable, "-c", _FRESH_PROCESS, "plain" if plain else "llmcompress", *map(str, folders)]
+    folders = [*plain, *folders]
+    command = [sys.executable, "-c", _FRESH_PROCESS, str(len(plain)), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     _require(done.returncode == 0, f"the fresh process failed:\n{done.stderr[-4000:]}")
     broken = [f"{folder} {told}" for folder in folders if (told := _told_of(folder / "expected")) is not None]
