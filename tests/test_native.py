@@ -13,6 +13,7 @@ import llmcompress as lc
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import LEVELS, Grid, decode, spread
 from llmcompress.quantization.kernels import int8, native
+from llmcompress.quantization.kernels.native import library as native_library
 from llmcompress.quantization.packed_matrix import PackedMatrix
 from llmcompress.quantization.packing import pack
 from native_sets import HERE, built
@@ -189,18 +190,17 @@ def test_torchs_own_threads_are_used_and_a_forked_child_does_not_wait_for_them()
     assert done.returncode == 0, done.stderr
 
 
-CHOICE = "import llmcompress as lc; print(lc.kernels().machine['native kernels'])"
-
-
 @built
-def test_the_environment_chooses_the_set():
-    code = "from llmcompress.quantization.kernels.native import native, why_absent as why; print(native() or why())"
-    done = in_a_new_process(code, LLMCOMPRESS_NATIVE="portable")
-    assert "name='portable'" in done.stdout, done.stderr
-    done = in_a_new_process(CHOICE, LLMCOMPRESS_NATIVE="off")
-    assert "LLMCOMPRESS_NATIVE other than 'off'" in done.stdout, done.stderr
-    done = in_a_new_process(CHOICE, LLMCOMPRESS_NATIVE="sse")
-    assert "LLMCOMPRESS_NATIVE must be one of avx512_vnni" in done.stderr
+def test_the_environment_chooses_the_set(monkeypatch):
+    choose = native_library.native.__wrapped__  # what this process has chosen is kept
+    monkeypatch.setenv("LLMCOMPRESS_NATIVE", "portable")
+    assert choose().name == "portable"
+    monkeypatch.setenv("LLMCOMPRESS_NATIVE", "off")
+    assert choose() is None
+    assert native_library.why_absent() == "LLMCOMPRESS_NATIVE other than 'off'"
+    monkeypatch.setenv("LLMCOMPRESS_NATIVE", "sse")
+    with pytest.raises(lc.ConfigError, match="LLMCOMPRESS_NATIVE must be one of avx512_vnni"):
+        choose()
 
 
 def test_kernels_tells_which_set_runs():

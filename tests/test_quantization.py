@@ -315,14 +315,14 @@ def test_every_family_is_read_and_saved_again_bit_equal_and_read_in_a_fresh_proc
 
 
 def test_the_method_is_registered_whichever_is_imported_first():
-    check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as t; assert 'llmcompress' in t"
-    transformers_first = f"from transformers import AutoModelForCausalLM\nimport llmcompress\n{check}"
-    torch_only_when_needed = (
-        "import sys, llmcompress\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        f"import llmcompress.quantization.modules\n{check}"
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    assert "llmcompress" in AUTO_QUANTIZER_MAPPING  # here conftest.py imported llmcompress first
+    code = (
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\nassert 'llmcompress' not in "
+        "AUTO_QUANTIZER_MAPPING\nimport llmcompress\nassert 'llmcompress' in AUTO_QUANTIZER_MAPPING"
     )
-    for code in (transformers_first, torch_only_when_needed):
-        subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_base_model_reads_a_folder_with_a_head_and_saves_again(tmp_path):
