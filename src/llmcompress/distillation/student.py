@@ -205,14 +205,14 @@ def outline_student(model: PreTrainedModel, student: Student, context: Context) 
 
 
 def parse_blocks(spec: str) -> int | tuple[int, ...]:
-    """Return how many blocks `"layers:3"` keeps, or which ones `"layers:0,2,5"` names.
+    """Return how many blocks `"layers:3"` keeps, or which ones `"layers:0,2,5"` names; `"layers:2,"` names one.
 
     Raises:
         ConfigError: `spec` is of neither form, keeps nothing, or its indices do not ascend.
 
     Example:
-        >>> parse_blocks("layers:3"), parse_blocks("layers:0,2,5")
-        (3, (0, 2, 5))
+        >>> parse_blocks("layers:3"), parse_blocks("layers:0,2,5"), parse_blocks("layers:2,")
+        (3, (0, 2, 5), (2,))
     """
     form = "'layers:3' (how many blocks, evenly spaced) or 'layers:0,2,5' (which blocks)"
     match = re.fullmatch(r"layers:(\d+(?:,\d+)*,?)", spec.replace(" ", ""))
@@ -221,7 +221,9 @@ def parse_blocks(spec: str) -> int | tuple[int, ...]:
     numbers = tuple(int(number) for number in match[1].split(",") if number)
     if "," not in match[1]:
         if numbers[0] == 0:
-            raise ConfigError(f"KnowledgeDistillation.student must keep at least one block, got {spec!r}.")
+            raise ConfigError(
+                f"KnowledgeDistillation.student must keep at least one block, got {spec!r}; 'layers:0,' is block 0 alone."
+            )
         return numbers[0]
     if any(later <= earlier for earlier, later in pairwise(numbers)):
         raise ConfigError(f"KnowledgeDistillation.student must name blocks once, in ascending order, got {spec!r}.")
