@@ -222,7 +222,8 @@ def parse_blocks(spec: str) -> int | tuple[int, ...]:
     if "," not in match[1]:
         if numbers[0] == 0:
             raise ConfigError(
-                f"KnowledgeDistillation.student must keep at least one block, got {spec!r}; 'layers:0,' is block 0 alone."
+                f"KnowledgeDistillation.student must keep at least one block, got {spec!r}; block 0 alone is "
+                f"'layers:0,'."
             )
         return numbers[0]
     if any(later <= earlier for earlier, later in pairwise(numbers)):
