@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 import llmcompress as lc
 from llmcompress.evaluation.tasks import ExampleResult, MetricKind, TaskScore
@@ -131,12 +132,24 @@ def test_a_broken_stage_is_rolled_back(bert, task, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in bert.state_dict().items())
 
 
-def test_nothing_is_left_of_a_first_stage_that_fails(bert, task):
+def test_nothing_is_left_of_a_first_stage_that_fails(bert, task, tmp_path):
     result = _compress(bert, STEPS[1:], task, AGREE)
     assert result.report.steps == []
+    shown = lc.show(result.save_pretrained(tmp_path / "out"))
+    assert yaml.safe_load(shown.recipe) == {"name": "pipeline", "steps": []}
     assert result.model is not bert
     assert "rolled back to the base, unchanged" in result.report.remarks()[0]
     assert all(torch.equal(one, bert.state_dict()[name]) for name, one in result.model.state_dict().items())
+
+
+def test_a_comparison_tells_which_gate_failed_in_every_form(bert, task, tmp_path):
+    results = {how: _compress(bert, STEPS, task, AGREE, on_fail=how) for how in ("rollback", "warn")}
+    found = lc.compare({"base": bert, **results}, task, latency=False, progress=False)
+    for text in (found.to_markdown(), found.to_html(), str(found)):
+        told = " ".join(text.replace("\\", "").split())
+        assert "rollback: zero_classifier: failed MinAgreement" in told
+        assert "rolled back to magnitude_pruning; not run: dynamic_quantization" in told
+        assert "warn: dynamic_quantization: failed MinAgreement" in told
 
 
 def test_stop_and_warn(bert, task):

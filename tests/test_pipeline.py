@@ -75,6 +75,52 @@ def test_bad_inputs_are_refused(bert, tmp_path):
         )
 
 
+def test_what_a_later_step_cannot_take_is_refused_before_the_first_one_runs(monkeypatch):
+    monkeypatch.setattr(lc.StructuredPruning, "compress", lambda *_: pytest.fail("a step has run"))
+    steps = [lc.StructuredPruning(ffn=0.4), lc.WeightOnlyQuantization(bits=4, group_size=32)]
+    with pytest.raises(lc.ConfigError, match=r"group_size=32 must divide .* has 80"):
+        _compress(tiny_model("llama"), steps)
+
+
+def test_later_steps_are_planned_on_what_the_earlier_ones_leave(bert):
+    data, cut = [("a cat", 0), ("the dog", 1)] * 2, lc.DepthPruning(layers=(1,))
+    steps = [cut, lc.KnowledgeDistillation(steps=1, max_length=8, features={"hidden": 1.0}, layers=(1,))]
+    given = {"data": data, "tokenizer": tiny_tokenizer()}
+    assert len(_compress(bert, steps, **given).report.steps) == len(lc.plan(bert, steps, **given).steps) == 2
+    steps[1] = steps[1].model_copy(update={"layers": (0, 1)})
+    for run in (_compress, lc.plan):
+        with pytest.raises(lc.ConfigError, match="for each of the student's 1 blocks"):
+            run(bert, steps, **given)
+
+
+def test_a_step_that_is_not_recovered_is_told_in_a_nested_pipeline_too():
+    model, data = tiny_model("llama"), ["the cat sat on a mat"] * 4
+    recover = lc.KnowledgeDistillation(steps=1, alpha=1.0, max_length=8)
+    chain = lc.Pipeline(steps=lc.GPTQ(bits=4, group_size=32), recover=recover)
+    for asked in (chain, lc.Pipeline(steps=[chain])):
+        report = _compress(model, asked, data=data, tokenizer=tiny_tokenizer()).report
+        assert sum("not recovered" in (action.reason or "") for action in report.steps[-1].left) == 1
+
+
+def test_places_that_cannot_be_written_are_told(bert, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = _compress(bert, lc.MagnitudePruning())
+    task = lc.TextClassification([("a cat", 0)], tokenizer=tiny_tokenizer())
+    found = lc.compare({"base": bert, "small": result}, task, latency=False, progress=False)
+    pipeline = lc.Pipeline(steps=lc.MagnitudePruning())
+    for write, name in (
+        (result.save_pretrained, "folder"),
+        (found.save, "report.html"),
+        (pipeline.to_yaml, "recipe.yaml"),
+        (lambda place: _compress(bert, pipeline, resume_dir=place), "stages"),
+    ):
+        with pytest.raises(lc.CheckpointError, match=rf"{name} cannot be written: .*file"):
+            write(tmp_path / "file" / name)
+    with pytest.raises(lc.ConfigError, match=r"resume_dir must be a folder, got .*file"):
+        _compress(bert, pipeline, resume_dir=tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_inplace_changes_the_model_itself(bert):
     assert _compress(bert, lc.MagnitudePruning(), inplace=True).model is bert
     assert float((bert.bert.encoder.layer[0].output.dense.weight == 0).float().mean()) == 0.5

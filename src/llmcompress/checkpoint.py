@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
+from .places import told_if_unwritable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,27 +48,31 @@ def save(
 
     Raises:
         CheckpointError: the folder holds files that no checkpoint wrote, or `metadata` is no JSON or uses the names
-            `format_version`, `files`, `weights`. Nothing is changed then.
+            `format_version`, `files`, `weights`; or the place cannot be written. Nothing is changed then.
     """
     folder = Path(folder)
     extra = _checked(metadata)
     refuse_foreign(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
     try:
-        draft.mkdir()
-        # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
-        plain = getattr(model, "quantization_method", None) == "bitsandbytes"
-        with bars_hidden():
-            model.save_pretrained(draft, save_original_format=not plain)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        seal(draft, extra)
-        put_in_place(draft, folder)
+        with told_if_unwritable(folder):
+            _write(model, tokenizer, draft)
+            seal(draft, extra)
+            put_in_place(draft, folder)
     finally:
         if draft.exists():
             shutil.rmtree(draft)
     return folder
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, draft: Path) -> None:
+    draft.mkdir(parents=True)
+    # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
+    plain = getattr(model, "quantization_method", None) == "bitsandbytes"
+    with bars_hidden():
+        model.save_pretrained(draft, save_original_format=not plain)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
 
 
 def seal(folder: Path, metadata: Mapping[str, Any]) -> None:

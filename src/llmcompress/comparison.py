@@ -25,6 +25,7 @@ from .evaluation.machine import Machine, machine
 from .evaluation.scoring import Scored, score_models
 from .evaluation.statistics import Flips, PairedTest, flips
 from .evaluation.tasks import Task, TaskScore
+from .places import told_if_unwritable
 from .result import Report
 
 if TYPE_CHECKING:
@@ -230,19 +231,21 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
         Raises:
             ConfigError: another ending.
+            CheckpointError: the file cannot be written.
         """
         path = Path(path)
         writers = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json, ".csv": self.to_csv}
         if path.suffix.lower() not in writers:
             raise ConfigError(f"save() must have a path ending in {', '.join(writers)}, got {path.name!r}.")
         text = writers[path.suffix.lower()]()
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with told_if_unwritable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.write_text(text, encoding="utf-8")
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
         return path
 
     def __str__(self) -> str:

@@ -57,8 +57,13 @@ class Contents(BaseModel, frozen=True):
 
     @property
     def recipe(self) -> str | None:
-        """The recipe that made it, as YAML, or None."""
-        return None if self.report is None else yaml.safe_dump(self.report.recipe, sort_keys=False).rstrip()
+        """The recipe that made it, as YAML, or None: where a step was rolled back, those that are left."""
+        if self.report is None:
+            return None
+        recipe = self.report.recipe
+        if self.report.rolled_back is not None:
+            recipe = {"name": recipe["name"], "steps": [record.step for record in self.report.steps]}
+        return yaml.safe_dump(recipe, sort_keys=False).rstrip()
 
     def __str__(self) -> str:
         total = sum(self.files.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,8 @@ from .anatomy.digest import tokenizer_digest
 from .errors import CheckpointError
 from .evaluation.fidelity import Fidelity
 from .evaluation.tasks import TaskScore
-from .tensor_files import read_sealed, write_sealed
+from .places import told_if_unwritable
+from .tensor_files import mark_used, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from .evaluation.tasks import Task
@@ -62,7 +62,7 @@ class Scores:
             return None
         try:
             told = read_sealed(file)
-            os.utime(file)  # for `remove_stages`: it is in use
+            mark_used(file)
             found = told["fidelity"] and Fidelity.model_validate(told["fidelity"])
             return Measured(TaskScore.model_validate(told["score"]), found or None)
         except (CheckpointError, ValidationError, KeyError) as error:
@@ -78,7 +78,8 @@ class Scores:
         file = self._file(key, fidelity)
         if file is None:
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        with told_if_unwritable(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
         close = measured.fidelity.model_dump(mode="json") if measured.fidelity is not None else None
         write_sealed({"score": measured.score.model_dump(mode="json"), "fidelity": close}, file)
 

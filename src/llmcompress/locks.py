@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import BusyError
+from .errors import BusyError, CheckpointError
 
 
 @contextmanager
@@ -21,6 +21,7 @@ def locked(file: Path, busy: str) -> Iterator[None]:
 
     Raises:
         BusyError: somebody else holds it, another thread included.
+        CheckpointError: there can be no lock.
 
     Example:
         >>> import tempfile
@@ -31,12 +32,14 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         Traceback (most recent call last):
         llmcompress.errors.BusyError: in use; wait for it
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(busy) from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be locked: {error}; make room, or choose another folder.") from error
     try:
         yield
     finally:

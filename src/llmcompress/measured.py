@@ -7,15 +7,17 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from .anatomy.empty import weightless
 from .anatomy.footprint import Footprint, footprint
 from .anatomy.kept import modes_kept, random_state_kept
 from .anatomy.probe import probe_inputs, probe_outputs
-from .compressor import Action, Compressor, Context
+from .compressor import Action, Compressor, Context, Outline
 from .data import longest_input
 from .errors import NothingToCompressError, UnsupportedModelError, VerificationError
 from .evaluation.latency import Speedup, measure_latencies, speedup
@@ -43,6 +45,39 @@ def plan_step(step: Compressor, model: PreTrainedModel, context: Context) -> lis
             f"{'; '.join(reasons) or 'its plan is empty'}."
         )
     return actions
+
+
+def outline_step(step: Compressor, model: PreTrainedModel, context: Context) -> Outline | None:
+    """Have a step change the sizes of a model without weights, and the config tell them, as a run does it."""
+    context.told.clear()
+    context.corrected.clear()
+    before = shapes(model)
+    outline = step.outline(model, context)
+    if outline is not None and shapes(outline.model) != before:
+        mark_sizes(outline.model, context)
+    return outline
+
+
+def check_chain(steps: Sequence[Compressor], model: PreTrainedModel, context: Context) -> list[Action]:
+    """Return the plan of the first step; refuse a chain of which a step cannot take what the steps before it leave.
+
+    Later steps are planned on the sizes that the earlier ones will leave; on `model` where these are not known exactly.
+
+    Raises:
+        CompressionError: what the step would raise once its turn came.
+    """
+    first = plan_step(steps[0], model, context)
+    ahead = replace(context, history=[], told=[], corrected=set(), progress=False)
+    current: PreTrainedModel | None = weightless(model) if len(steps) > 1 else None
+    with seeded(context.seed):
+        for earlier, later in itertools.pairwise(steps):
+            outline = None if current is None else outline_step(earlier, current, ahead)
+            current = None if outline is None or outline.estimated is not None else outline.model
+            if current is None:
+                plan_step(later, model, context)
+            else:
+                plan_step(later, current, ahead)
+    return first
 
 
 def run_step(

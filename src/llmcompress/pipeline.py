@@ -16,7 +16,7 @@ from .distillation.distillation import KnowledgeDistillation
 from .errors import ConfigError, PipelineOrderError
 from .gates import Gate, OnFail, read_gates
 from .inputs import check_inputs, refuse_quantized
-from .measured import plan_step
+from .measured import check_chain
 from .recipe import read_recipe, write_recipe
 from .recovery import read_recovery, unrecovered, with_recovery
 from .registry import compressors, register
@@ -111,7 +111,10 @@ class Pipeline(Compressor):
         return {"name": compressors.name_of(type(self)), "steps": [step.to_dict() for step in self.steps], **recovery}
 
     def _remarks(self, step: Compressor) -> list[Action]:
-        return [] if self.recover is None else unrecovered(step)
+        """Return what else is said of a step, by this pipeline or by the nested one that it is of."""
+        own = [] if self.recover is None else unrecovered(step)
+        nested = (one for one in self.steps if isinstance(one, Pipeline) and step in one.flatten())
+        return own or next((one._remarks(step) for one in nested), [])
 
     @classmethod
     def from_dict(cls, recipe: Mapping[str, Any]) -> Pipeline:
@@ -184,8 +187,9 @@ def compress(
         The result: `.model`, `.report`, `.save_pretrained(folder)`.
 
     Raises:
-        CompressionError: one of its branches, before any work: wrong order, missing data, nothing to compress, a model
-            that is already quantized, a gate that the task cannot tell about.
+        CompressionError: one of its branches, before any work: wrong order, missing data, nothing to compress, a step
+            that cannot take what an earlier one leaves (where sizes tell), a model that is already quantized, a gate
+            that the task cannot tell about.
         BusyError: another process is at work on the same stage of `resume_dir`.
         GateError: a stage failed a gate, with `on_fail="stop"`; it has the report so far.
 
@@ -215,7 +219,7 @@ def compress(
         device=model.device,
         progress=progress,
     )
-    plans = [plan_step(step, model, context) for step in flat]
+    plan = check_chain(flat, model, context)
     if task is not None:
         task.check(model)
 
@@ -230,7 +234,7 @@ def compress(
     )
     stages = Stages(resume_dir, model, examples, seed, tokenizer) if resume_dir is not None else None
     training = model.training
-    run = Run(model, flat, plans, chain._remarks, context, Judging(task, asked, on_fail), stages, report)
+    run = Run(model, flat, plan, chain._remarks, context, Judging(task, asked, on_fail), stages, report)
     compressed = run.go()
     compressed.train(training)
     return Result(model=compressed, report=report, tokenizer=context.tokenizer)

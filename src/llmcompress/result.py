@@ -81,7 +81,7 @@ class Report(BaseModel):
 
     def remarks(self) -> list[str]:
         """Return failed gates, measured speeds, what zeros gave, and why parts were left alone: a line a reason."""
-        lines = self._failed()
+        lines = self.failed()
         if self.speedup is not None:
             lines.append(_speed(self.speedup))
         before = self.base
@@ -102,7 +102,8 @@ class Report(BaseModel):
                     lines.append(f"{record.step['name']}: {paths[0]}{more} left alone: {reason}")
         return lines
 
-    def _failed(self) -> list[str]:
+    def failed(self) -> list[str]:
+        """Return a line for each stage that failed a gate: by how much, and what was done with it."""
         lines = [f"{one.step['name']}: failed {failed}" for one in self.steps if (failed := failures(one.verdicts))]
         if self.rolled_back is not None:
             left = self.steps[-1].step["name"] if self.steps else "the base, unchanged"

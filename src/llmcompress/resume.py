@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
 from .anatomy.digest import model_digest, tokenizer_digest
 from .checkpoint import fingerprint, load, put_in_place, read_metadata, save
@@ -25,9 +23,10 @@ from .data import find_tokenizer
 from .errors import BusyError, CheckpointError, ConfigError
 from .kept_scores import SCORES
 from .locks import locked
+from .places import told_if_unwritable
 from .processes import writes
 from .result import StepRecord, library_versions
-from .tensor_files import read_sealed, sync, write_sealed
+from .tensor_files import mark_used, read_sealed, sync, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +89,10 @@ class Stages:
         data: the examples of the run.
         seed: the seed of the run.
         tokenizer: the one that the run starts with.
+
+    Raises:
+        ConfigError: `folder` is no folder.
+        CheckpointError: it cannot be made.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class Stages:
         seed: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if not isinstance(folder, (str, Path)) or Path(folder).is_file():
+            raise ConfigError(f"resume_dir must be a folder, got {folder!r}; it is made where there is none.")
         self.folder = Path(folder)
         with _room_told(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +158,7 @@ class Stages:
         except (CheckpointError, ValidationError, KeyError) as error:
             _LOG.warning("resume_dir: this stage is made again: %s", error)
             return None
-        os.utime(stage / _MANIFEST)  # for `remove_stages`: it is in use
+        mark_used(stage / _MANIFEST)
         cuts = [Cut(**{**cut, "kept": tuple(cut["kept"])}) for cut in told["cuts"]]
         return Kept(stage, record, cuts, told["tokenizer"], tuple(told["frozen"]))
 
@@ -272,15 +277,8 @@ def _lock_of(stage: Path) -> Path:
     return stage.parent / _LOCKS / f"{stage.name}.lock"
 
 
-@contextmanager
-def _room_told(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{place} cannot be written: {error}; make room, and call again with the same arguments: what is finished "
-            f"is kept."
-        ) from error
+def _room_told(place: Path) -> AbstractContextManager[None]:
+    return told_if_unwritable(place, "make room, and call again with the same arguments: what is finished is kept")
 
 
 def _frozen(model: PreTrainedModel) -> list[str]:

@@ -48,7 +48,7 @@ class Run:
     Args:
         base: the model that the caller passed.
         steps: the chain, flat.
-        plans: of each step, on the base.
+        plan: of the first step; the others are planned once it is known what stands before them.
         remarks: what else is said of a step.
         context: of the run.
         judging: what each stage is asked.
@@ -60,14 +60,14 @@ class Run:
         self,
         base: PreTrainedModel,
         steps: Sequence[Compressor],
-        plans: Sequence[list[Action]],
+        plan: list[Action],
         remarks: Remarks,
         context: Context,
         judging: Judging,
         stages: Stages | None,
         report: Report,
     ) -> None:
-        self._base, self._steps, self._plans, self._remarks = base, steps, plans, remarks
+        self._base, self._steps, self._plan, self._remarks = base, steps, plan, remarks
         self._context, self._judging, self._stages, self._report = context, judging, stages, report
         self._scores = Scores(stages.folder, judging.task) if stages and judging.task else None
         self._tokenizer = context.tokenizer
@@ -139,8 +139,7 @@ class Run:
         context, stages = self._context, self._stages
         cuts, tokenizer = len(context.history), context.tokenizer
         model = self._now()
-        # What stands before a later step is another model than was planned on before all work.
-        actions = self._plans[0] if index == 0 else plan_step(step, model, context)
+        actions = self._plan if index == 0 else plan_step(step, model, context)
         context.work_in(stages.work_dir if stages is not None else None)
         with blocks_kept(step, model, context):
             model, record = run_step(step, model, [*actions, *self._remarks(step)], context)

@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,12 @@ def write_json(content: object, file: Path) -> None:
         raise CheckpointError(f"{file} cannot be written: {error}; make room, and call again to continue.") from error
 
 
+def mark_used(file: Path) -> None:
+    """Note that a file is in use, for `remove_stages`; a folder that may only be read needs no such note."""
+    with suppress(OSError):
+        os.utime(file)
+
+
 def write_sealed(content: Mapping[str, Any], file: Path) -> None:
     """Write a JSON file with a hash of its content, which `read_sealed` checks; see `write_json`."""
     write_json({**content, "sha256": _hash_of(content)}, file)
@@ -176,8 +183,9 @@ def read_sealed(file: Path) -> dict[str, Any]:
         known = found.pop("sha256")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}); delete it to have it made again.") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        told = f"{type(error).__name__}: {error}"  # not its repr: that of a decoding error holds the whole file
+        raise CheckpointError(f"{file} is damaged ({told}); delete it to have it made again.") from error
     if known != _hash_of(found):
         raise CheckpointError(f"{file} is damaged: its content is not what was written; delete it.")
     return dict(found)

@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except CompressionError as error:
             problems.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             return _BAD_INPUT
+        except OSError as error:  # of a file that was asked for, and that nothing has told of in better words
+            problems.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            return _BAD_INPUT
         except (KeyboardInterrupt, typer.Abort):
             status = _INTERRUPTED
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ import transformers
 
 from ..anatomy.empty import weightless
 from ..anatomy.footprint import footprint
-from ..compressor import Compressor, Context, Outline
+from ..compressor import Context, Outline
 from ..errors import ConfigError
 from ..inputs import check_inputs, refuse_quantized
-from ..measured import mark_sizes, plan_step, seeded, shapes
+from ..measured import outline_step, plan_step, seeded
 from ..pipeline import Pipeline, Step
 from ..quantization.kernels.dispatch import kernels
 from ..quantization.modules import QuantizedModule
@@ -83,16 +84,18 @@ def plan(
         progress=False,
     )
     with seeded(seed):
-        plans = [plan_step(step, known, context) for step in flat]
         base = _size(original)
         current: PreTrainedModel | None = weightless(original)
         planned: list[PlannedStep] = []
         gives_not: list[str] = []
         for index, step in enumerate(flat):
-            actions = plans[index] if index == 0 or current is None else plan_step(step, current, context)
+            if index == 0 or current is None:
+                actions = plan_step(step, known, replace(context, history=[], told=[], corrected=set()))
+            else:
+                actions = plan_step(step, current, context)
             before = planned[-1].size if planned else base
             standing = base.memory_bytes + (before.memory_bytes if before is not None else 0)
-            outline = None if current is None else _outline(step, current, context)
+            outline = None if current is None else outline_step(step, current, context)
             current = None if outline is None else outline.model
             found = context.findings([*actions, *chain._remarks(step)])
             after = None if current is None else _size(current)
@@ -102,7 +105,7 @@ def plan(
                     size=after,
                     peak_bytes=None if outline is None else standing + outline.scratch,
                     rough_seconds=None if outline is None else _rough_seconds(outline, str(context.device)),
-                    estimated=None if outline is None else outline.estimated,
+                    estimated=None if outline is None else outline.estimated or _inherited(planned),
                     touched=[action for action in found if action.touched],
                     left=[action for action in found if not action.touched],
                 )
@@ -121,15 +124,10 @@ def plan(
     )
 
 
-def _outline(step: Compressor, model: PreTrainedModel, context: Context) -> Outline | None:
-    """Have the step change the sizes of `model`, and the config tell them, as the runner does it."""
-    context.told.clear()
-    context.corrected.clear()
-    before = shapes(model)
-    outline = step.outline(model, context)
-    if outline is not None and shapes(outline.model) != before:
-        mark_sizes(outline.model, context)
-    return outline
+def _inherited(planned: Sequence[PlannedStep]) -> str | None:
+    """Say so where a step starts from sizes that are estimates."""
+    earlier = [step.name for step in planned if step.estimated is not None]
+    return f"those that {earlier[0]} leaves are" if earlier else None
 
 
 def _rough_seconds(outline: Outline, device: str) -> float:

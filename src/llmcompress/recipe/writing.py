@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..places import told_if_unwritable
 from .document import scalar
 from .renames import VERSION
 
@@ -19,11 +20,15 @@ def write_recipe(recipe: Mapping[str, Any], path: str | Path, *, description: st
         recipe: a pipeline's dict.
         path: of the file; replaced if it is there.
         description: what the recipe is for; readers pass over it.
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     told = {} if description is None else {"description": description}
     steps = {key: value for key, value in recipe.items() if key != "name"}
     text = yaml.dump({"version": VERSION, **told, **steps}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    with told_if_unwritable(path):
+        Path(path).write_text(text, encoding="utf-8")
 
 
 _ODD_BREAKS = frozenset("\x85\u2028\u2029")

@@ -156,7 +156,7 @@ def collapses(entry: Entry) -> list[str]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Return what must be said beside the numbers: collapse, no speed-up and why, zeros that save nothing."""
+    """Return what is said beside the numbers: collapse, failed gates, no speed-up and why, zeros that save nothing."""
     found = [f"{entry.name}: {_COLLAPSE}: {text}." for entry in comparison.entries for text in collapses(entry)]
     warned: dict[str, list[str]] = {}
     for entry in comparison.entries:
@@ -167,6 +167,8 @@ def notes(comparison: Comparison) -> list[str]:
         who = "all models" if len(names) == len(comparison.entries) else ", ".join(names)
         found.append(f"{who}: {text}.")
     for entry in comparison.candidates:
+        if entry.report is not None:
+            found += [f"{entry.name}: {text}." for text in entry.report.failed()]
         found += [*_speed_notes(comparison, entry), *_size_notes(entry)]
     for score in comparison.base.evaluation.scores:
         interval = score.intervals.get(score.primary)
