@@ -19,6 +19,7 @@ from llmcompress.compressor import Context
 from llmcompress.distillation import teachers
 from llmcompress.distillation.answers import Answers, likeliest
 from llmcompress.distillation.batches import collate, make_rows
+from llmcompress.distillation.cache_store import Array, begin
 from llmcompress.distillation.cached_teacher import cached_teacher
 from llmcompress.distillation.heads import model_inputs
 from llmcompress.distillation.losses.divergences import forward_kl, reverse_kl
@@ -221,6 +222,38 @@ def test_entries_that_were_not_read_for_days_go_and_those_being_written_stay(tmp
         cache.remove_entries(unused_days=-1)
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("mine", {}),
+        ("0123456789abcdef01234567", {"rows": None}),
+        ("0123456789abcdef01234567", {"arrays": None}),
+        ("0123456789abcdef01234567", {"done.bin": None}),
+        ("0123456789abcdef01234567", {"thesis.txt": "years of work"}),
+        (".partial", {}),
+    ],
+)
+def test_a_folder_that_is_no_entry_is_never_deleted(name, files, tmp_path):
+    about = {"format_version": 1, "rows": 1, "arrays": {"answers": {}}}
+    there = {"answers.bin": "", "done.bin": "", **files}
+    about = {key: value for key, value in about.items() if key not in files}
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "about.json").write_text(json.dumps(about))
+    for file, text in there.items():
+        if text is not None:
+            (folder / file).write_text(text)
+    assert lc.TeacherCache(folder=tmp_path).remove_entries() == []
+    assert folder.exists()
+
+
+def test_a_pass_that_was_killed_is_an_entry_that_can_be_deleted(tmp_path):
+    folder = tmp_path / "0123456789abcdef01234567.partial"
+    begin(folder, {"answers": Array("float16", 2, 3)}, 3, {})
+    assert lc.TeacherCache(folder=tmp_path).remove_entries() == [folder]
+    assert not folder.exists()
+
+
 def test_a_teacher_whose_answers_are_there_is_not_loaded(tmp_path, monkeypatch):
     tiny_model("bert", seed=1).save_pretrained(tmp_path / "teacher")
     fields = {"teacher": str(tmp_path / "teacher"), "cache": lc.TeacherCache(folder=tmp_path / "cache")}
@@ -249,6 +282,8 @@ def test_what_a_cache_cannot_do_is_refused_in_the_plan(tmp_path):
     refused("keeps no relations", "bert", features={"relations": 1.0})
     refused("temperature must be one number", temperature=[4.0, 1.0])
     refused("soft must be", soft="mse")
+    with pytest.raises(lc.ConfigError, match=r"TeacherCache.folder must name a folder, got ''"):
+        lc.TeacherCache(folder="")
     with pytest.raises(lc.ConfigError, match=r"TeacherCache.hidden must name"):
         lc.TeacherCache(folder="x", hidden=(1, 1))
     with pytest.raises(lc.ConfigError, match=r"TeacherCache.top_k must be in \[1, inf\)"):

@@ -53,6 +53,16 @@ class TeacherCache(Settings):
     def _as_text(cls, folder: Any) -> Any:
         return str(folder) if isinstance(folder, Path) else folder
 
+    @field_validator("folder")
+    @classmethod
+    def _named(cls, folder: str) -> str:
+        # Nothing would be the working directory, among whose folders entries do not belong.
+        if not folder.strip():
+            raise ConfigError(
+                f"TeacherCache.folder must name a folder, got {folder!r}; pass one for the answers, such as 'answers'."
+            )
+        return folder
+
     @field_validator("hidden")
     @classmethod
     def _ascending(cls, hidden: tuple[int, ...]) -> tuple[int, ...]:

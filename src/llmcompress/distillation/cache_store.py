@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from ..locks import locked
 
 _ABOUT, _DONE = "about.json", "done.bin"
 _SECONDS_A_DAY = 86_400
+_NAME = re.compile(r"[0-9a-f]{24}(\.partial)?")
 FORMAT_VERSION = 1
 
 
@@ -152,12 +154,12 @@ def open_finished(folder: Path, rows: int) -> Store:
 def remove(folder: Path, *, unused_days: float) -> list[Path]:
     """Delete the stores in `folder` that nothing was read from or written to for so many days, and return them.
 
-    One that is being written is left alone, and so is whatever is no store.
+    One that is being written is left alone, and so is whatever is no store: the folder may hold other things.
     """
     oldest, gone = time.time() - unused_days * _SECONDS_A_DAY, []
     for about in sorted(folder.glob(f"*/{_ABOUT}")):
         store = about.parent
-        if "format_version" not in _read(store) or (unused_days and about.stat().st_mtime > oldest):
+        if not _is_store(store) or (unused_days and about.stat().st_mtime > oldest):
             continue
         with suppress(BusyError), locked(lock_of(store), "in use"):
             shutil.rmtree(store)
@@ -168,6 +170,17 @@ def remove(folder: Path, *, unused_days: float) -> list[Path]:
 def lock_of(folder: Path) -> Path:
     """Return what is locked while a store, finished or not, is written."""
     return folder.with_suffix(".lock")
+
+
+def _is_store(folder: Path) -> bool:
+    """Tell whether a folder has the name and the files of a store, finished or not, and nothing else in it."""
+    told = _read(folder)
+    if folder.is_symlink() or not _NAME.fullmatch(folder.name) or not {"format_version", "rows"} <= set(told):
+        return False
+    arrays = told.get("arrays")
+    files = {f"{name}.bin" for name in arrays} if isinstance(arrays, dict) else set()
+    here = {path.name for path in folder.iterdir()}
+    return bool(files) and _DONE in here and here <= {_ABOUT, _DONE, *files}
 
 
 def _told(arrays: Mapping[str, Array], rows: int, about: Mapping[str, Any]) -> dict[str, Any]:
