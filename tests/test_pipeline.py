@@ -93,6 +93,12 @@ def test_later_steps_are_planned_on_what_the_earlier_ones_leave(bert):
             run(bert, steps, **given)
 
 
+def test_a_student_that_takes_the_models_place_has_to_be_first(bert):
+    student = lc.KnowledgeDistillation(steps=1, student={"num_hidden_layers": 1})
+    with pytest.raises(lc.PipelineOrderError, match="what MagnitudePruning does is lost; put KnowledgeDistillation"):
+        _compress(bert, [lc.MagnitudePruning(), student], data=["a cat"], tokenizer=tiny_tokenizer())
+
+
 def test_a_step_that_is_not_recovered_is_told_in_a_nested_pipeline_too():
     model, data = tiny_model("llama"), ["the cat sat on a mat"] * 4
     recover = lc.KnowledgeDistillation(steps=1, alpha=1.0, max_length=8)

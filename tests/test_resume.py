@@ -161,6 +161,15 @@ def test_a_full_disk_is_told_and_leaves_a_folder_that_goes_on(llama, tmp_path, m
     same(compress(llama, steps, tmp_path, task=task), compress(llama, steps))
 
 
+def test_a_stage_is_not_taken_where_a_file_that_its_step_names_has_changed(tmp_path):
+    step = lc.KnowledgeDistillation(steps=1, max_length=8, teacher=str(tmp_path / "teacher"), alpha=1.0)
+    given = {"data": ["a cat sat"] * 4, "tokenizer": tiny_tokenizer(), "progress": False}
+    for seed in (1, 1, 2):
+        tiny_model("bert", seed=seed).save_pretrained(tmp_path / "teacher")
+        lc.compress(tiny_model("bert"), step, resume_dir=tmp_path / "stages", **given)
+    assert len(list((tmp_path / "stages").glob("00-*"))) == 2
+
+
 def test_a_damaged_stage_is_made_again(llama, tmp_path, caplog):
     steps = [PRUNE, lc.MagnitudePruning(sparsity=0.5)]
     expected = compress(llama, steps, tmp_path)

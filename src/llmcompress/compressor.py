@@ -266,6 +266,16 @@ class Compressor(Settings, ABC):
         return False
 
     @property
+    def begins(self) -> bool:
+        """Whether the step takes another model in place of the one it is given, so that nothing may come before it."""
+        return False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Files and folders that the fields name: a run that goes on must find in them what it found before."""
+        return ()
+
+    @property
     def in_turns(self) -> bool:
         """Whether `compress` changes one block at a time, each in its own turn; then `compress_checkpoint` can run it.
 

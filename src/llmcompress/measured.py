@@ -153,7 +153,8 @@ def is_finite(model: PreTrainedModel) -> bool:
     """Whether the model's outputs for a probe are; False also where there is no probe for it."""
     try:
         with modes_kept(model):
-            outputs = probe_outputs(model, probe_inputs(model))
+            # One row: classifiers without a padding token take no more.
+            outputs = probe_outputs(model, probe_inputs(model, rows=1))
     except UnsupportedModelError:
         return False  # neither text nor images: there is no probe, and the strategies' own checks stand alone
     return bool(torch.isfinite(outputs).all())

@@ -82,7 +82,7 @@ class Pipeline(Compressor):
         """Return the steps with nested pipelines unrolled, and with the recoveries.
 
         Raises:
-            PipelineOrderError: a step follows a terminal one.
+            PipelineOrderError: a step follows a terminal one, or stands before one that takes the model's place.
         """
         flat: list[Compressor] = []
         for step in self.steps:
@@ -92,6 +92,11 @@ class Pipeline(Compressor):
                 raise PipelineOrderError(
                     f"{type(later).__name__} cannot follow {type(earlier).__name__}, whose weights are no longer "
                     f"float; put {type(earlier).__name__} last."
+                )
+            if later.begins:
+                raise PipelineOrderError(
+                    f"{type(later).__name__} takes another model in place of the one it is given, so what "
+                    f"{type(earlier).__name__} does is lost; put {type(later).__name__} first: got {later}."
                 )
         return flat if self.recover is None else list(with_recovery(flat, self.recover))
 

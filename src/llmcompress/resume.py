@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -80,8 +80,9 @@ class Stages:
     """The stages of one chain in a folder that may hold those of many, each under a key that all before it goes into.
 
     The key hashes the weights and the config of the model, what of it is frozen, the data, the tokenizer, the seed, the
-    library versions and the recipe so far: a changed recipe reuses its unchanged beginning and nothing else. A stage is
-    there whole or not at all; what is read of it is checked by hashes, and a damaged one is made again.
+    library versions, the recipe so far and the files that it names: a changed recipe reuses its unchanged beginning and
+    nothing else. A stage is there whole or not at all; what is read of it is checked by hashes, and a damaged one is
+    made again.
 
     Args:
         folder: where the stages are; made if absent.
@@ -133,6 +134,9 @@ class Stages:
             CheckpointError: the folder of this name is no stage.
         """
         self._digest.update(json.dumps(step.to_dict(), sort_keys=True).encode())
+        self._digest.update(
+            json.dumps([_content(Path(place)) for place in step.reads if Path(place).exists()]).encode()
+        )
         self._stage = self.folder / f"{self._count:02d}-{step.to_dict()['name']}-{self.key[:16]}"
         self._count += 1
         kept = self.finished()
@@ -271,6 +275,12 @@ def remove_stages(resume_dir: str | Path, *, unused_days: float = 0.0) -> list[P
 
 def _last_used(stage: Path) -> float:
     return max(path.stat().st_mtime for path in (stage, *stage.rglob("*")))
+
+
+def _content(place: Path) -> dict[str, Any]:
+    """Return what tells one state of a file, or of the files of a folder, from another."""
+    files = [place] if place.is_file() else [path for path in sorted(place.iterdir()) if path.is_file()]
+    return {path.name: fingerprint(path) for path in files}
 
 
 def _lock_of(stage: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
@@ -46,7 +47,7 @@ from .masking import masking_for
 from .objective import Objective
 from .schedule import least, most
 from .sources import told
-from .student import Student, make_student, outline_student, plan_student, read_student
+from .student import Student, make_student, outline_student, plan_student, read_student, replaces_model
 from .teachers import Teachers, is_original, read_teachers, weights_of
 from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
 from .ways import Ways, altered_copies, check_ways, way_actions
@@ -83,7 +84,7 @@ class KnowledgeDistillation(Compressor):
         epochs: passes over the data; 3 if neither `epochs` nor `steps` is given.
         steps: optimizer steps, instead of `epochs`.
         soft: the loss against the teacher's logits: `"forward_kl"`, `"reverse_kl"`, `"jsd"`, `"skew_kl"`,
-            `"skew_reverse_kl"`, `"tvd"` or `"mse"`, or with settings, such as `{"name": "jsd", "beta": 0.1}`; see
+            `"skew_reverse_kl"`, `"tvd"`, `"mse"` or `"uld"`, or with settings, such as `{"name": "jsd", "beta": 0.1}`:
             `SoftLoss`.
         temperature: softens teacher and student alike; above 0.
         alpha: weight of the teacher against the labels, in [0, 1]; 1 needs no labels.
@@ -197,6 +198,20 @@ class KnowledgeDistillation(Compressor):
         """Data and a tokenizer, and the original where it is a teacher; labels depend on the head, `plan` checks."""
         original = self._asks_teacher and any(is_original(source) for source, _ in weights_of(self.teacher))
         return frozenset({"data", "tokenizer", "teacher"} if original else {"data", "tokenizer"})
+
+    @property
+    def begins(self) -> bool:
+        """Whether the student is made from a config or comes from elsewhere."""
+        return replaces_model(self.student)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The folders of teachers, of a student and of the model that alters texts, and the data that decides."""
+        sources = [source for source, _ in weights_of(self.teacher)]
+        named = [*sources, self.student, getattr(self.augment, "model", None)]
+        if self.early_stopping is not None and self.early_stopping.task is not None:
+            named.append(self.early_stopping.task.data)
+        return tuple(str(one) for one in named if isinstance(one, (str, Path)) and not is_original(str(one)))
 
     @property
     def _asks_teacher(self) -> bool:

@@ -100,9 +100,9 @@ def read_features(given: Any) -> Any:
         )
     for name in given:
         if name not in FEATURE_LOSSES:
-            hint = did_you_mean(str(name), FEATURE_LOSSES)
+            hint = did_you_mean(str(name), FEATURE_LOSSES) or "."
             raise ConfigError(
-                f"KnowledgeDistillation.features must name {', '.join(FEATURE_LOSSES)}, got {name!r}{hint}."
+                f"KnowledgeDistillation.features must name {', '.join(FEATURE_LOSSES)}, got {name!r}{hint}"
             )
     return {name: read_scheduled(f"KnowledgeDistillation.features[{name!r}]", given[name]) for name in given}
 

@@ -44,7 +44,8 @@ class RandomSpans(Settings):
     @property
     def does(self) -> str:
         """What a plan says of it."""
-        return f"add {self.copies} random spans of each text, {self.joined:.0%} of them joined to another's"
+        joined = f", {self.joined:.0%} of them joined to another's (of pairs none)" if self.joined else ""
+        return f"add {self.copies} random spans of each text{joined}"
 
     def check(self) -> None:
         """Refuse nothing: no model is asked for."""

@@ -56,9 +56,9 @@ def read_student(value: Any) -> Student:
             raise ConfigError(f"{_WHO} must be {_FORMS}, got {value!r}.")
         return dict(value)
     if isinstance(value, str):
-        if value.lstrip().startswith("width"):
+        if _is_form(value, "width"):
             parse_width(value)
-        elif value.lstrip().startswith("layer"):
+        elif _is_form(value, "layer"):
             parse_blocks(value)
         elif not value.strip() or (":" in value and not Path(value).exists()):
             raise ConfigError(f"{_WHO} must be {_FORMS}, got {value!r}.")
@@ -124,14 +124,25 @@ def plan_student(model: PreTrainedModel, student: Student, context: Context) -> 
         built = empty_sibling(model, student, _WHO)
         does, tokenizer = f"begin from {student!r}:", _own_tokenizer(student, context)
     known = tokenizer or context.tokenizer
-    if known is not None and vocabulary_size(built) < len(known):
+    tokens = max(known.get_vocab().values()) + 1 if known is not None else 0  # ids may have holes
+    if vocabulary_size(built) < tokens:
         raise UnsupportedModelError(
-            f"{_WHO} must have an embedding for each of the {len(known)} tokens of its tokenizer, got "
+            f"{_WHO} must have an embedding for each of the {tokens} tokens of its tokenizer, got "
             f"{vocabulary_size(built)} in {type(built).__name__}; choose a student with the tokenizer's vocabulary."
         )
     size = f"{type(built).__name__} of {footprint(built).parameters / 1e6:.3g} M parameters"
     reason = "its own tokenizer goes with it" if tokenizer is not None else None
     return PlannedStudent(built, [Action(path="", does=f"{does} {size}", reason=reason)], {}, tokenizer)
+
+
+def replaces_model(student: Student) -> bool:
+    """Tell whether a student is no part of the model that arrives: it is drawn from a config, or comes from elsewhere.
+
+    Example:
+        >>> [replaces_model(student) for student in (None, "layers:2", "width:0.5", {"num_hidden_layers": 1}, "folder")]
+        [False, False, False, True, True]
+    """
+    return student is not None and not _keeps_blocks(student) and not _narrows(student)
 
 
 def make_student(model: PreTrainedModel, student: Student, context: Context) -> PreTrainedModel:
@@ -271,11 +282,16 @@ def stacks_of(model: PreTrainedModel) -> list[Stack]:
 
 
 def _keeps_blocks(student: Student) -> TypeGuard[str]:
-    return isinstance(student, str) and student.lstrip().startswith("layers")
+    return _is_form(student, "layers")
 
 
 def _narrows(student: Student) -> TypeGuard[str]:
-    return isinstance(student, str) and student.lstrip().startswith("width")
+    return _is_form(student, "width")
+
+
+def _is_form(student: Student, form: str) -> bool:
+    """Tell `"layers:3"` from a folder that happens to be called so."""
+    return isinstance(student, str) and student.lstrip().startswith(form) and not Path(student).exists()
 
 
 def _own_tokenizer(source: Source, context: Context) -> PreTrainedTokenizerBase | None:

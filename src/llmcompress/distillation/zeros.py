@@ -19,7 +19,7 @@ from ..anatomy.layers import weight_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SMALLEST_SHARE = 0.05
+SMALLEST_SHARE = 0.01
 """A weight with a smaller share of zeros was not pruned: a few exact zeros happen."""
 
 
