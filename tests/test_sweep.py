@@ -9,8 +9,9 @@ import torch
 
 import llmcompress as lc
 from llmcompress.cli import main
+from llmcompress.registry import compressors
 from llmcompress.sweeping import work
-from llmcompress.sweeping.chains import plan_jobs
+from llmcompress.sweeping.chains import allowed_orders, plan_jobs
 from llmcompress.sweeping.sweep import _cost, _quality
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
@@ -30,7 +31,7 @@ FAILING = {"shallow": lc.DepthPruning()}
 
 def swept(folder, chains, **settings):
     settings = {"latency": False, "progress": False, "threads": 1, "data": TEXTS, **settings}
-    task = lc.TextClassification(TEXTS)
+    task = settings.pop("task", lc.TextClassification(TEXTS))
     return lc.sweep(tiny_model("bert"), chains, task, tokenizer=tiny_tokenizer(), folder=folder, **settings)
 
 
@@ -71,7 +72,7 @@ def test_a_sweep_makes_what_each_chain_makes_alone(here):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
         assert here.comparison[name].report is not None
-    assert (here.steps_asked, here.steps_run) == (10, 6)
+    assert (here.steps_asked, here.steps_run) == (10, 5)  # one fails
 
 
 def test_a_chain_that_fails_is_told_and_the_others_go_on(here):
@@ -120,6 +121,48 @@ def test_distillations_read_one_teacher(here):
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
 
 
+class Odd(lc.Compressor):
+    """Breaks as no step of this library does, or makes a model that answers NaN to texts alone."""
+
+    how: str
+
+    def plan(self, model, context):
+        return [lc.Action(path="", does="breaks")]
+
+    def compress(self, model, context):
+        if self.how != "nan":
+            raise KeyError(self.how)
+        # The probe that models are tried on does not have the token that these texts begin with.
+        first = context.tokenizer(TEXTS[0][0])["input_ids"][0]
+        with torch.no_grad():
+            model.get_input_embeddings().weight[first] = 3e38
+        return model
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    compressors.list()  # all of the library are in before one is added for a while
+    monkeypatch.setitem(compressors._classes, "odd", Odd)
+    return Odd
+
+
+def test_a_chain_breaks_alone_whatever_it_breaks_on(odd, tmp_path):
+    chains = {"half": HALF, "half, odd, int8": [HALF, odd(how="bits"), INT8], "half, nan": [HALF, odd(how="nan")]}
+    found = swept(tmp_path, chains)
+    assert list(found.folders) == ["half"]
+    assert [entry.name for entry in found.comparison.entries] == ["base", "half"]
+    assert found.failed["half, odd, int8"] == "KeyError: 'bits'"
+    assert "must return finite logits" in found.failed["half, nan"]
+    assert (found.steps_asked, found.steps_run) == (6, 2)
+    assert "what fails does not end" in str(found)
+
+
+def test_a_sweep_of_which_nothing_is_left_has_the_base(odd, tmp_path):
+    found = swept(tmp_path, {"odd": odd(how="bits"), "nan": odd(how="nan")})
+    assert [entry.name for entry in found.comparison.entries] == ["base"]
+    assert sorted(found.failed) == ["nan", "odd"]
+
+
 @pytest.mark.slow
 def test_two_workers_on_ray_give_the_same_bytes(here, tmp_path):
     pytest.importorskip("ray").init(num_cpus=2, log_to_driver=False, include_dashboard=False)
@@ -149,7 +192,21 @@ def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(tmp_path, monkeyp
     ("change", "error", "told"),
     [
         ({"chains": {}}, lc.ConfigError, "at least one chain"),
-        ({"workers": 0}, lc.ConfigError, "workers must be at least 1, got 0"),
+        ({"chains": {"a": []}}, lc.ConfigError, "chain 'a' must have at least one step"),
+        ({"chains": {"": HALF}}, lc.ConfigError, "that a folder can have.*got ''"),
+        ({"chains": {"..": HALF}}, lc.ConfigError, r"got '\.\.'"),
+        ({"chains": {"/tmp/x": HALF}}, lc.ConfigError, "got '/tmp/x'"),
+        ({"chains": {"a": HALF, "a/b": INT8}}, lc.ConfigError, "got 'a/b'"),
+        ({"chains": {"a\\b": HALF}}, lc.ConfigError, "that a folder can have"),
+        ({"chains": {"ü" * 101: HALF}}, lc.ConfigError, "at most 200 bytes"),
+        ({"chains": {1: HALF, "1": INT8}}, lc.ConfigError, "got 1 and '1'"),
+        ({"chains": {"Half": HALF, "half": INT8}}, lc.ConfigError, "got 'Half' and 'half'"),
+        ({"workers": 0}, lc.ConfigError, "workers must be an integer of at least 1, got 0"),
+        ({"workers": "2"}, lc.ConfigError, "workers must be an integer of at least 1, got '2'"),
+        ({"threads": "2"}, lc.ConfigError, "threads must be"),
+        ({"seed": "x"}, lc.ConfigError, "seed must be an integer of at least 0, got 'x'"),
+        ({"latency": [(0, 8)]}, lc.ConfigError, "latency"),
+        ({"task": "test.csv"}, lc.ConfigError, "task must be a Task.*got 'test.csv'"),
         ({"on": "spark"}, lc.ConfigError, "'processes' or 'ray', got 'spark'"),
         ({"chains": {"odd": [INT8, HALF]}}, lc.PipelineOrderError, "MagnitudePruning cannot follow"),
         ({"chains": {"bad": {"name": "magnitude_prunning"}}}, lc.UnknownNameError, "did you mean"),
@@ -189,6 +246,28 @@ def test_orders_are_all_that_are_allowed_and_the_best_is_one_of_them(here):
         lc.orders(tiny_model("bert"), [INT8, lc.DynamicQuantization()], lc.TextClassification(TEXTS))
 
 
+def test_orders_keep_the_recovery_of_a_lone_pipeline(tmp_path):
+    given = {"tokenizer": tiny_tokenizer(), "latency": False, "progress": False, "data": TEXTS}
+    chain = lc.Pipeline(steps=[HALF, lc.StructuredPruning(ffn=0.5)], recover=TRAIN)
+    found = lc.orders(tiny_model("bert"), chain, lc.TextClassification(TEXTS), folder=tmp_path, **given)
+    assert len(found.chains) == 2
+    for chain in found.chains.values():
+        assert [type(step) for step in chain.flatten()][1::2] == [lc.KnowledgeDistillation] * 2
+    with pytest.raises(lc.ConfigError, match=r"orders\(\) must have at least one step"):
+        lc.orders(tiny_model("bert"), [], lc.TextClassification(TEXTS))
+    with pytest.raises(lc.ConfigError, match="got 'spark'"):
+        lc.orders(tiny_model("bert"), [HALF], lc.TextClassification(TEXTS), on="spark")
+
+
+def test_orders_number_steps_of_one_kind():
+    others = [lc.MagnitudePruning(sparsity=share, targets=("bert.*/x",)) for share in (0.5, 0.9)]
+    assert list(allowed_orders(others)) == [
+        "magnitude_pruning 1, magnitude_pruning 2",
+        "magnitude_pruning 2, magnitude_pruning 1",
+    ]
+    assert list(allowed_orders([HALF, HALF])) == ["magnitude_pruning, magnitude_pruning"]
+
+
 def test_the_command_line_sweeps_recipes(tmp_path, capsys):
     tiny_model("bert").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -203,5 +282,10 @@ def test_the_command_line_sweeps_recipes(tmp_path, capsys):
     assert sorted(told["folders"]) == ["one", "small"]
     assert set(told["front"]) <= {"base", "one", "small"}
     assert lc.load(tmp_path / "out" / "models" / "small").config.quantization_config
+    one = ["sweep", str(tmp_path / "model"), f"../one={tmp_path / 'one.yaml'}", *task, "--out", str(tmp_path / "no")]
+    assert main(one) == 2
+    assert "got '../one': rename it" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "one").exists()
     assert main([*command, "--orders"]) == 2
     assert "--orders must have one recipe, got 2" in capsys.readouterr().err

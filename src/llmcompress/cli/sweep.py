@@ -68,13 +68,13 @@ def sweep(
     if orders and len(chains) > 1:
         raise ConfigError(f"--orders must have one recipe, got {len(chains)}: {', '.join(chains)}.")
     asked = make_task(task, task_data, split, settings)
-    where: Any = on
     shared: dict[str, Any] = {
         "data": read_data(data, data_split),
         "tokenizer": read_tokenizer(tokenizer),
         "seed": seed,
         "folder": out,
         "workers": workers,
+        "on": on,
         "threads": threads,
         "latency": latency,
         "progress": progress,
@@ -82,9 +82,9 @@ def sweep(
     with threads_set_to(threads):
         if orders:
             (chain,) = chains.values()
-            found = run_orders(model, chain.steps, asked, **shared)
+            found = run_orders(model, chain, asked, **shared)
         else:
-            found = run(model, chains, asked, on=where, **shared)
+            found = run(model, chains, asked, **shared)
     document = {
         "comparison": found.comparison.to_dict(),
         "folders": {name: str(folder) for name, folder in found.folders.items()},

@@ -77,7 +77,7 @@ def allowed_orders(steps: Sequence[Compressor]) -> dict[str, Pipeline]:
     """Return every order of the steps that a pipeline allows, by its text.
 
     Raises:
-        ConfigError: more than five steps.
+        ConfigError: no step, or more than five.
         PipelineOrderError: no order is allowed.
 
     Example:
@@ -88,6 +88,10 @@ def allowed_orders(steps: Sequence[Compressor]) -> dict[str, Pipeline]:
         magnitude_pruning, depth_pruning, dynamic_quantization
         depth_pruning, magnitude_pruning, dynamic_quantization
     """
+    if not steps:
+        raise ConfigError(
+            "orders() must have at least one step, got none; pass [lc.DepthPruning(), lc.WandaPruning()]."
+        )
     if len(steps) > _MOST_ORDERED:
         raise ConfigError(
             f"orders() must have at most {_MOST_ORDERED} steps, got {len(steps)}; make a Pipeline of those that stay "
@@ -157,6 +161,18 @@ def _index(texts: Mapping[str, Sequence[str]], steps: Sequence[str]) -> Iterator
 
 
 def _short_names(steps: Sequence[Compressor]) -> list[str]:
-    """Name steps by their keys; where two have the same, by all they tell."""
-    keys = [str(step.to_dict()["name"]) for step in steps]
-    return [key if keys.count(key) == 1 else str(step) for key, step in zip(keys, steps, strict=True)]
+    """Name steps by their keys; different ones of the same key are numbered: all they tell would be no folder's name.
+
+    >>> import llmcompress as lc
+    >>> _short_names([lc.MagnitudePruning(sparsity=0.5), lc.DynamicQuantization(), lc.MagnitudePruning(sparsity=0.9)])
+    ['magnitude_pruning 1', 'dynamic_quantization', 'magnitude_pruning 2']
+    """
+    kinds: dict[str, list[Compressor]] = {}
+    for step in steps:
+        own = kinds.setdefault(str(step.to_dict()["name"]), [])
+        if step not in own:
+            own.append(step)
+    return [
+        key if len(kinds[key]) == 1 else f"{key} {1 + kinds[key].index(step)}"
+        for key, step in ((str(step.to_dict()["name"]), step) for step in steps)
+    ]

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoint import load
 from ..comparison import Comparison, Entry, compare
-from ..compressor import Compressor, Context
+from ..compressor import Context
 from ..distillation.cache import TeacherCache
 from ..errors import CompressionError, ConfigError, did_you_mean
-from ..evaluation.cost import Shape
-from ..evaluation.evaluate import as_tasks
+from ..evaluation.cost import Shape, plan_costs
 from ..inputs import check_inputs, refuse_quantized
 from ..measured import plan_step
 from ..pipeline import Pipeline, Step
 from ..processes import launched
 from ..report.plots import Point, pareto_front
-from .chains import allowed_orders, plan_jobs, told, with_answers
+from .asked import check_model, check_settings, read_chains, read_tasks
+from .chains import Job, allowed_orders, plan_jobs, told, with_answers
 from .launch import Team, Where, launch
-from .work import Run, Worker
+from .work import Outcome, Run, Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,8 +42,8 @@ class Sweep:
         chains: by name; those that failed as well.
         folders: where the models are: plain `from_pretrained` loads them.
         failed: why a chain gave no model.
-        steps_run: steps that were run, or read from an earlier run.
-        steps_asked: steps of all chains; the difference is what they share.
+        steps_run: steps that were finished, now or by an earlier run.
+        steps_asked: steps of all chains; the difference is what they share, and what a failure kept from running.
     """
 
     comparison: Comparison
@@ -108,7 +108,8 @@ class Sweep:
 
     def notes(self) -> list[str]:
         """Return what was shared, which models are on the front, and what failed: a line each."""
-        lines = [f"{self.steps_asked} steps were asked for, {self.steps_run} were run: chains share their beginnings."]
+        why = "chains share their beginnings" + (", and what fails does not end" if self.failed else "")
+        lines = [f"{self.steps_asked} steps were asked for, {self.steps_run} were run: {why}."]
         lines.append(f"On the front of quality and bytes on disk: {', '.join(self.front())}.")
         return lines + [f"{name} failed: {reason}" for name, reason in self.failed.items()]
 
@@ -183,17 +184,14 @@ def sweep(
         >>> sorted(found.folders), (found.steps_asked, found.steps_run)
         (['half', 'half, int8'], (3, 2))
     """
-    if isinstance(model, (str, Path)):
-        model = load(model)
-    if not isinstance(chains, Mapping) or not chains:
-        raise ConfigError("sweep() must have at least one chain; pass {'int8': lc.DynamicQuantization()}.")
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}.")
-    if on not in ("processes", "ray"):
-        raise ConfigError(f"on must be 'processes' or 'ray', got {on!r}.")
-    read = {str(name): Pipeline(steps=steps, recover=recover) for name, steps in chains.items()}
+    read = read_chains(chains, recover)
+    tasks = read_tasks(task)
+    check_settings(workers=workers, on=on, threads=threads, seed=seed, folder=folder)
+    check_model(model)
     if folder is None and launched():
         raise ConfigError("folder must be one that all processes see, got None; pass folder='sweep'.")
+    if isinstance(model, (str, Path)):
+        model = load(model)
     temporary = tempfile.TemporaryDirectory(prefix="llmcompress-") if folder is None else None
     place = Path(temporary.name if temporary is not None else str(folder)).absolute()
     read = with_answers(read, model, answers, place / "answers")
@@ -203,8 +201,9 @@ def sweep(
     context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
     here = workers == 1 and on == "processes" and not launched()
     _check(read, model, context, here=here)
-    for one in as_tasks(task):
+    for one in tasks:
         one.check(model)
+    plan_costs({"model": model}, latency=latency)
 
     jobs = plan_jobs(read)
     team = Team.meet()
@@ -217,22 +216,19 @@ def sweep(
             worker.write()
         team.wait()
         launch(run, workers, on)
-    reasons = {number: run.failure(number) for number in range(len(jobs))}
-    failed = {chain: reason for number, reason in reasons.items() if reason for chain in jobs[number].chains}
-    folders = {chain: run.model(chain) for chain in read if chain not in failed}
     if team.leads:
-        models = {_base_name(read): model, **folders}
-        found = compare(models, task, tokenizer=tokenizer, latency=latency, progress=progress)
+        found = _compared(run, jobs, model, tasks, tokenizer=tokenizer, latency=latency, progress=progress)
         found.save(run.comparison)
     team.wait()
     if team.leads:
         run.forget_base()
+    failed = _failed(run, jobs)
     return Sweep(
         comparison=Comparison.from_json(run.comparison.read_text(encoding="utf-8")),
         chains=read,
-        folders=folders,
+        folders={chain: run.model(chain) for chain in read if chain not in failed},
         failed=failed,
-        steps_run=sum(len(job.steps) - (len(jobs[job.before].steps) if job.before is not None else 0) for job in jobs),
+        steps_run=_steps_run(run, jobs),
         steps_asked=len(flat),
         _temporary=temporary,
     )
@@ -240,14 +236,17 @@ def sweep(
 
 def orders(
     model: PreTrainedModel | str | Path,
-    steps: Sequence[Compressor | Mapping[str, Any] | str],
+    steps: Step | Sequence[Step],
     task: Task | Sequence[Task],
     *,
     data: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    recover: Step | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
+    answers: TeacherCache | None = None,
     workers: int = 1,
+    on: Where = "processes",
     threads: int | None = None,
     latency: bool | Sequence[Shape] = True,
     progress: bool = True,
@@ -256,13 +255,17 @@ def orders(
 
     Args:
         model: a Hugging Face model, or a folder or hub name.
-        steps: two to five; a `Pipeline` among them keeps its order.
+        steps: at most five; a `Pipeline` among them keeps its order. Of one that is alone the steps are taken, and its
+            `recover`. Where several are of one kind, the names of the orders number them.
         task: that the orders are compared on.
         data: training or calibration examples.
         tokenizer: for the texts.
+        recover: a `KnowledgeDistillation` behind every step that changes weights, in place of a lone pipeline's own.
         seed: of every order.
         folder: where stages and models are, as in `lc.sweep`.
+        answers: the teacher's answers that all distillations read, as in `lc.sweep`.
         workers: how many orders are worked on at once.
+        on: "processes" of this machine, or the workers of a "ray" cluster.
         threads: of torch, in each worker.
         latency: whether to time the models, or the shapes at which to.
         progress: whether bars are shown.
@@ -286,16 +289,21 @@ def orders(
         >>> found.best() in found.chains
         True
     """
-    tried = allowed_orders(Pipeline(steps=steps).steps)
+    chain = Pipeline(steps=steps, recover=recover)
+    while len(chain.steps) == 1 and isinstance(alone := chain.steps[0], Pipeline):
+        chain = alone if chain.recover is None else alone.model_copy(update={"recover": chain.recover})
     return sweep(
         model,
-        tried,
+        allowed_orders(chain.steps),
         task,
         data=data,
         tokenizer=tokenizer,
+        recover=chain.recover,
         seed=seed,
         folder=folder,
+        answers=answers,
         workers=workers,
+        on=on,
         threads=threads,
         latency=latency,
         progress=progress,
@@ -321,7 +329,62 @@ def _check(chains: Mapping[str, Pipeline], model: PreTrainedModel, context: Cont
             raise type(error)(f"chain {name!r}: {error}") from error
 
 
-def _base_name(chains: Mapping[str, Pipeline]) -> str:
+def _compared(
+    run: Run,
+    jobs: Sequence[Job],
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    latency: bool | Sequence[Shape],
+    progress: bool,
+) -> Comparison:
+    """Compare what the jobs made; a model that breaks on the tasks fails its chains, and the others are compared."""
+    failed = _failed(run, jobs)
+    folders = {chain: run.model(chain) for job in jobs for chain in job.chains if chain not in failed}
+    base = _base_name([chain for job in jobs for chain in job.chains])
+    try:
+        models = {base: model, **folders}
+        return compare(models, tasks, tokenizer=tokenizer, latency=latency, progress=progress)
+    except Exception:
+        made = {number: job for number, job in enumerate(jobs) if any(chain in folders for chain in job.chains)}
+        reasons = {number: _breaks(run.model(job.chains[0]), tasks, tokenizer) for number, job in made.items()}
+        broken = {number: reason for number, reason in reasons.items() if reason is not None}
+        if not broken:
+            raise
+    for number, reason in broken.items():
+        run.end(number, Outcome(len(jobs[number].steps), reason))
+        folders = {chain: folder for chain, folder in folders.items() if chain not in jobs[number].chains}
+    return compare({base: model, **folders}, tasks, tokenizer=tokenizer, latency=latency, progress=progress)
+
+
+def _breaks(folder: Path, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Return why a model cannot be scored, or None."""
+    try:
+        compare({"model": folder}, tasks, tokenizer=tokenizer, latency=False, progress=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _failed(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
+    outcomes = [run.outcome(number) for number in range(len(jobs))]
+    return {
+        chain: outcome.failed
+        for job, outcome in zip(jobs, outcomes, strict=True)
+        if outcome is not None and outcome.failed is not None
+        for chain in job.chains
+    }
+
+
+def _steps_run(run: Run, jobs: Sequence[Job]) -> int:
+    """Count the steps that were finished, those that chains share once."""
+    outcomes = [run.outcome(number) for number in range(len(jobs))]
+    begun = [0 if job.before is None else len(jobs[job.before].steps) for job in jobs]
+    return sum(max(one.finished - before, 0) for one, before in zip(outcomes, begun, strict=True) if one is not None)
+
+
+def _base_name(chains: Collection[str]) -> str:
     return next(name for name in ("base", "original", uuid.uuid4().hex) if name not in chains)
 
 

@@ -7,6 +7,7 @@ folder, so that whatever starts processes will do.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import load, save
 from ..data import Example, Span, find_tokenizer
-from ..errors import BusyError, CompressionError
+from ..errors import BusyError
 from ..evaluation.inference import threads_set_to
 from ..locks import locked
 from ..pipeline import Pipeline, compress
 from ..registry import compressors
+from ..resume import Stages
 from ..tensor_files import write_json
 from .chains import Job
 
@@ -33,6 +35,19 @@ if TYPE_CHECKING:
 _PAUSE = 0.2
 # What launchers of distributed training tell a process: a worker works alone.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        finished: steps from the model on that were run, or read from an earlier run.
+        failed: why there is no model of use, or None.
+    """
+
+    finished: int
+    failed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,25 +86,21 @@ class Run:
         """Return where the model that a chain made is."""
         return self.folder / "models" / chain
 
-    def failure(self, number: int) -> str | None:
-        """Return why a job failed, or None."""
-        path = self.place / f"{number}.failed"
-        return path.read_text(encoding="utf-8") if path.exists() else None
+    def outcome(self, number: int) -> Outcome | None:
+        """Return how a job ended, or None where it has not."""
+        path = self._mark(number)
+        return Outcome(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
-    def is_over(self, number: int) -> bool:
-        """Tell whether a job was done, or failed."""
-        return any((self.place / f"{number}.{mark}").exists() for mark in ("done", "failed"))
-
-    def end(self, number: int, failed: str | None) -> None:
-        """Mark a job as done, or as failed for the reason given."""
-        if failed is None:
-            (self.place / f"{number}.done").touch()
-        else:
-            (self.place / f"{number}.failed").write_text(failed, encoding="utf-8")
+    def end(self, number: int, outcome: Outcome) -> None:
+        """Tell how a job ended."""
+        write_json(asdict(outcome), self._mark(number))
 
     def forget_base(self) -> None:
         """Delete the copy of the model that the workers read."""
         shutil.rmtree(self.base, ignore_errors=True)
+
+    def _mark(self, number: int) -> Path:
+        return self.place / f"{number}.over.json"
 
 
 @dataclass(frozen=True)
@@ -160,26 +171,27 @@ class Worker:
         """Do jobs until all are over, by whomever."""
         numbers = range(len(self.jobs))
         with threads_set_to(self.threads):
-            while left := [number for number in numbers if not self.run.is_over(number)]:
+            while left := [number for number in numbers if self.run.outcome(number) is None]:
                 if not any(self._try(number) for number in left):
                     time.sleep(_PAUSE)
 
     def _try(self, number: int) -> bool:
         """Do a job if it can be done now; tell whether it is over."""
         before = self.jobs[number].before
-        if before is not None and not self.run.is_over(before):
+        earlier = None if before is None else self.run.outcome(before)
+        if before is not None and earlier is None:
             return False
         try:
             with locked(self.run.place / f"{number}.lock", "another worker does it"):
-                if not self.run.is_over(number):
-                    self.run.end(number, (None if before is None else self.run.failure(before)) or self._do(number))
+                if self.run.outcome(number) is None:
+                    broken = earlier is not None and earlier.failed is not None
+                    self.run.end(number, earlier if earlier is not None and broken else self._do(self.jobs[number]))
         except BusyError:
             return False
         return True
 
-    def _do(self, number: int) -> str | None:
-        """Do a job, and return why it failed, or None."""
-        job = self.jobs[number]
+    def _do(self, job: Job) -> Outcome:
+        """Do a job, and tell how it ended."""
         try:
             result = compress(
                 self.base,
@@ -192,10 +204,15 @@ class Worker:
             )
             for chain in job.chains:
                 result.save_pretrained(self.run.model(chain))
-        # What a chain breaks on must not take the others with it; all of it is told.
-        except (CompressionError, RuntimeError, ValueError, OSError, MemoryError) as error:
-            return f"{type(error).__name__}: {error}"
-        return None
+        # What a chain breaks on, of whatever kind, must not take the others with it; all of it is told.
+        except Exception as error:
+            return Outcome(self._finished(job), f"{type(error).__name__}: {error}")
+        return Outcome(len(job.steps))
+
+    def _finished(self, job: Job) -> int:
+        """Count the steps of a job that failed whose stages are there."""
+        stages = Stages(self.run.stages, self.base, self.data, self.seed, self.tokenizer)
+        return sum(1 for _ in itertools.takewhile(lambda step: stages.find(step) is not None, job.steps))
 
 
 def work_alone(folder: str, name: str) -> None:
