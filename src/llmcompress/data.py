@@ -7,7 +7,9 @@ files, and names of data sets on the Hugging Face hub.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,12 +160,13 @@ def read_labels(model: PreTrainedModel, examples: Sequence[Example], *, regressi
     for index, example in enumerate(examples):
         label = example.label
         if regression:
-            if not isinstance(label, (int, float)):
-                raise ConfigError(f"data[{index}].label must be a number for a regression head, got {label!r}.")
+            if not isinstance(label, (int, float)) or not math.isfinite(label):
+                raise ConfigError(f"data[{index}].label must be a finite number for a regression head, got {label!r}.")
             labels.append(float(label))
             continue
         number = names.get(label) if isinstance(label, str) else label
-        if not isinstance(number, (int, float)) or number != int(number) or not 0 <= number < model.config.num_labels:
+        # The range first: what is in it is finite, and can be made an integer.
+        if not isinstance(number, (int, float)) or not 0 <= number < model.config.num_labels or int(number) != number:
             raise ConfigError(
                 f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, "
                 f"or one of {', '.join(list(names)[:8])}), got {label!r}."
@@ -271,28 +274,55 @@ def _read(source: str | Path, split: str, name: str) -> Iterable[Any]:
     if path.is_file():
         kind = path.suffix.lower()
         if kind in {".csv", ".tsv"}:
-            return _read_table(path, "\t" if kind == ".tsv" else ",")
+            return _read_table(path, "\t" if kind == ".tsv" else ",", name)
         if kind in {".jsonl", ".json"}:
             return _read_json(path, name)
         if kind == ".txt":
-            return [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+            return [text for text in _decoded(path, name).replace("\r\n", "\n").split("\n\n") if text.strip()]
         raise ConfigError(f"{name} must be a .csv, .tsv, .jsonl, .json or .txt file, got {path.name!r}.")
     if path.suffix.lower() in {".csv", ".tsv", ".jsonl", ".json", ".txt"}:
         raise MissingInputError(f"{name}: there is no file {str(path)!r}.")
     import datasets
 
-    return datasets.load_dataset(str(source), split=split)
+    try:
+        return datasets.load_dataset(str(source), split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise MissingInputError(
+            f"{name}: there is no file and no hub data set {str(source)!r} with a split {split!r} that can be read; "
+            f"pass the path of a .csv, .tsv, .jsonl, .json or .txt file, or look at the name. datasets says: {reason}"
+        ) from error
+
+
+def _decoded(path: Path, name: str) -> str:
+    """Return what stands in a file of UTF-8, without the byte order mark that Excel writes; line ends as they are."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{name}: {path.name} must be UTF-8, got the byte 0x{error.object[error.start]:02x} in line {line}; "
+            "save the file as UTF-8."
+        ) from error
 
 
 def _read_json(path: Path, name: str) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+    text = _decoded(path, name)
+    if path.suffix.lower() == ".json":
+        rows = _parsed(text, 1, path, name)
+        return rows if isinstance(rows, list) else [rows]
+    # Not `splitlines`: a text may hold U+2028, which JSON does not escape.
+    return [_parsed(line, number, path, name) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _parsed(text: str, line: int, path: Path, name: str) -> Any:
+    """Read JSON that begins in `line` of a file."""
     try:
-        if path.suffix.lower() == ".json":
-            rows = json.loads(text)
-            return rows if isinstance(rows, list) else [rows]
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: {path.name} is not valid JSON at line {error.lineno}: {error.msg}.") from error
+        line += error.lineno - 1
+        raise ConfigError(f"{name}: {path.name} is not valid JSON at line {line}: {error.msg}.") from error
 
 
 class _BareTabs(csv.excel_tab):
@@ -301,19 +331,63 @@ class _BareTabs(csv.excel_tab):
     quoting = csv.QUOTE_NONE
 
 
-def _read_table(path: Path, delimiter: str) -> list[Any]:
-    with path.open(encoding="utf-8", newline="") as file:
-        dialect = "excel" if delimiter == "," else _BareTabs
-        rows = [row for row in csv.reader(file, dialect) if row]
+def _read_table(path: Path, delimiter: str, name: str) -> list[Any]:
+    rows = _split_rows(path, delimiter, name)
     if not rows:
         return []
-    header = [cell.strip().lower() for cell in rows[0]]
-    if any(column in header for column in (*_TEXT, *_LABEL, *_OTHER)):
+    _, first = rows[0]
+    header = [cell.strip().lower() for cell in first]
+    named = _names_columns(header)
+    other = next((one for one in ";,\t" if len(first) == 1 and _names_columns(header[0].split(one))), None)
+    if not named and other is not None:
+        raise ConfigError(
+            f"{name}: {path.name} must have {delimiter!r} between its columns, got {other!r} in its header "
+            f"{first[0]!r:.80}; save it with commas as .csv, or with tabs as .tsv."
+        )
+    for line, row in rows:
+        if len(row) != len(first):
+            raise ConfigError(
+                f"{name}: {path.name}, line {line} must have {len(first)} columns as the first line has, got "
+                f"{len(row)}; {_REMEDY[delimiter]}."
+            )
+    if named:
         return [
-            {key: _number(value) if key in _LABEL else value for key, value in zip(header, row, strict=False)}
-            for row in rows[1:]
+            {key: _number(value) if key in _LABEL else value for key, value in zip(header, row, strict=True)}
+            for _, row in rows[1:]
         ]
-    return [row[0] if len(row) == 1 else (*row[:-1], _number(row[-1])) for row in rows]
+    return [row[0] if len(row) == 1 else (*row[:-1], _number(row[-1])) for _, row in rows]
+
+
+_REMEDY = {
+    ",": 'put a text that holds commas, quotes or line ends in "quotes", and double each quote in it',
+    "\t": "take tabs out of the texts, or save it as .csv",
+}
+
+
+def _split_rows(path: Path, delimiter: str, name: str) -> list[tuple[int, list[str]]]:
+    """Return the rows of a table that are not empty, each with the line it begins in."""
+    text = _decoded(path, name)
+    rows = []
+    line = 1
+    most = csv.field_size_limit()
+    reader = csv.reader(io.StringIO(text, newline=""), "excel" if delimiter == "," else _BareTabs, strict=True)
+    try:
+        csv.field_size_limit(max(most, len(text)))  # a document may be longer than csv's 128 KiB; the limit is global
+        for row in reader:
+            if row:
+                rows.append((line, row))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(
+            f"{name}: {path.name} is no valid table in the row of line {line}: {error}; {_REMEDY[delimiter]}."
+        ) from error
+    finally:
+        csv.field_size_limit(most)
+    return rows
+
+
+def _names_columns(cells: Iterable[str]) -> bool:
+    return any(cell.strip() in (*_TEXT, *_LABEL, *_OTHER) for cell in cells)
 
 
 def _number(text: str) -> Label:
