@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.errors import CompressionError, ConfigError, MissingInputError, UnsupportedModelError
+from llmcompress.errors import CheckpointError, CompressionError, ConfigError, MissingInputError, UnsupportedModelError
 from llmcompress.evaluation.scoring import score_models
 from llmcompress.evaluation.tasks import CustomTask, ExampleResult, QuestionAnswering, TextGeneration
 from llmcompress.evaluation.tasks.overlap import bleu, chrf
@@ -33,7 +33,9 @@ XQUAD = ASSETS / "xquad" / "xquad.en.json"
 
 
 def score(model, task, tokenizer, **settings):
-    return task.evaluate(model, tokenizer, progress=False, **settings)
+    found = task.evaluate(model, tokenizer, progress=False, **settings)
+    assert set(found.metrics) <= set(task.metric_names)  # by which wrong names are refused before any work
+    return found
 
 
 # --- SQuAD's metrics -------------------------------------------------------------------------------------------------
@@ -607,6 +609,20 @@ def test_a_folder_of_either_kind_is_loaded(family: str, tmp_path, tokenizer) -> 
     task = TextGeneration(PROMPTS, max_new_tokens=5)
     found = lc.evaluate(tmp_path, task, latency=False, progress=False)
     assert found.score.examples == score(model, task, tokenizer).examples
+
+
+def test_a_bare_encoder_may_lack_its_pooler_and_a_head_none_of_its_weights(tmp_path, tokenizer) -> None:
+    tiny_model("roberta").save_pretrained(tmp_path)  # a classifier, which has no pooler
+    tokenizer.save_pretrained(tmp_path)
+
+    def width(model, tokenizer, text):
+        return model(**tokenizer(text, return_tensors="pt")).last_hidden_state.shape[-1]
+
+    task = CustomTask(["a"], function=width, scale="difference")
+    assert lc.evaluate(tmp_path, task, latency=False, progress=False).score.value == 64
+    lacking = r"saved as RobertaForSequenceClassification .* lm_head\.bias, .*which RobertaForMaskedLM needs"
+    with pytest.raises(CheckpointError, match=lacking):
+        lc.evaluate(tmp_path, CustomTask(["a"], function=width, head="AutoModelForMaskedLM"), latency=False)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])

@@ -17,7 +17,9 @@ from llmcompress.testing import tiny_model
 
 
 def score(model, task, tokenizer, **settings):
-    return task.evaluate(model, tokenizer, progress=False, **settings)
+    found = task.evaluate(model, tokenizer, progress=False, **settings)
+    assert set(found.metrics) <= set(task.metric_names)  # by which wrong names are refused before any work
+    return found
 
 
 def classifier(labels: int, problem: str | None = None, *, seed: int = 0):

@@ -38,7 +38,10 @@ WORDS = TEXT.split()
 
 
 def score(model, task, tokenizer, **settings):
-    return task.evaluate(model, tokenizer, progress=False, **settings)
+    found = task.evaluate(model, tokenizer, progress=False, **settings)
+    # By these names wrong ones are refused before any work; what lm_eval measures only its run tells.
+    assert task.metric_names is None or set(found.metrics) <= set(task.metric_names)
+    return found
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ def measured(*data, **settings):
 
 
 def score(model, task, tokenizer, **settings):
-    return task.evaluate(model, tokenizer, progress=False, **settings)
+    found = task.evaluate(model, tokenizer, progress=False, **settings)
+    assert set(found.metrics) <= set(task.metric_names)  # by which wrong names are refused before any work
+    return found
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def test_names_of_classes_are_read_from_the_config(tokenizer) -> None:
         score(model, TextClassification([("x", "goood")]), tokenizer)
 
 
-@pytest.mark.parametrize("label", [2, -1, 0.5, 7])
+@pytest.mark.parametrize("label", [2, -1, 0.5, 7, math.nan, math.inf])
 def test_labels_out_of_range_are_named(label, tokenizer) -> None:
     with pytest.raises(ConfigError, match=rf"data\[1\] must have a label in \[0, 2\), got {label}"):
         score(tiny_model("bert"), TextClassification([("x", 0), ("y", label)]), tokenizer)

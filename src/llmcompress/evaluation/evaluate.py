@@ -125,6 +125,7 @@ def evaluate(
 
     Raises:
         MissingInputError: no tokenizer was passed or found, or the data is empty.
+        CheckpointError: the folder cannot be loaded, or has no weights for the head that the first task needs.
         UnsupportedModelError: the model's head does not fit a task, or it cannot generate.
         ConfigError: a label or a setting is out of range.
         CompressionError: the model returns NaN.
@@ -171,8 +172,11 @@ def as_tasks(task: Task | Sequence[Task]) -> tuple[Task, ...]:
 def load_model(source: PreTrainedModel | str | Path, task: Task) -> PreTrainedModel:
     """Return `source` if it is a model, else load it with the head that `task` needs.
 
+    A part without saved weights would be random, and be scored as if it were the model: it is refused, but for the
+    pooler of a bare encoder (`AutoModel`), which few checkpoints hold and no head needs.
+
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or it has no weights for a part of the model.
         ConfigError: it is neither a model nor a name.
     """
     import transformers
@@ -186,9 +190,17 @@ def load_model(source: PreTrainedModel | str | Path, task: Task) -> PreTrainedMo
         # Texts are written by both kinds, which no one class of transformers loads.
         if head == "AutoModelForCausalLM" and transformers.AutoConfig.from_pretrained(source).is_encoder_decoder:
             head = "AutoModelForSeq2SeqLM"
-        return getattr(transformers, head).from_pretrained(source).eval()
-    except (OSError, ValueError) as error:
+        model, info = getattr(transformers, head).from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{head} cannot load {str(source)!r}: {error}") from error
+    missing = [name for name in sorted(info["missing_keys"]) if head != "AutoModel" or "pooler." not in name]
+    if missing:
+        raise CheckpointError(
+            f"{str(source)!r} was saved as {', '.join(model.config.architectures or ['a model of no class'])} and has "
+            f"no weights for {', '.join(missing[:4])}, which {type(model).__name__} needs; pass a model that was "
+            f"fine-tuned with this head, or choose a task that the saved head fits."
+        )
+    return model.eval()
 
 
 def _cost_rows(found: Evaluation) -> list[tuple[str, str]]:

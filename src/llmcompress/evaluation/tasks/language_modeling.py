@@ -85,6 +85,7 @@ class LanguageModeling(ForwardTask):
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     unit: ClassVar[str] = "window"
+    metric_names: ClassVar[Sequence[str] | None] = ("perplexity", "nll", "bits_per_byte")
     kinds: ClassVar[Mapping[str, MetricKind]] = {
         "perplexity": MetricKind(scale="ratio", lower_is_better=True),
         "nll": MetricKind(scale="difference", lower_is_better=True),

@@ -63,6 +63,7 @@ class MaskedLanguageModeling(ForwardTask):
 
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     unit: ClassVar[str] = "mask"
+    metric_names: ClassVar[Sequence[str] | None] = ("pseudo_perplexity", "nll")
     kinds: ClassVar[Mapping[str, MetricKind]] = {
         "pseudo_perplexity": MetricKind(scale="ratio", lower_is_better=True),
         "nll": MetricKind(scale="difference", lower_is_better=True),

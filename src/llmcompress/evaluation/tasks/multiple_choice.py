@@ -77,6 +77,7 @@ class MultipleChoice(ForwardTask):
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     unit: ClassVar[str] = "choice"
+    metric_names: ClassVar[Sequence[str] | None] = ("accuracy", "accuracy_norm")
 
     def __post_init__(self) -> None:
         try:

@@ -86,6 +86,7 @@ class QuestionAnswering(ForwardTask):
 
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     unit: ClassVar[str] = "window"
+    metric_names: ClassVar[Sequence[str] | None] = ("f1", "exact_match")
 
     def __post_init__(self) -> None:
         check_positive("QuestionAnswering.window", self.window, least=2)

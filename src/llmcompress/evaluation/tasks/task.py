@@ -138,6 +138,9 @@ class Task(ABC):
     kinds: ClassVar[Mapping[str, MetricKind]] = {}
     """Metrics that are not a share of [0, 1] where more is better."""
 
+    metric_names: ClassVar[Sequence[str] | None] = None
+    """Every metric that a score may have, by which a wrong name is refused before any work; None: only a run tells."""
+
     def __post_init__(self) -> None:
         _ = self.examples
 

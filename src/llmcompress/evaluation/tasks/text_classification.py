@@ -61,6 +61,18 @@ class TextClassification(ForwardTask):
     average: Literal["macro", "binary"] = "macro"
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    metric_names: ClassVar[Sequence[str] | None] = (
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "f1_micro",
+        "f1_macro",
+        "subset_accuracy",
+        "pearson",
+        "spearman",
+        "rmse",
+    )
     kinds: ClassVar[Mapping[str, MetricKind]] = {
         "pearson": MetricKind(scale="difference"),
         "spearman": MetricKind(scale="difference"),
@@ -159,7 +171,8 @@ class TextClassification(ForwardTask):
                 f"TextClassification.data[{position}] has the label {found!r}, which config.label2id does not "
                 f"know{hint} Known: {', '.join(classes.names)}."
             )
-        if not isinstance(found, (int, float)) or int(found) != found or not 0 <= found < classes.number:
+        # The range first: what is in it is finite, and can be made an integer.
+        if not isinstance(found, (int, float)) or not 0 <= found < classes.number or int(found) != found:
             unlabelled = " (-1 marks the unlabelled test splits of the hub)" if found == -1 else ""
             raise ConfigError(
                 f"TextClassification.data[{position}] must have a label in [0, {classes.number}), "

@@ -78,6 +78,15 @@ class TextGeneration(Task):
     bleu_tokenize: str = "13a"
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    metric_names: ClassVar[Sequence[str] | None] = (
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "bleu",
+        "chrf",
+        "exact_match",
+        "tokens",
+    )
     kinds: ClassVar[Mapping[str, MetricKind]] = {
         "bleu": MetricKind(scale="difference"),
         "chrf": MetricKind(scale="difference"),
@@ -92,6 +101,8 @@ class TextGeneration(Task):
             check_positive(f"TextGeneration.{name}", getattr(self, name))
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"TextGeneration.stop must be strings such as ['\\n'], got {self.stop!r}.")
+        if not isinstance(self.stemmer, bool):
+            raise ConfigError(f"TextGeneration.stemmer must be True or False, got {self.stemmer!r}.")
         if "{" not in self.template:
             raise ConfigError(f"TextGeneration.template must name a column such as {{prompt}}, got {self.template!r}.")
         super().__post_init__()

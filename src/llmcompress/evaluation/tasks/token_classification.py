@@ -82,6 +82,7 @@ class TokenClassification(ForwardTask):
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     unit: ClassVar[str] = "window"
+    metric_names: ClassVar[Sequence[str] | None] = ("f1", "precision", "recall", "accuracy")
 
     def __post_init__(self) -> None:
         check_positive("TokenClassification.max_length", self.max_length, least=4)
