@@ -11,6 +11,7 @@ import torch
 import llmcompress as lc
 from llmcompress.claims import Condition
 from llmcompress.cli import main
+from llmcompress.cli.options import make_task
 from llmcompress.testing import tiny_model
 
 
@@ -72,6 +73,9 @@ def test_a_condition_that_holds_gives_status_1_and_the_number(place: Path, capsy
         (["--task", "text_classification", "--data", "DATA", "--html", "report.pdf"], "must end in .html"),
         (["--task", "text_classification", "--data", "DATA", "--fail-if", "accuracy drop"], "NAME SIGN NUMBER"),
         (["--task", "text_classification", "--data", "DATA", "--tokenizer", "nowhere/at/all"], "cannot be loaded"),
+        (["--task", "text_classification", "--data", "nofile"], "no file and no hub data set 'nofile'"),
+        (["--task", "custom", "--data", "DATA"], "which only Python can pass"),
+        (["--task", "text_classification", "--data", "DATA", "--set", "max_length=["], "must be a YAML value, got '['"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(place: Path, capsys, arguments: list[str], message: str) -> None:
@@ -80,6 +84,53 @@ def test_bad_input_is_one_line_and_status_2(place: Path, capsys, arguments: list
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_only_tasks_that_the_command_line_can_build_are_named(capsys) -> None:
+    assert main(["evaluate", "absent", "--task", "costum", "--data", "x.csv"]) == 2
+    known = capsys.readouterr().err.partition("must be one of: ")[2]
+    assert "text_classification" in known
+    assert "custom" not in known
+
+
+def test_settings_are_texts_where_the_task_declares_text_and_else_what_a_recipe_reads(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"text": "a", "prompt": "a", "reference": "b"}))
+    data = str(tmp_path / "asked.jsonl")
+    asked = make_task("language_modeling", data, "test", ["join=no", "window=0x10", "max_windows=~", "bos=never"])
+    assert (asked.join, asked.window, asked.max_windows, asked.bos) == ("no", 16, None, "never")
+    settings = ["template=Q: {text}", "reference=reference", "measures=[exact_match]", "stemmer=false"]
+    written = make_task("text_generation", data, "test", settings)
+    assert (written.template, list(written.measures), written.stemmer) == ("Q: {text}", ["exact_match"], False)
+    with pytest.raises(lc.ConfigError, match=r"window must be an integer .* got '2:4'"):
+        make_task("language_modeling", data, "test", ["window=2:4"])
+    with pytest.raises(lc.ConfigError, match="stemmer must be True or False, got 'no'"):
+        make_task("text_generation", data, "test", ["stemmer=no"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("acuracy_drop>0.1", "did you mean 'accuracy_drop'"),
+        ("perplexity_ratio>1", "There may be: accuracy, accuracy_drop"),
+        ("speedup<1", "--no-latency leaves out"),
+    ],
+)
+def test_a_condition_on_what_is_not_measured_is_refused_before_any_model_is_read(
+    place: Path, capsys, condition: str, message: str
+) -> None:
+    # These models do not exist: who reads them first says so.
+    assert main(["compare", "absent/one", "absent/two", *on_films(place), "--fail-if", condition]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_head_without_saved_weights_is_not_scored(place: Path, tokenizer, capsys) -> None:
+    tiny_model("gpt2").save_pretrained(place / "writer")
+    tokenizer.save_pretrained(place / "writer")
+    for arguments in (["evaluate", str(place / "writer")], ["compare", str(place / "base"), str(place / "writer")]):
+        assert main([*arguments, *on_films(place)]) == 2
+        error = capsys.readouterr().err
+        assert "was saved as GPT2LMHeadModel and has no weights for score.weight" in error
+        assert "GPT2ForSequenceClassification needs" in error
 
 
 def test_two_models_of_one_name_are_refused(place: Path, capsys) -> None:

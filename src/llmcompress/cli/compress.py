@@ -89,6 +89,8 @@ def compress(
     check_endings({".json": json})
     if (task is None) != (task_data is None):
         raise ConfigError("compress must have --task NAME and --task-data DATA together, or neither; got one of them.")
+    if task is None and settings:
+        raise ConfigError(f"--set {settings[0]} is a setting of a task; pass --task NAME --task-data DATA, or drop it.")
     from ..checkpoint import refuse_foreign
     from ..evaluation.inference import threads_set_to
     from ..gates import failures
@@ -96,6 +98,13 @@ def compress(
     from ..pipeline import compress as run
 
     gates = _gates(max_drop or (), max_perplexity_ratio, min_agreement)
+    if gates and task is None:
+        raise ConfigError("a gate needs a task to measure on; pass --task NAME --task-data DATA.")
+    if on_fail is not OnFail.rollback and not gates:
+        raise ConfigError(
+            f"--on-fail {on_fail.value} needs a gate that can fail; pass --max-drop, --max-perplexity-ratio or "
+            "--min-agreement, or drop it."
+        )
     chain = Pipeline.from_yaml(recipe)
     refuse_foreign(out)  # now, and not when hours of work are to be written
     asked = None if task is None or task_data is None else make_task(task, task_data, split, settings)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ClaimError
+from ..errors import ClaimError, ConfigError, did_you_mean
 from .options import (
     PRINTED,
     BatchSize,
@@ -26,6 +27,10 @@ from .options import (
     read_tokenizer,
     tell,
 )
+
+if TYPE_CHECKING:
+    from ..claims import Condition
+    from ..evaluation.tasks import Task
 
 _Latency = Annotated[bool, typer.Option(help="time the forward pass")]
 _Memory = Annotated[bool, typer.Option("--memory", help="measure peak memory in a fresh process")]
@@ -93,6 +98,7 @@ def compare(
     places = {".html": html, ".md": markdown, ".json": json, ".csv": csv}
     check_endings(places)
     asked = make_task(task, data, split, settings)
+    _check_numbers(conditions, asked, latency)
     with threads_set_to(threads):
         found = measure(
             name_places([base, *candidates], "model", lambda place: place.name),
@@ -114,3 +120,22 @@ def compare(
     ]
     if failed:
         raise ClaimError("; ".join(failed) + ".")
+
+
+def _check_numbers(conditions: Sequence[Condition], task: Task, latency: bool) -> None:
+    """Refuse conditions on numbers that the comparison cannot have, before anything is measured."""
+    from ..evaluation.tasks import ForwardTask
+
+    for condition in conditions:
+        if condition.name == "speedup" and not latency:
+            raise ConfigError(f"--fail-if '{condition}' needs times, which --no-latency leaves out; drop one of them.")
+        if task.metric_names is None:  # only the run tells them
+            continue
+        metrics = [f"{name}{ending}" for name in task.metric_names for ending in ("", "_drop", "_ratio")]
+        known = [*metrics, "smaller", "speedup", *(("agreement", "kl") if isinstance(task, ForwardTask) else ())]
+        if condition.name not in known:
+            hint = did_you_mean(condition.name, known) or "."
+            raise ConfigError(
+                f"--fail-if must be about a number of the comparison, got {condition.name!r}{hint} "
+                f"There may be: {', '.join(known)}."
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..errors import CheckpointError, ConfigError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from ..data import Example
@@ -46,6 +46,7 @@ Json = Annotated[
 ]
 
 PRINTED = Path("-")
+_ONLY_PYTHON = "custom"
 
 
 def tell(text: str, document: str, json: Path | None) -> None:
@@ -75,16 +76,23 @@ def make_task(name: str, data: str, split: str, settings: Sequence[str] | None) 
 
     Raises:
         UnknownNameError: no task has this name.
-        ConfigError: a setting is none of the task's, or out of range.
+        ConfigError: the task needs Python; or a setting is none of the task's, or out of range.
     """
     from dataclasses import fields
 
-    import yaml
-
     from ..registry import tasks as known
 
+    if name == _ONLY_PYTHON:
+        raise ConfigError(
+            f"--task {name} needs a function of yours, which only Python can pass: lc.CustomTask(data, function=...)."
+        )
+    if name not in known:
+        names = [one for one in known if one != _ONLY_PYTHON]
+        raise UnknownNameError(
+            f"no task is called {name!r}{did_you_mean(name, names) or '.'} --task must be one of: {', '.join(names)}."
+        )
     task: Any = known.get(name)
-    allowed = {field.name for field in fields(task)} - {"data", "split", "tokenizer"}
+    allowed = {field.name: field.type for field in fields(task) if field.name not in {"data", "split", "tokenizer"}}
     given: dict[str, Any] = {"split": split}
     for text in settings or ():
         field, equals, value = text.partition("=")
@@ -93,11 +101,27 @@ def make_task(name: str, data: str, split: str, settings: Sequence[str] | None) 
                 f"--set must be FIELD=VALUE with a field of {name}, got {text!r}{did_you_mean(field, allowed) or '.'} "
                 f"It has: {', '.join(sorted(allowed))}."
             )
-        try:
-            given[field] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {field} must be a YAML value, got {value!r}.") from error
+        given[field] = value if _is_text(allowed[field]) else _plain(field, value)
     return task(data, **given)
+
+
+def _is_text(declared: Any) -> bool:
+    """Tell whether a field is declared as text, by its annotation or what that is written as.
+
+    >>> [_is_text(one) for one in ("str", "str | None", str | None, "int | None", "Sequence[str]", "str | int")]
+    [True, True, True, False, False, False]
+    """
+    return declared in (str, str | None, "str", "str | None", "str | Path | None")
+
+
+def _plain(field: str, value: str) -> Any:
+    """Read a value as a recipe would: `2:4` and `no` are texts, `[a, b]` is a list."""
+    from ..recipe.document import read
+
+    try:
+        return read(value).plain() if value.strip() else None
+    except ConfigError as error:
+        raise ConfigError(f"--set {field} must be a YAML value, got {value!r}.") from error
 
 
 def read_data(source: str | None, split: str) -> list[Example] | None:
