@@ -32,6 +32,7 @@ def test_steps_by_object_name_and_dict(bert):
     [
         (["magnitude_prunning"], lc.UnknownNameError, "did you mean 'magnitude_pruning'"),
         ([{"name": "magnitude_pruning", "sparsity": 1.5}], lc.ConfigError, r"sparsity must be in \(0, 1\), got 1\.5"),
+        ([{"name": "magnitude_pruning", "sparsity": True}], lc.ConfigError, "sparsity must be a number, got True"),
         ([{"name": "magnitude_pruning", "sparsit": 0.5}], lc.ConfigError, "did you mean 'sparsity'"),
         ([lc.DynamicQuantization(), lc.MagnitudePruning()], lc.PipelineOrderError, "put DynamicQuantization last"),
         ([lc.DynamicQuantization(), lc.DynamicQuantization()], lc.PipelineOrderError, "cannot follow"),
@@ -61,6 +62,11 @@ def test_bad_inputs_are_refused(bert, tmp_path):
         _compress(bert, distil, data=["a text"])
     with pytest.raises(lc.ConfigError, match="resume_dir or inplace"):
         _compress(bert, lc.MagnitudePruning(), inplace=True, resume_dir=tmp_path)
+    for inputs, told in (({"task": "test.csv"}, "a task such as"), ({"seed": 1.5}, "a whole number as seed")):
+        with pytest.raises(lc.ConfigError, match=told):
+            _compress(bert, lc.MagnitudePruning(), **inputs)
+    with pytest.raises(lc.ConfigError, match="as model, got 5"):
+        _compress(5, lc.MagnitudePruning())
     quantized = _compress(bert, lc.DynamicQuantization()).model
     with pytest.raises(lc.UnsupportedModelError, match="already quantized"):
         _compress(quantized, lc.MagnitudePruning())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from .errors import ConfigError, did_you_mean
 from .registry import compressors
@@ -212,6 +212,9 @@ class Outline:
     swept: float = 0.0
 
 
+_NUMBERS = (int, float, int | None, float | None)
+
+
 class Settings(BaseModel):
     """Base of hyper-parameters: immutable, comparable, written to and read from plain dicts.
 
@@ -227,6 +230,16 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, fields: Any) -> Any:
+        # pydantic takes True for 1, where a recipe says `steps: true` or `yes` by mistake.
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation in _NUMBERS:
+                raise ConfigError(f"{cls.__name__}.{name} must be a number, got {value}.")
+        return fields
 
     def __init__(self, /, **fields: Any) -> None:
         try:

@@ -118,7 +118,8 @@ def show(folder: str | Path) -> Contents:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise CheckpointError(f"show() must have a model folder, got {str(folder)!r}; there is no such folder.")
+        found = "a file" if path.exists() else "not there"
+        raise CheckpointError(f"show() must have a model folder, got {str(folder)!r}, which is {found}.")
     opened = open_folder(path)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

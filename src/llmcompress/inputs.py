@@ -8,12 +8,32 @@ from typing import TYPE_CHECKING, Any
 from .anatomy.module_sizes import quantized_by
 from .compressor import Compressor
 from .data import Example, find_tokenizer, load_examples
-from .errors import MissingInputError, UnsupportedModelError
+from .errors import ConfigError, MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation.tasks import Task
+
+
+def refuse_other_kinds(who: str, model: Any, task: Any, seed: Any) -> None:
+    """Refuse arguments of another kind than the caller documents.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    import transformers
+
+    from .evaluation.tasks import Task
+
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ConfigError(
+            f"{who}() must have a transformers model, a folder or a name on the hub as model, got {model!r:.80}."
+        )
+    if task is not None and not isinstance(task, Task):
+        raise ConfigError(f"{who}() must have a task such as lc.TextClassification(data), got task={task!r:.80}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"{who}() must have a whole number as seed, got {seed!r:.80}.")
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from .compressor import Action, Compressor, Context, Need
 from .distillation.distillation import KnowledgeDistillation
 from .errors import ConfigError, PipelineOrderError
 from .gates import Gate, OnFail, read_gates
-from .inputs import check_inputs, refuse_quantized
+from .inputs import check_inputs, refuse_other_kinds, refuse_quantized
 from .measured import check_chain
 from .recipe import read_recipe, write_recipe
 from .recovery import read_recovery, unrecovered, with_recovery
@@ -207,6 +207,7 @@ def compress(
     """
     if isinstance(model, (str, Path)):
         model = load(model)
+    refuse_other_kinds("compress", model, task, seed)
     chain = Pipeline(steps=steps, recover=recover)
     flat = chain.flatten()
     if not flat:

@@ -37,7 +37,7 @@ def open_folder(path: str | Path) -> Folder:
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"folder_in must be a folder with config.json and safetensors files, got {str(path)!r}.")
+        raise CheckpointError(f"{path} must be a folder with config.json and safetensors files; save the model there.")
     if (path / _INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -50,7 +50,7 @@ def open_folder(path: str | Path) -> Folder:
         if not file.is_file():
             other = next(iter(sorted(path.glob("*.bin"))), None)
             raise CheckpointError(
-                f"folder_in has no {file.name}"
+                f"{path} has no {file.name}"
                 + (f", but {other.name}; only safetensors are read: save the model again." if other else ".")
             )
     return Folder(path, files, {name: stored for file in files for name, stored in stored_in(file).items()})
