@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .evaluation.latency import Speedup
     from .evaluation.statistics import PairedTest
 
-_CONDITION = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
+_CONDITION = re.compile(r"\s*([a-zA-Z][\w,-]*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
