@@ -10,6 +10,7 @@ import torch
 import llmcompress as lc
 from llmcompress.anatomy.footprint import disk_bytes
 from llmcompress.anatomy.stacks import Stack
+from llmcompress.checkpoint import verify
 from llmcompress.fitting import budget as budget_module
 from llmcompress.fitting import search as search_module
 from llmcompress.fitting import space as space_module
@@ -40,6 +41,10 @@ def test_bad_targets_are_refused_before_any_work():
         ({"speedup": 1}, r"fit\.speedup must be a number above 1"),
         ({"speedup": float("nan")}, r"fit\.speedup"),
         ({"speedup": 2, "max_drop": -0.1}, r"fit\.max_drop"),
+        ({"speedup": 2, "max_drop": float("nan")}, r"fit\.max_drop must be a number in .*, got nan\."),
+        ({"speedup": 2, "seed": "x"}, r"fit\.seed must be an integer of at least 0, got 'x'"),
+        ({"size": "1 GB"}, r"at most 1\.00 GB on disk: it is 454 kB already, there is nothing to do"),
+        ({"size": "1 GB", "latency": "1 h"}, r"it is 454 kB and .* a pass already"),
         ({"speedup": 2, "budget": 600}, r"fit\.budget must be a quantity such as '10 min'"),
         ({"speedup": 2, "shape": (1, 0)}, r"fit\.shape must be \(rows, tokens\)"),
         ({"speedup": 2, "shape": (1, 4096)}, "at most 512 tokens"),
@@ -50,14 +55,18 @@ def test_bad_targets_are_refused_before_any_work():
         lc.fit(model, "accuracy", ["text"], size="1 MB")
     with pytest.raises(lc.MissingInputError, match="fit needs data"):
         lc.fit(model, task, None, size="1 MB")
+    with pytest.raises(lc.ConfigError, match=r"fit\.model must be a transformers model.*got None"):
+        lc.fit(None, task, ["text"], size="1 MB")
+    # A folder is not even looked for before the numbers are read.
+    with pytest.raises(lc.ConfigError, match="must have a target"):
+        lc.fit("no such folder", task, ["text"])
     with pytest.raises(lc.UnsupportedModelError):
         lc.fit(tiny_model("llama"), task, ["text"], size="1 MB", tokenizer=tiny_tokenizer())
 
 
 def test_units_and_what_holds():
-    model = tiny_model("bert")
     given = {"latency": "1500 us", "speedup": 4, "max_drop": 0.01, "shape": (2, 16), "budget": "1.5 h"}
-    found = read_targets(model, size="2 MiB", **given)
+    found = read_targets(size="2 MiB", **given)
     assert (found.size, found.latency, found.budget) == (2 * 2**20, 1.5, 5400.0)
     assert found.milliseconds(4.0) == 1.0
     assert found.hold(2 * 2**20, 1.5, 4.0)
@@ -201,6 +210,17 @@ class FakeLab:
         return Trial(chain, stage, steps, self.cost(chain), drop, 0.005, steps * 0.11)
 
 
+def slowed(cost, seconds=40, ms=None):
+    """Let it take so long to measure a chain, and if that is given the chain so slow."""
+
+    def measured(self, chain):
+        self.clock.seconds += seconds if chain.name not in self.times else 0
+        found = cost(self, chain)
+        return found if ms is None else Cost(found.bytes, ms, 10.0 / ms)
+
+    return measured
+
+
 @pytest.fixture
 def predictor():
     stack = Stack("layers", torch.nn.ModuleList(torch.nn.Identity() for _ in range(6)))
@@ -286,6 +306,23 @@ def test_the_search_halves_and_keeps_to_its_budget(predictor, monkeypatch):
     assert found.chain == best.chain
 
 
+def test_proposing_ends_in_time(predictor, monkeypatch):
+    targets = Targets(9_000_000, None, None, 0.05, (1, 128), 600.0)
+    monkeypatch.setattr(FakeLab, "cost", slowed(FakeLab.cost))
+    found, lab, clock = searched(predictor, monkeypatch, targets)
+    assert [stage for _, _, stage in lab.asked].count("short") == 3
+    assert clock.seconds < 1.2 * 600
+    assert found.feasible
+
+
+def test_a_search_without_time_does_not_say_that_nothing_is_small_enough(predictor, monkeypatch):
+    # Each chain turns out slower than it must be, and there is time to measure few of them.
+    monkeypatch.setattr(FakeLab, "cost", slowed(FakeLab.cost, seconds=400, ms=9.0))
+    found, _, _ = searched(predictor, monkeypatch, Targets(None, None, 4.0, 0.05, (1, 128), 600.0))
+    assert found.feasible
+    assert not found.within
+
+
 def test_a_time_is_kept_though_chains_are_slower_than_predicted(predictor, monkeypatch):
     found, _, _ = searched(predictor, monkeypatch, Targets(None, None, 4.0, 0.05, (1, 128), 600.0))
     assert found.within
@@ -356,7 +393,13 @@ def test_fit_finds_a_chain_that_its_recipe_makes_again(classifier, tmp_path, rel
     recipe = lc.Pipeline.from_yaml(tmp_path / "recipe.yaml")
     again = lc.compress(model, recipe, data=rows, tokenizer=tiny_tokenizer(), progress=False)
     assert disk_bytes(again.model) == found.disk_bytes
-    folder = found.save_pretrained(tmp_path / "model")
+    for _ in range(2):  # what is there is its own, and written anew
+        folder = found.save_pretrained(tmp_path / "model")
+    verify(folder)
+    assert (folder / "recipe.yaml").read_text() == (tmp_path / "recipe.yaml").read_text()
+    steps = found.trials[-1].steps
+    assert any("4 s" in note for note in found.notes) == (found.seconds > 4)
+    assert any(f"time for {steps} steps only" in note for note in found.notes) == (steps < 20)
     assert (folder / "model.safetensors").stat().st_size == found.disk_bytes
     assert found.report.recipe == recipe.to_dict()
 
@@ -376,6 +419,19 @@ def test_the_verb_refuses_before_any_work(tmp_path, capsys):
         assert main(["fit", str(tmp_path / "model"), *given, *wrong]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_runs_again_in_its_folder(classifier, tmp_path, capsys, monkeypatch):
+    from llmcompress.cli import main
+
+    monkeypatch.setattr("llmcompress.fitting.fit.fit", lambda *args, **settings: classifier[2])
+    (tmp_path / "rows.csv").write_text("text,label\ngood,1\nbad,0\n")
+    rows, out = str(tmp_path / "rows.csv"), tmp_path / "out"
+    given = ["--data", rows, "--task-data", rows, "--task", "text_classification", "--out", str(out)]
+    for _ in range(2):
+        assert main(["fit", "model", *given, "--size", "90 kB", "--no-progress"]) == 0
+        assert f"wrote {out}" in capsys.readouterr().out
+    assert lc.Pipeline.from_yaml(out / "recipe.yaml") == classifier[2].recipe
 
 
 def test_an_impossible_target_ends_with_the_sentence():

@@ -79,7 +79,6 @@ def fit(
             progress=progress,
         )
     found.save_pretrained(out)
-    found.recipe.to_yaml(out / "recipe.yaml")
     tell(f"{found}\nwrote {out}", encoding.dumps(found.to_dict(), indent=2), json)
     if not found.met:
         raise typer.Exit(_NOT_MET)

@@ -47,9 +47,13 @@ class BlockTimer:
         model: the base.
         blocks: the paths of the blocks that are to be timed.
         shape: rows and tokens.
+        seconds: how long each timing goes on, at most.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], shape: tuple[int, int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[str], shape: tuple[int, int], seconds: float = _SECONDS
+    ) -> None:
+        self._seconds = min(seconds, _SECONDS)
         self._inputs = forward_inputs(model, *shape)
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._device = model.device
@@ -76,7 +80,7 @@ class BlockTimer:
         return forward
 
     def _least(self, run: Callable[[], Any]) -> float:
-        return 1e3 * least_seconds(run, self._device, seconds=_SECONDS, fewest=_FEWEST)
+        return 1e3 * least_seconds(run, self._device, seconds=self._seconds, fewest=_FEWEST)
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ..data import find_tokenizer, load_examples
 from ..errors import ConfigError, MissingInputError, NothingToCompressError
 from ..evaluation.latency import measure_latency
 from ..evaluation.tasks import Task
+from ..evaluation.units import bytes_text, milliseconds_text
 from ..inputs import refuse_quantized
 from ..pipeline import Pipeline
 from .bench import Bench, noise_of
@@ -28,7 +29,7 @@ from .result import FitResult
 from .search import Found, Search
 from .space import find_space
 from .survey import survey
-from .targets import Targets, drop_of, read_targets
+from .targets import Targets, check_shape, drop_of, read_targets
 from .trial import Cost, Trial
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 # Texts that a vocabulary is tried on.
 _UNSEEN = 32
+# A training of fewer steps has hardly begun.
+_FEW_STEPS = 20
 
 
 def fit(
@@ -75,7 +78,8 @@ def fit(
         latency: the longest a forward pass at `shape` may take, such as `"3 ms"`.
         speedup: how many times faster than the original it must at least be, at `shape`.
         max_drop: how much worse the task's primary metric may be, in its own unit: 0.01 is a point of accuracy.
-        budget: how long all of it may take, such as `"10 min"`; kept within a fifth.
+        budget: how long all of it may take, such as `"10 min"`. Each stage is planned on what is left; where they took
+            longer all the same, as they do in a few seconds, `notes` tells it.
         shape: rows and tokens at which latency and speedup are measured.
         tokenizer: for the texts; found in the model's folder if it came from one.
         seed: of the split, the training, and all else that is drawn.
@@ -86,7 +90,8 @@ def fit(
         `.recipe`, `.trials`, `.drop`.
 
     Raises:
-        ConfigError: no target, or one that is no quantity or out of range; before any work.
+        ConfigError: no target, or one that is no quantity or out of range; before any work. Or the model itself is as
+            small and as fast as is asked for.
         MissingInputError: no data or no tokenizer.
         UnsupportedModelError: the model has no repeated blocks, is quantized, or its head does not fit the task.
         NothingToCompressError: not one chain could be built.
@@ -105,17 +110,17 @@ def fit(
         llmcompress.errors.ConfigError: fit.size must be a quantity such as '12 MB', in one of b, kb, mb, gb, tb, kib, \
 mib, gib, got '12 megabytes'.
     """
-    if isinstance(model, (str, Path)):
-        model = load(model)
-    targets = read_targets(
-        model, size=size, latency=latency, speedup=speedup, max_drop=max_drop, shape=shape, budget=budget
-    )
+    targets = read_targets(size=size, latency=latency, speedup=speedup, max_drop=max_drop, shape=shape, budget=budget)
     if not isinstance(task, Task):
         raise ConfigError(f"fit.task must be a Task, got {task!r:.80}; for instance TextClassification('test.csv').")
-    refuse_quantized(model)
-    task.check(model)
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"fit.seed must be an integer of at least 0, got {seed!r}.")
     if data is None:
         raise MissingInputError("fit needs data; pass data=[...] with texts like those of the task to train with.")
+    model = _loaded(model)
+    check_shape(targets.shape, model)
+    refuse_quantized(model)
+    task.check(model)
     examples = load_examples(data)
     tokenizer = find_tokenizer(model, tokenizer or task.tokenizer, who="fit")
     clock = Budget(targets.budget, progress=progress)
@@ -139,11 +144,12 @@ def _fit(
     choose, verify, remark = hold_out(task, seed)
     notes = [remark] if remark is not None else []
     with clock.stage("the original"):
+        own = Cost(disk_bytes(model), _milliseconds(model, targets))
+        _refuse_met(targets, own)
         begin = clock.spent()
         base = choose.evaluate(model, tokenizer, progress=False)
         scoring = clock.spent() - begin
-        examples = affordable(examples, scoring / len(choose.examples), targets.budget, seed, notes)
-        own = Cost(disk_bytes(model), _milliseconds(model, targets))
+        examples = affordable(examples, scoring / len(choose.examples), clock.left(), seed, notes)
     context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
     with clock.stage("sensitivities and times of the parts"):
         space = find_space(model, context)
@@ -171,6 +177,9 @@ def _finished(
         steps = bench.steps_in(chain, max(clock.left() - reserve, 0.0))
         result = bench.final(chain, steps, verify)
         cost = bench.measured(result.model)
+    trained = bench.recovery is not None and chain.recovers
+    short = trained and steps < min(_FEW_STEPS, bench.most_steps)
+    notes = [*notes, *_hurry(clock, steps if short else None)]
     report = result.report
     base, score = report.base_score, report.steps[-1].score
     assert base is not None
@@ -199,6 +208,34 @@ def _finished(
         stages=clock.stages,
         notes=notes,
     )
+
+
+def _loaded(model: Any) -> PreTrainedModel:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, (str, Path)):
+        return load(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"fit.model must be a transformers model, a folder or a hub name, got {model!r:.80}.")
+    return model
+
+
+def _refuse_met(targets: Targets, own: Cost) -> None:
+    """Refuse targets that the original meets: whatever were done to it would only lose."""
+    if targets.hold(own.bytes, own.ms, 1.0):
+        is_now = bytes_text(own.bytes) + ("" if own.ms is None else f" and {milliseconds_text(own.ms)} a pass")
+        raise ConfigError(
+            f"fit must be asked for less than the model is, got {targets.text()}: it is {is_now} already, there is "
+            f"nothing to do."
+        )
+
+
+def _hurry(clock: Budget, steps: int | None) -> Iterator[str]:
+    """Tell what there was too little time for; `steps` are those of the last training if they are too few."""
+    if steps is not None:
+        yield f"there was time for {steps} steps only in the last training: with more budget it may lose less"
+    if clock.left() < 0:
+        yield f"all of it took {clock.spent():.0f} s, and the budget was {clock.seconds:.0f} s"
 
 
 def _forget_folder(report: Report, recipe: Pipeline) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import METADATA_FILE, read_metadata
 from ..evaluation.table import Table
 from ..evaluation.units import bytes_text, milliseconds_text
 from ..pipeline import Pipeline
 from ..result import Result
+from ..tensor_files import write_json
 from .targets import Targets, drop_text
 from .trial import Trial
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import TaskScore
+
+RECIPE_FILE = "recipe.yaml"
+"""What the recipe is called in the folder of a result."""
 
 
 @dataclass(repr=False)
@@ -35,7 +41,7 @@ class FitResult(Result):
         speedup: against the base, measured in turns; None likewise.
         seconds: that the search took.
         stages: what was done, in order, and the seconds that it took.
-        notes: what could not be tried, and why.
+        notes: what could not be tried, and why; and what the budget was too short for.
     """
 
     met: bool = False
@@ -51,6 +57,19 @@ class FitResult(Result):
     seconds: float = 0.0
     stages: Sequence[tuple[str, float]] = ()
     notes: Sequence[str] = ()
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the folder that every result writes, and the recipe into it, as `recipe.yaml`.
+
+        Raises:
+            CheckpointError: the folder holds something else.
+        """
+        written = super().save_pretrained(folder)
+        content = read_metadata(written)
+        # Listed before it is there: a folder whose writer was killed in between can be written anew.
+        write_json({**content, "files": sorted([*content["files"], RECIPE_FILE])}, written / METADATA_FILE)
+        self.recipe.to_yaml(written / RECIPE_FILE)
+        return written
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as plain values: the outcome, the recipe, the chains that were run, the report."""

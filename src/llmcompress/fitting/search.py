@@ -30,6 +30,8 @@ _FEWEST_STEPS = 25
 _MARGIN = 0.04
 # How often a chain is proposed anew where its measured cost is above a limit.
 _TRIES = 4
+# Share of the time that is left in which chains are proposed, built and measured, before they are trained.
+_PROPOSING = 0.15
 # Where a limit cannot be met: how far towards the base, on a scale of ratios, the nearest ones are looked for.
 _RELAXED = (0.0, 1 / 3, 2 / 3)
 # Between the nearest that failed and the first that did not, how many more are tried, each in the middle.
@@ -46,7 +48,7 @@ class Found:
         chain: the one to train for the rest of the time; None where nothing could be built.
         trials: all that were run, in order.
         least: the least that can be reached of each cost that has a limit, as predicted.
-        feasible: whether any chain is within the limits.
+        feasible: whether any chain may be within the limits: one is, or there was no time to try all.
         within: whether `chain` is.
     """
 
@@ -78,6 +80,8 @@ class Search:
         self._excluded: set[Skeleton] = {predictor.problem().unchanged}
         self._vocabulary: int | None = None
         self._failed: list[Trial] = []
+        self._over: Chain | None = None
+        self._hurried = False
 
     def run(self) -> Found:
         """Propose, run, halve."""
@@ -85,7 +89,7 @@ class Search:
         least = self._least(limits)
         with self._budget.stage("solving"):
             first = self._proposals(limits, _CANDIDATES)
-        feasible = bool(first)
+        feasible = bool(first) or self._hurried
         if first:
             # The teacher answers all rows here, once; it is no part of a unit.
             with self._budget.stage("the teacher's answers"):
@@ -99,7 +103,7 @@ class Search:
         winner = next(iter(_best(longer) or _best(short)), None)
         if winner is None or self._hopeless(winner, short):
             winner = self._nearest(limits, least, winner)
-        chain = winner.chain if winner is not None else None
+        chain = winner.chain if winner is not None else self._over
         within = winner is not None and self._within(winner.cost)
         return Found(chain, [*self._failed, *self._trials], least, feasible, within)
 
@@ -139,10 +143,21 @@ class Search:
     def _proposals(self, limits: Mapping[Kind, float], count: int) -> list[Chain]:
         """Return different chains within `limits`, of least expected damage, each built and measured."""
         chains: list[Chain] = []
-        for _ in range(_TRIES * count):
+        until = self._budget.spent() + _PROPOSING * self._left()
+        for tried in range(_TRIES * count):
             if len(chains) == count:
                 break
-            solution = solve(self._predictor.problem(), limits, excluded=self._excluded, vocabulary=self._vocabulary)
+            # Without any chain there is nothing to train: one is looked for as long as there is time at all.
+            if tried and self._budget.spent() > until and (chains or not self._left()):
+                self._hurried = True
+                break
+            solution = solve(
+                self._predictor.problem(),
+                limits,
+                excluded=self._excluded,
+                vocabulary=self._vocabulary,
+                seconds=until - self._budget.spent(),
+            )
             if solution is None:
                 break
             chain = self._built(solution, limits)
@@ -162,6 +177,8 @@ class Search:
             self._failed.append(Trial(chain, "untrained", 0, None, None, 0.0, 0.0, str(cost)))
             self._excluded.add(solution.skeleton)
             return None
+        # Where time runs out before any is within the limits, this is the nearest that was built.
+        self._over = chain
         if cost.ms is not None:
             self._predictor.time_of(solution, self._base_time(cost))
             if "ms" in limits and self._base_time(cost) > limits["ms"]:

@@ -17,7 +17,9 @@ from scipy.sparse import lil_array
 Cost = Literal["bytes", "ms"]
 
 _GAP = 1e-4
-_SECONDS = 20
+_SECONDS = 20.0
+# In less time than this the solver may have found nothing, though there is something.
+_LEAST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def solve(
     minimise: Literal["damage"] | Cost = "damage",
     excluded: Collection[Skeleton] = (),
     vocabulary: int | None = None,
+    seconds: float = _SECONDS,
 ) -> Solution | None:
     """Return the best choice within `limits`, or None where there is none.
 
@@ -136,6 +139,7 @@ def solve(
         minimise: what is to be least.
         excluded: skeletons that must not come out.
         vocabulary: the only vocabulary that may be taken; None allows all.
+        seconds: how long the solver looks for a better one, about.
 
     Example:
         >>> ways = [BlockWay(0, 0, 32, 0.0, 10, 1.0), BlockWay(1, 0, 32, 0.2, 5, 0.5)]
@@ -150,7 +154,7 @@ def solve(
         program.exclude(skeleton)
     for cost, limit in limits.items():
         program.at_most(cost, limit)
-    taken = program.run(minimise)
+    taken = program.run(minimise, min(max(seconds, _LEAST_SECONDS), _SECONDS))
     if taken is None:
         return None
     kept = {block: way for (block, way), value in zip(program.ways, taken, strict=False) if value > 0.5}
@@ -228,7 +232,7 @@ class _Program:
         # The solver's tolerances are absolute: numbers are brought near 1.
         self._rows.append(({index: value / limit for index, value in costs.items()}, -np.inf, 1.0))
 
-    def run(self, minimise: Literal["damage"] | Cost) -> np.ndarray | None:
+    def run(self, minimise: Literal["damage"] | Cost, seconds: float) -> np.ndarray | None:
         """Solve it."""
         objective = np.zeros(self._size)
         for index, value in (self._damages() if minimise == "damage" else self._costs(minimise)).items():
@@ -243,7 +247,7 @@ class _Program:
             constraints=LinearConstraint(rows.tocsr(), lows, highs),
             integrality=np.ones(self._size),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+            options={"mip_rel_gap": _GAP, "time_limit": seconds},
         )
         return found.x
 

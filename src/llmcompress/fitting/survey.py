@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _SAMPLES, _LENGTH = 32, 64
 # Numbers of all answers that are compared; a language model has one for each token of the vocabulary.
 _MOST_NUMBERS = 2**25
-# Share of the budget that sensitivities may take.
-_SHARE = 0.08
+# Shares of the budget that sensitivities may take, and the timings of parts of what is left behind them.
+_SHARE, _TIMED_SHARE = 0.08, 0.1
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def survey(
         context: its data, tokenizer and seed are used.
         unseen: texts that are none of the data, for the vocabularies.
         shape: rows and tokens at which blocks are timed.
-        budget: what is spent of it decides on how many texts sensitivities are measured.
+        budget: decides on how many texts sensitivities are measured, and how long each part is timed.
     """
     blocks = space.blocks
     few = _batches(model, context, 4)
@@ -87,7 +87,9 @@ def survey(
     damages = Sensitivities(model, batches, blocks)
     drops = [damages.without([number]) for number in range(len(blocks))]
     parts = _alike(model, space)
-    timer = BlockTimer(model, [blocks[number] for number in sorted(set(parts))], shape)
+    timings = len(space.forms) * (len(space.shapes) * len(set(parts)) + 1)
+    seconds = max(_TIMED_SHARE * budget.left() / timings, 0.0)
+    timer = BlockTimer(model, [blocks[number] for number in sorted(set(parts))], shape, seconds)
 
     widths: dict[Shape, list[float]] = {}
     block_bytes: dict[tuple[Shape, Form], list[float]] = {}

@@ -82,7 +82,6 @@ class Targets:
 
 
 def read_targets(
-    model: PreTrainedModel,
     *,
     size: str | int | None,
     latency: str | None,
@@ -94,12 +93,11 @@ def read_targets(
     """Return what is asked for as numbers.
 
     Raises:
-        ConfigError: no target is given, or one of them is no quantity, out of range, or longer than the model reads.
+        ConfigError: no target is given, or one of them is no quantity or out of range.
 
     Example:
-        >>> from llmcompress.testing import tiny_model
         >>> asked = {"latency": None, "speedup": None, "max_drop": 0.01, "shape": (1, 128), "budget": "10 min"}
-        >>> found = read_targets(tiny_model("bert"), size="12 MB", **asked)
+        >>> found = read_targets(size="12 MB", **asked)
         >>> found.size, found.budget
         (12000000, 600.0)
     """
@@ -108,13 +106,12 @@ def read_targets(
     if speedup is not None and not (_is_number(speedup) and speedup > 1):
         raise ConfigError(f"fit.speedup must be a number above 1, got {speedup!r}.")
     if not (_is_number(max_drop) and max_drop >= 0):
-        raise ConfigError(f"fit.max_drop must be a number in [0, inf), in the unit of the task's metric: {max_drop!r}.")
+        raise ConfigError(
+            f"fit.max_drop must be a number in [0, inf), in the unit of the task's metric, got {max_drop!r}."
+        )
     pair = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     if len(pair) != 2 or not all(type(count) is int and count >= 1 for count in pair):
         raise ConfigError(f"fit.shape must be (rows, tokens) such as (1, 128), got {shape!r}.")
-    most = longest_input(model)
-    if most is not None and pair[1] > most:
-        raise ConfigError(f"fit.shape must have at most {most} tokens for {type(model).__name__}, got {shape!r}.")
     seconds = _quantity("latency", latency, _SECONDS, "3 ms") if latency is not None else None
     return Targets(
         size=None if size is None else _bytes(size),
@@ -124,6 +121,17 @@ def read_targets(
         shape=(pair[0], pair[1]),
         budget=_quantity("budget", budget, _SECONDS, "10 min"),
     )
+
+
+def check_shape(shape: tuple[int, int], model: PreTrainedModel) -> None:
+    """Refuse a shape that is longer than the model reads.
+
+    Raises:
+        ConfigError: it is.
+    """
+    most = longest_input(model)
+    if most is not None and shape[1] > most:
+        raise ConfigError(f"fit.shape must have at most {most} tokens for {type(model).__name__}, got {shape!r}.")
 
 
 def drop_of(base: TaskScore, score: TaskScore) -> float:
