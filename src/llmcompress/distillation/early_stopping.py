@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +55,7 @@ class EarlyStopping(Settings):
             metric decides. None: the training's own loss, on rows held out of the training data.
         held_out: share of the rows that is held out where there is no task, in (0, 1).
         patience: evaluations without a better one until training stops.
-        evaluations: how many there are if training goes to its end.
+        evaluations: how many there are if training goes to its end; one a step at most.
 
     Example:
         >>> EarlyStopping(patience=0)
@@ -71,6 +71,18 @@ class EarlyStopping(Settings):
     evaluations: int = Field(10, gt=0, description="evaluations of a training that goes to its end")
 
 
+def check_held_out(rows: Sized) -> None:
+    """Refuse rows that are too few to hold one out.
+
+    Raises:
+        ConfigError: there are fewer than two.
+    """
+    if len(rows) < 2:
+        raise ConfigError(
+            f"EarlyStopping.held_out must have at least 2 rows to split, got {len(rows)}; pass more data."
+        )
+
+
 def held_out_rows(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Split `rows` at random into those to train on and those held out, at least one each.
 
@@ -82,10 +94,7 @@ def held_out_rows(rows: list[Any], share: float, seed: int) -> tuple[list[Any], 
         >>> len(train), len(held)
         (18, 2)
     """
-    if len(rows) < 2:
-        raise ConfigError(
-            f"EarlyStopping.held_out must have at least 2 rows to split, got {len(rows)}; pass more data."
-        )
+    check_held_out(rows)
     count = min(max(round(share * len(rows)), 1), len(rows) - 1)
     chosen = set(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist())
     kept = [row for index, row in enumerate(rows) if index not in chosen]

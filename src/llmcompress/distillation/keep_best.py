@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,24 +37,44 @@ class KeepBest(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Evaluate if it is time."""
-        every = math.ceil(state.max_steps / self._settings.evaluations)
-        if state.global_step % every and state.global_step < state.max_steps:
+        count = self._settings.evaluations
+        if state.global_step not in {round(number * state.max_steps / count) for number in range(1, count + 1)}:
             return
         with random_state_kept(), modes_kept(self._model), torch.no_grad():
             self._model.eval()
             # One process decides: the last digit of a score may differ between them.
             score, higher = broadcast_object_list(list(self._measure()))
-        before = [entry["evaluation"] for entry in state.log_history if "evaluation" in entry]
-        state.log_history.append({"evaluation": score, "step": state.global_step})
-        best = (max if higher else min)(before, default=None)
-        if best is None or (score > best if higher else score < best):
+        state.log_history.append({"evaluation": score, "higher_is_better": higher, "step": state.global_step})
+        behind = evaluations_since_best(state.log_history)
+        if not behind:
             save_weights(self._model, _best_file(args))
-        elif len(before) - before.index(best) >= self._settings.patience:
+        elif behind >= self._settings.patience:
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Take the best weights."""
         load_weights(self._model, _best_file(args))
+
+
+def evaluations_since_best(log: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many evaluations the trainer's log has behind the best one; 0 where the last one is the best.
+
+    Example:
+        >>> evaluations_since_best([{"evaluation": score, "higher_is_better": True} for score in (0.5, 0.7, 0.7, 0.6)])
+        2
+    """
+    best, behind = None, 0
+    for entry in log:
+        if "evaluation" not in entry:
+            continue
+        score = entry["evaluation"] if entry["higher_is_better"] else -entry["evaluation"]
+        # No comparison with NaN holds: as the first score it would stay the best one.
+        score = -math.inf if math.isnan(score) else score
+        if best is None or score > best:
+            best, behind = score, 0
+        else:
+            behind += 1
+    return behind
 
 
 def _best_file(args: Any) -> Path:

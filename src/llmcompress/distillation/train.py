@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .fake_quantization import fake_quantized
 from .first_rows import fitted_projections
 from .generation import OnPolicy
 from .isolation import checkpointed_activations, traces_removed
-from .keep_best import KeepBest
+from .keep_best import KeepBest, evaluations_since_best
 from .lora import adapted
 from .masking import Masking
 from .objective import Objective
@@ -109,13 +109,14 @@ def train(
         if sharded:
             model = undo.enter_context(sharded_copy(model))
         zeros = ShardedZeros(model) if sharded else HeldZeros(model)
+        if training.dropout is not None:
+            # Before adapters are put around its layers: theirs is LoRA's own.
+            undo.enter_context(dropout_of(model.modules(), training.dropout))
         adapted_layers = 0
         if training.lora is not None:
             # Zeros of the weights underneath are not trained; what is added to them is zeroed at the end.
             undo.callback(zeros.restore)
             adapted_layers = undo.enter_context(adapted(model, training.lora, objective.head))
-        if training.dropout is not None:
-            undo.enter_context(dropout_of(model.modules(), training.dropout))
         if training.gradient_checkpointing:
             undo.enter_context(checkpointed_activations(model))
         pairs = objective.alignment.pairs
@@ -154,7 +155,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if stop is not None:
             trainer.add_callback(KeepBest(stop, model, _measure(trainer, stop, held_rows, training)))
-        log, steps = _run(trainer, last_checkpoint(folder))
+        log, steps = _run(trainer, last_checkpoint(folder), stop)
         # The folder may go as soon as one process is back; none shall still read from it.
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.free_memory()
@@ -166,15 +167,23 @@ def train(
     )
 
 
-def _run(trainer: DistillationTrainer, last: Path | None) -> tuple[list[dict[str, Any]], int]:
+def _run(
+    trainer: DistillationTrainer, last: Path | None, stop: EarlyStopping | None
+) -> tuple[list[dict[str, Any]], int]:
     """Train to the end, on from the checkpoint `last` if there is one; return the log and the steps taken."""
-    if last is not None and (state := state_of(last))["global_step"] >= state["max_steps"]:
+    if last is not None and _is_over(state := state_of(last), stop):
         # Killed behind its last step; Trainer would take one more.
         load_weights(trainer.model, last / WEIGHTS)
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         return state["log_history"], state["global_step"]
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return trainer.state.log_history, trainer.state.global_step
+
+
+def _is_over(state: Mapping[str, Any], stop: EarlyStopping | None) -> bool:
+    """Tell whether training ended at a checkpoint: by its steps or, which Trainer does not keep there, before."""
+    stopped = stop is not None and evaluations_since_best(state["log_history"]) >= stop.patience
+    return stopped or state["global_step"] >= state["max_steps"]
 
 
 def _measure(
