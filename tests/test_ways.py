@@ -67,6 +67,40 @@ def test_what_the_teacher_writes_is_what_it_writes_to_each_prompt_alone(head, fa
             assert written[index]["labels"][:5] == [IGNORED] * 5
 
 
+def test_nobody_writes_beyond_the_positions_of_the_model_and_a_long_prompt_leaves_the_others_their_room():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=2, eos_token_id=127, pad_token_id=0)).eval()
+    torch.nn.init.zeros_(model.transformer.wte.weight[127])  # it never ends by itself: all other logits are above
+    rows = [
+        {"input_ids": [5] * length, "attention_mask": [1] * length, "labels": [IGNORED] * (length - 1) + [5], "row": 0}
+        for length in (25, 24, 22, 6, 5)
+    ]
+    training = Training(None, 1, 1e-3, 8, 0, 0, 1, "fp32")
+    ways = Ways(lc.Generation(share=1, max_new_tokens=8, temperature=0), "causal_lm", 999, training)
+    written = ways.teacher_rows(rows, *alone(model))
+    assert [len(row["input_ids"]) for row in written] == [25, 24, 24, 13, 12]
+    assert written == [ways.teacher_rows([row], *alone(model))[0] for row in rows]
+
+
+def test_an_encoder_decoder_writes_no_more_than_its_decoder_has_positions():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    config = BartConfig(
+        **sizes, vocab_size=128, decoder_attention_heads=2, max_position_embeddings=12, pad_token_id=0,
+        eos_token_id=127, bos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    training = Training(None, 1, 1e-3, 4, 0, 0, 1, "fp32", decoder_start=2)
+    policy = Ways(lc.Generation(way="on_policy", share=1), "seq2seq_lm", 999, training).on_policy(model)
+    batch = collate("seq2seq_lm", rows_of("seq2seq_lm", model, texts(pairs=True)), pad=0, decoder_start=2)
+    written = policy(batch, torch.Generator().manual_seed(0))
+    assert 1 <= int((written["labels"] != IGNORED).sum(1).max()) <= 12
+    model(**model_inputs(written))  # which reads its positions again
+
+
 def test_what_was_written_is_not_written_again_after_a_kill(tmp_path):
     teacher = loud("llama")
     rows = rows_of("causal_lm", teacher, texts())

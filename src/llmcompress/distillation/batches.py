@@ -49,11 +49,10 @@ def make_rows(
         joined: whether texts of a causal model are joined and cut into windows, or read one by one.
 
     Raises:
-        MissingInputError: the texts hold fewer than two tokens.
+        MissingInputError: the texts hold fewer than two tokens, one of them none, or nothing that the head is asked.
         ConfigError: a label is not one of the model's classes, or a question leaves no room for its context.
     """
-    longest = longest_input(model, tokenizer)
-    length = min(max_length, longest) if longest is not None else max_length
+    length = row_length(model, tokenizer, max_length)
     if head == "causal_lm":
         alone = not joined or any(example.pair is not None for example in examples)
         rows = list((_one_by_one if alone else _windows)(tokenizer, examples, length))
@@ -72,7 +71,20 @@ def make_rows(
             missing = {"regression": float("nan"), "multi_label": [IGNORED] * model.config.num_labels}
             for row, label in zip(rows, labels, strict=True):
                 row["labels"] = missing.get(head, IGNORED) if label is None else label
+            _refuse_empty(rows, "text", "input_ids")
+    if not rows:
+        raise MissingInputError(
+            f"KnowledgeDistillation needs data with something to ask the {head} head of {type(model).__name__} about, "
+            f"and data[0] to data[{len(examples) - 1}] have nothing: they are empty, too short, or all tagged "
+            f"{IGNORED}; pass other rows."
+        )
     return [{**row, "row": number} for number, row in enumerate(rows)]
+
+
+def row_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> int:
+    """Return how many tokens a row may have: `max_length`, or what `model` can take if that is less."""
+    longest = longest_input(model, tokenizer)
+    return max_length if longest is None else min(max_length, longest)
 
 
 def collate(head: Head, rows: Sequence[Row], *, pad: int, decoder_start: int | None = None) -> dict[str, torch.Tensor]:
@@ -91,7 +103,7 @@ def collate(head: Head, rows: Sequence[Row], *, pad: int, decoder_start: int | N
     """
     fills = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED, "counted": 0, "row": 0}
     batch = {
-        key: _padded([row[key] for row in rows], fills[key])
+        key: padded([row[key] for row in rows], fills[key])
         if isinstance(rows[0][key], list)
         else torch.tensor([row[key] for row in rows])
         for key in rows[0]
@@ -151,12 +163,22 @@ def _without_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 def _pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> list[Row]:
     sources = encode([Example(example.text) for example in examples], tokenizer, max_length=length)
     # Without a target the teacher is asked about the text itself; no hard loss is taken there.
-    targets = encode([Example(example.pair or example.text) for example in examples], tokenizer, max_length=length)
-    return [
-        {**source, "labels": target["input_ids"]}
-        for source, target in zip(sources, targets, strict=True)
-        if target["input_ids"]
-    ]
+    written = [example.text if example.pair is None else example.pair for example in examples]
+    targets = encode([Example(text) for text in written], tokenizer, max_length=length)
+    rows = [{**source, "labels": target["input_ids"]} for source, target in zip(sources, targets, strict=True)]
+    _refuse_empty(rows, "text", "input_ids")
+    _refuse_empty(rows, "text_pair", "labels")
+    return rows
+
+
+def _refuse_empty(rows: Sequence[Row], column: str, key: str) -> None:
+    """Refuse rows, one an example, of whose text no token is left."""
+    for index, row in enumerate(rows):
+        if not row[key]:
+            raise MissingInputError(
+                f"KnowledgeDistillation needs a {column} of at least one token in each row, and that of data[{index}] "
+                f"has none; fill it in, or remove the row."
+            )
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int) -> Iterator[Row]:
@@ -254,6 +276,12 @@ def _inputs(encoded: Any, number: int) -> Row:
     return {key: list(encoded[key][number]) for key in _INPUTS if key in encoded}
 
 
-def _padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
+def padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
+    """Return the sequences as one tensor, filled up on the right.
+
+    Example:
+        >>> padded([[1, 2], [3]], 0).tolist()
+        [[1, 2], [3, 0]]
+    """
     longest = max(map(len, sequences))
     return torch.tensor([sequence + [fill] * (longest - len(sequence)) for sequence in sequences])

@@ -31,7 +31,7 @@ class Generation(Settings):
     Args:
         way: `"sequence"` or `"on_policy"`.
         share: of the rows (`"sequence"`) or batches (`"on_policy"`) that are written so, in (0, 1].
-        max_new_tokens: tokens written at most, as far as `max_length` allows.
+        max_new_tokens: tokens written at most, as far as `max_length` and the writer's positions allow.
         prompt_tokens: tokens of a text without a second one that are the prompt.
         temperature: of what is drawn; 0 takes the likeliest token each time.
 
@@ -55,7 +55,7 @@ class Writer:
         model: writes; it is put into eval mode meanwhile.
         head: `"causal_lm"` or `"seq2seq_lm"`.
         settings: how much, and how freely.
-        max_length: tokens of a row.
+        max_length: tokens of a row, no more than the model can take.
         pad: token that pads.
         tokens: the model's id of each of the rows' tokens where the two differ, else None.
     """
@@ -78,25 +78,22 @@ class Writer:
 
     def write(self, rows: Sequence[Row], seed: int) -> list[Row]:
         """Return the rows with what the model wrote as their labels; those that leave it no room stay as they are."""
+        most = self._settings.max_new_tokens
         if self._head == "seq2seq_lm":
-            answers = self._continue([row["input_ids"] for row in rows], self._settings.max_new_tokens, seed)
+            # The decoder has as many positions as the encoder.
+            answers = self._continue([row["input_ids"] for row in rows], min(most, self._max_length), seed)
             return [{**row, "labels": answer or row["labels"]} for row, answer in zip(rows, answers, strict=True)]
         prompts = [self._open(prompt_of(row, self._settings.prompt_tokens)) for row in rows]
-        room = min(self._settings.max_new_tokens, self._max_length - max(map(len, prompts)))
-        if room < 1:
-            return list(rows)
-        answers = self._continue(prompts, room, seed)
-        return [
-            {
-                **row,
-                "input_ids": prompt + answer,
-                "attention_mask": [1] * len(prompt + answer),
-                "labels": [IGNORED] * len(prompt) + answer,
-            }
-            if answer
-            else row
-            for row, prompt, answer in zip(rows, prompts, answers, strict=True)
-        ]
+        rooms = [min(most, self._max_length - len(prompt)) for prompt in prompts]
+        result = list(rows)
+        # All at once but for those near the end of their room: whoever writes on beside them runs out of positions.
+        for room in sorted({room for room in rooms if room > 0}):
+            some = [index for index, own in enumerate(rooms) if own == room]
+            answers = self._continue([prompts[index] for index in some], room, seed)
+            for index, answer in zip(some, answers, strict=True):
+                if answer:
+                    result[index] = _continued(rows[index], prompts[index], answer)
+        return result
 
     @torch.no_grad()
     def _continue(self, prompts: list[list[int]], most: int, seed: int) -> list[list[int]]:
@@ -137,6 +134,12 @@ class Writer:
             return answer
         known = next((place for place, token in enumerate(answer) if token not in self._numbers), len(answer))
         return [self._numbers[token] for token in answer[:known]]
+
+
+def _continued(row: Row, prompt: list[int], answer: list[int]) -> Row:
+    whole = prompt + answer
+    labels = [IGNORED] * len(prompt) + answer
+    return {**row, "input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}
 
 
 def prompt_of(row: Row, tokens: int) -> list[int]:

@@ -14,8 +14,9 @@ from ..errors import ConfigError, UnsupportedModelError
 from .alignment import Alignment
 from .arguments import Training
 from .augmentation import Augmentation
-from .batches import Row
+from .batches import Row, row_length
 from .checkpoints import remembered
+from .early_stopping import check_held_out
 from .generation import Generation, OnPolicy, Writer, teacher_written
 from .heads import Head
 from .sources import load_source
@@ -109,9 +110,11 @@ class Ways:
             original: the untouched model.
 
         Raises:
-            ConfigError: there are several teachers, or the one has another tokenizer.
+            ConfigError: there are several teachers, the one has another tokenizer, or of the rows none can be held out.
         """
         settings, training = self.generation, self.training
+        if training.early_stopping is not None and training.early_stopping.task is None:
+            check_held_out(rows)  # `train` does too, but behind the teacher's whole pass
         if settings is None or settings.way != "sequence":
             return rows
         if len(teachers) != 1 or teachers[0].tokenizer is not None:
@@ -124,17 +127,9 @@ class Ways:
         def make() -> list[Row]:
             model = original if is_original(source) else load_source(source, "KnowledgeDistillation.teacher")
             assert model is not None
-            writer = Writer(
-                model,
-                self.head,
-                settings,
-                max_length=self.max_length,
-                pad=training.pad,
-                tokens=alignments[0].tokens,
-            )
             return teacher_written(
                 rows,
-                writer,
+                self._writer(model, settings, alignments[0].tokens),
                 share=settings.share,
                 batch_size=training.batch_size,
                 seed=training.seed,
@@ -148,5 +143,10 @@ class Ways:
         settings, training = self.generation, self.training
         if settings is None or settings.way != "on_policy":
             return None
-        writer = Writer(student, self.head, settings, max_length=self.max_length, pad=training.pad)
+        writer = self._writer(student, settings)
         return OnPolicy(writer, self.head, share=settings.share, pad=training.pad, decoder_start=training.decoder_start)
+
+    def _writer(self, model: PreTrainedModel, settings: Generation, tokens: torch.Tensor | None = None) -> Writer:
+        # What is written must be read again, so it gets no longer than the rows of the texts.
+        length = row_length(model, self.training.tokenizer, self.max_length)
+        return Writer(model, self.head, settings, max_length=length, pad=self.training.pad, tokens=tokens)
