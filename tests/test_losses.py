@@ -1,17 +1,21 @@
 """Distillation losses against brute force in float64: masks, temperature, normalisation, and who gets a gradient."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.distillation.answers import Answers
 from llmcompress.distillation.loss_choice import SoftLoss
 from llmcompress.distillation.losses.divergences import forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl
 from llmcompress.distillation.losses.labels import cross_entropy, squared_error
 from llmcompress.distillation.losses.maps import attention_kl, attention_mse, relation_kl
 from llmcompress.distillation.losses.states import cosine_distance, mean_squared_error, relative_error
 from llmcompress.distillation.losses.table import FEATURE_LOSSES, SOFT_LOSSES
+from llmcompress.distillation.objective import Objective
+from llmcompress.distillation.observation import Observed
 from llmcompress.distillation.schedule import value_at
 
 
@@ -59,6 +63,25 @@ def test_soft_losses_are_sums_over_counted_positions_and_classes_at_the_temperat
     # The count of a larger batch, of which this is a part.
     part = loss(student, teacher, temperature=temperature, mask=MASK, count=torch.tensor(12))
     assert float(part) == pytest.approx(expected / 12, rel=1e-4)
+
+
+def test_positions_without_an_answer_of_the_teacher_are_not_divided_by():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+    answered = torch.tensor([[False, True, True, False]])
+    tokens = torch.ones(1, 5, dtype=torch.long)
+    batch = {"input_ids": tokens, "attention_mask": tokens, "labels": torch.tensor([[-100, 1, 1, 1, 1]])}
+    objective = Objective("causal_lm", soft=SoftLoss(name="uld"))
+    ours = Observed(SimpleNamespace(logits=torch.cat([student, student[:, :1]], 1)))
+    counts = objective.counts(batch)
+    for answers, expected in (
+        (answered, SOFT_LOSSES["uld"](student, teacher, mask=answered)),
+        (~answered & answered, 0),
+    ):
+        theirs = Observed(None, answers=Answers(teacher, answered=answers))
+        assert float(objective(ours, theirs, batch, counts)) == pytest.approx(float(expected), rel=1e-5)
+        # Of two batches like this one, each has half.
+        assert float(objective(ours, theirs, batch, 2 * counts)) == pytest.approx(float(expected) / 2, rel=1e-5)
 
 
 def test_every_soft_loss_is_checked_here_and_mse_is_a_squared_distance():

@@ -34,6 +34,9 @@ IGNORED = -100
 LANGUAGE_MODELS: frozenset[Head] = frozenset({"causal_lm", "seq2seq_lm", "masked_lm"})
 """Heads whose classes are the tokens of the vocabulary."""
 
+# Finite, since infinity times a probability of zero is no number; far from float32's end, since temperatures divide it.
+_MASKED = -1e9
+
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"})
 _BY_LOSS: dict[str, Head] = {
     "ForSequenceClassification": "classification",
@@ -68,7 +71,13 @@ def head_of(model: PreTrainedModel) -> Head:
         kind = getattr(config, "problem_type", None)
         if kind == "multi_label_classification":
             return "multi_label"
-        if config.num_labels == 1 or kind == "regression":
+        if kind == "regression" and config.num_labels != 1:
+            raise UnsupportedModelError(
+                f"KnowledgeDistillation works on regressions of one score, got num_labels={config.num_labels} with "
+                f"problem_type='regression' in {type(model).__name__}; train one model a score, or set problem_type to "
+                f"'single_label_classification' or 'multi_label_classification' if its outputs are classes."
+            )
+        if config.num_labels == 1:
             return "regression"
     return head
 
@@ -88,14 +97,17 @@ def logits_of(head: Head, outputs: Any, batch: Batch) -> torch.Tensor:
         [[0.0, 2.0], [0.0, -1.0], [0.0, 0.0]]
     """
     if head == "question_answering":
-        both = torch.stack([outputs.start_logits, outputs.end_logits], 1).float()
-        # Finite, since infinity times a probability of zero is no number.
-        return both.masked_fill(~batch["counted"].bool()[:, None], torch.finfo(both.dtype).min / 4)
+        return within_context(torch.stack([outputs.start_logits, outputs.end_logits], 1).float(), batch)
     logits: torch.Tensor = outputs.logits
     if head == "multi_label":
         # Each class is a yes or no of its own: a logit x is the pair (0, x).
         return torch.stack([torch.zeros_like(logits), logits], -1)
     return logits[:, :-1] if head == "causal_lm" else logits
+
+
+def within_context(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return a reader's logits (rows, 2, tokens) with no chance left of what is not `counted`: question and padding."""
+    return logits.masked_fill(~batch["counted"].bool()[:, None].to(logits.device), _MASKED)
 
 
 def counted(head: Head, batch: Batch) -> torch.Tensor:

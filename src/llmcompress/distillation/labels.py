@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..data import Example, Span, read_labels
@@ -19,12 +20,12 @@ def check_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]
     Raises:
         MissingInputError: an example has no label (for seq2seq: no second text).
         ConfigError: a label is not one of the model's classes, for regression no number, for tags not one a word, for a
-            question no text of its context.
+            question no text of its context; multi-label labels are of two forms.
     """
     if head in {"causal_lm", "masked_lm"}:
         return
     if head == "seq2seq_lm":
-        bare = next((index for index, example in enumerate(examples) if example.pair is None), None)
+        bare = next((index for index, example in enumerate(examples) if not example.pair), None)
         if bare is not None:
             raise MissingInputError(
                 f"KnowledgeDistillation needs target texts for the hard loss of {type(model).__name__}, and "
@@ -57,9 +58,10 @@ def labels_of(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -
     """
     if head == "question_answering":
         return [None if one.label is None else _span(f"data[{i}]", one) for i, one in enumerate(examples)]
-    if head in {"multi_label", "token_classification"}:
-        read = _set if head == "multi_label" else _tags
-        return [None if one.label is None else read(f"data[{i}]", one, model) for i, one in enumerate(examples)]
+    if head == "multi_label":
+        return _sets(model, examples)
+    if head == "token_classification":
+        return [None if one.label is None else _tags(f"data[{i}]", one, model) for i, one in enumerate(examples)]
     known = [index for index, example in enumerate(examples) if example.label is not None]
     if len(known) == len(examples):
         return list(read_labels(model, examples, regression=head == "regression"))
@@ -71,17 +73,37 @@ def labels_of(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -
     return labels
 
 
-def _set(where: str, example: Example, model: PreTrainedModel) -> list[int]:
-    given, classes = example.label, model.config.num_labels
-    if not isinstance(given, tuple):
+def _sets(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[int] | None]:
+    """Read all labels in one form: 0 or 1 of each class if every row can be that, else lists of classes.
+
+    Read row by row, (0, 1) of two classes would be the second one also where all other rows list classes.
+    """
+    count = model.config.num_labels
+    given = {i: _classes(f"data[{i}]", one, model) for i, one in enumerate(examples) if one.label is not None}
+    flags = {index for index, label in given.items() if len(label) == count and all(one in (0, 1) for one in label)}
+    listed = next((index for index in given if index not in flags), None)
+    sets: list[list[int] | None] = [None] * len(examples)
+    for index, label in given.items():
+        if listed is None:
+            sets[index] = [int(one) for one in label]
+            continue
+        if index in flags and len(set(label)) < len(label):
+            raise ConfigError(
+                f"data[{index}].label must be a list of classes as that of data[{listed}], {given[listed]!r}, got "
+                f"{label!r}, a 0 or 1 of each class; write all rows in one of the two forms."
+            )
+        chosen = {_class(f"data[{index}]", one, model) for one in label}
+        sets[index] = [int(number in chosen) for number in range(count)]
+    return sets
+
+
+def _classes(where: str, example: Example, model: PreTrainedModel) -> tuple[Any, ...]:
+    if not isinstance(example.label, tuple):
         raise ConfigError(
-            f"{where}.label must be a list of classes for the multi-label {type(model).__name__}, got {given!r}; pass "
-            f"for instance ['toxic', 'threat'] or [0, 1, 1]."
+            f"{where}.label must be a list of classes for the multi-label {type(model).__name__}, got "
+            f"{example.label!r}; pass for instance ['toxic', 'threat'] or [0, 1, 1]."
         )
-    if len(given) == classes and all(one in (0, 1) for one in given):
-        return [int(one) for one in given]
-    chosen = {_class(where, one, model) for one in given}
-    return [int(index in chosen) for index in range(classes)]
+    return example.label
 
 
 def _tags(where: str, example: Example, model: PreTrainedModel) -> list[int]:
@@ -94,16 +116,18 @@ def _tags(where: str, example: Example, model: PreTrainedModel) -> list[int]:
     return [IGNORED if tag == IGNORED else _class(where, tag, model) for tag in given]
 
 
-def _class(where: str, label: int | str, model: PreTrainedModel) -> int:
+def _class(where: str, label: Any, model: PreTrainedModel) -> int:
     names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
-    number = names.get(label) if isinstance(label, str) else label
-    if number is None or not 0 <= number < model.config.num_labels:
+    number: Any = names.get(label) if isinstance(label, str) else label
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    # The range first: what is in it is finite, and can be made an integer.
+    if not is_number or not 0 <= number < model.config.num_labels or int(number) != number:
         hint = did_you_mean(label, names) if isinstance(label, str) else ""
         raise ConfigError(
             f"{where}.label must be of the classes of {type(model).__name__} (0 to {model.config.num_labels - 1}, or "
             f"{', '.join(list(names)[:8])}), got {label!r}{hint or '.'}"
         )
-    return number
+    return int(number)
 
 
 def _span(where: str, example: Example) -> Span:
@@ -111,6 +135,11 @@ def _span(where: str, example: Example) -> Span:
     if context is None:
         raise ConfigError(f"{where} must have a context for its question; pass rows with 'question' and 'context'.")
     if isinstance(given, Span):
+        if not 0 <= given.start <= given.end <= len(context):
+            raise ConfigError(
+                f"{where}.label must be a Span within the {len(context)} characters of its context, start before end, "
+                f"got {given!r}; Span(0, 0) is no answer."
+            )
         return given
     text = given[0] if isinstance(given, tuple) and given else given
     if not isinstance(text, str):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .alignment import Alignment
 from .answers import Answers
-from .heads import IGNORED, LANGUAGE_MODELS, Batch, Head, counted, labelled, logits_of, targets
+from .heads import IGNORED, LANGUAGE_MODELS, Batch, Head, counted, labelled, logits_of, targets, within_context
 from .loss_choice import SoftLoss, reads_of
 from .losses.labels import cross_entropy, squared_error
 from .losses.maps import relation_heads
@@ -105,9 +105,14 @@ class Objective:
         parts = {}
         if alpha > 0 and teacher is not None:
             answers, heat = self.answers(teacher, batch), value_at(self.temperature, progress)
-            mask = counted(self.head, batch)
-            mask = mask if answers.answered is None else mask & answers.answered.to(mask.device)
-            parts["soft"] = alpha * self._soft(*answers.beside(ours, heat), mask, counts[0], heat)
+            mask, count = counted(self.head, batch), counts[0]
+            if answers.answered is not None:
+                answered = mask & answers.answered.to(mask.device)
+                # The global batch was counted before the teacher read it. Its share without an answer is taken from
+                # this batch: over one batch a mean over the answered positions, over several a mean of their means.
+                count = (count * (answered.sum() / mask.sum().clamp(min=1)).to(count.device)).clamp(min=1)
+                mask = answered
+            parts["soft"] = alpha * self._soft(*answers.beside(ours, heat), mask, count, heat)
         if alpha < 1:
             labels = targets(self.head, batch)
             parts["hard"] = (1 - alpha) * self._hard(ours, labels, labelled(self.head, batch), counts[1])
@@ -119,7 +124,12 @@ class Objective:
 
     def answers(self, teacher: Observed, batch: Batch) -> Answers:
         """Return what a teacher put out, laid beside the student's logits."""
-        return teacher.answers or Answers(self._logits(teacher, batch, self.alignment.tokens))
+        if teacher.answers is None:
+            return Answers(self._logits(teacher, batch, self.alignment.tokens))
+        if self.head == "question_answering":
+            # What a cache holds, or a mean of several, has another number where the student's logits are masked.
+            return replace(teacher.answers, logits=within_context(teacher.answers.logits, batch))
+        return teacher.answers
 
     def _logits(self, observed: Observed, batch: Batch, tokens: torch.Tensor | None = None) -> torch.Tensor:
         logits = logits_of(self.head, observed.outputs, batch)
