@@ -12,8 +12,11 @@ from llmcompress.compressor import Context
 from llmcompress.data import Example, Span
 from llmcompress.distillation.batches import collate, make_rows
 from llmcompress.distillation.heads import IGNORED, counted, head_of, labelled, logits_of, model_inputs, targets
+from llmcompress.distillation.labels import labels_of
+from llmcompress.distillation.losses.table import SOFT_LOSSES
 from llmcompress.distillation.objective import Objective
 from llmcompress.distillation.observation import Observed
+from llmcompress.distillation.sibling import class_from
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
 WORDS = ["ann", "saw", "bob", "in", "rome", "and", "paris", "ran"]
@@ -184,6 +187,78 @@ def test_labels_that_a_head_does_not_know_are_refused_before_any_work():
     refused(kind, settings, Example("a", None, ("B-PEX",), ("a",)), "did you mean 'B-PER'")
     refused("QuestionAnswering", {}, Example("who?", "in rome", "paris"), "must be a text that stands in its context")
     refused("QuestionAnswering", {}, Example("who are you and what", "in rome", Span(3, 7)), "must leave room")
+    for outside in (Span(5, 3), Span(-2, 3), Span(3, 8)):
+        refused("QuestionAnswering", {}, Example("who?", "in rome", outside), "a Span within the 7 characters")
+    kind, settings, _ = CASES["multi_label"]
+    for no_class in (0.5, True, float("nan"), 3):
+        refused(kind, settings, Example("a", None, (no_class,)), rf"data\[0\].label must be .* got {no_class}")
+    for number in (float("nan"), float("inf")):
+        refused(
+            "SequenceClassification", {"num_labels": 1}, Example("a", None, number), r"data\[0\].label must be a fin"
+        )
+    scores = {"num_labels": 3, "problem_type": "regression"}
+    with pytest.raises(lc.UnsupportedModelError, match="one score, got num_labels=3"):
+        lc.KnowledgeDistillation(steps=1).plan(model_of("SequenceClassification", **scores), Context())
+
+
+def test_all_sets_of_classes_are_read_in_one_form():
+    model = model_of("SequenceClassification", num_labels=2, problem_type="multi_label_classification")
+
+    def read(*labels):
+        return labels_of("multi_label", model, [Example("a", None, label) for label in labels])
+
+    assert read((0, 1), (1, 0), None) == [[0, 1], [1, 0], None]  # yes or no of each
+    assert read((0.0, 1.0), (True, False), (0, 0)) == [[0, 1], [1, 0], [0, 0]]
+    assert read((0, 1), (1,), (), None) == [[1, 1], [0, 1], [0, 0], None]  # lists, as the second one can only be
+    assert read(("LABEL_1",), (1, 0)) == [[0, 1], [1, 1]]
+    with pytest.raises(
+        lc.ConfigError, match=r"data\[2\].label must be a list .* that of data\[1\], \(1,\), got \(1, 1\)"
+    ):
+        read((0, 1), (1,), (1, 1))
+
+
+@pytest.mark.parametrize("soft", SOFT_LOSSES)
+def test_a_reader_of_questions_learns_at_any_temperature_from_a_cache_too(tmp_path, soft):
+    def run(cache):
+        step = lc.KnowledgeDistillation(
+            steps=1, alpha=1.0, temperature=0.1, soft=soft, batch_size=16, max_length=40, precision="fp32", cache=cache
+        )
+        student, teacher = model_of("QuestionAnswering", hidden_act="relu"), model_of("QuestionAnswering")
+        context = Context(data=questions(), tokenizer=tiny_tokenizer(), teacher=teacher, progress=False)
+        step.compress(student, context)
+        assert all(bool(parameter.isfinite().all()) for parameter in student.parameters())
+        return float(context.told[-1].reason.removeprefix("loss "))
+
+    live = run(None)
+    assert 0 < live < 100
+    assert run(lc.TeacherCache(folder=str(tmp_path))) == pytest.approx(live, rel=0.02)
+
+
+def test_data_that_leaves_nothing_to_ask_is_refused():
+    def refused(match, head, model, *data, **fields):
+        with pytest.raises(lc.MissingInputError, match=match):
+            make_rows(head, model, tokenizer_with_mask(), data, max_length=16, labelled=True, **fields)
+
+    untagged = Example("a b", None, (IGNORED, IGNORED), ("a", "b"))
+    nothing = r"data\[0\] to data\[1\] have nothing: they are empty, too short, or all tagged -100"
+    refused(nothing, "token_classification", model_of("TokenClassification", **NAMES), untagged, untagged)
+    refused(nothing, "masked_lm", model_of("MaskedLM"), Example(""), Example(""))
+    refused(nothing, "causal_lm", tiny_model("llama"), Example(""), Example("", ""), joined=False)
+    empty = r"needs a {} of at least one token in each row, and that of data\[1\] has none"
+    classifier = model_of("SequenceClassification")
+    refused(empty.format("text"), "classification", classifier, Example("a", label=0), Example("", label=1))
+    refused(empty.format("text"), "seq2seq_lm", tiny_model("t5"), Example("a"), Example("", "b"))
+    refused(empty.format("text_pair"), "seq2seq_lm", tiny_model("t5"), Example("a"), Example("b", ""))
+
+
+def test_an_encoder_decoder_needs_second_texts_and_the_first_token_of_its_decoder():
+    model = tiny_model("t5")
+    with pytest.raises(lc.MissingInputError, match=r"needs target texts .* data\[1\] has none"):
+        lc.KnowledgeDistillation(steps=1).plan(model, Context(data=[Example("a", "b"), Example("a", "")]))
+    assert class_from(model, {"model_type": "bart"}, "student")[1].decoder_start_token_id == 0
+    model.config.decoder_start_token_id = None
+    with pytest.raises(lc.UnsupportedModelError, match=r"set model.config.decoder_start_token_id"):
+        lc.KnowledgeDistillation(steps=1).plan(model, Context())
 
 
 def test_a_causal_model_learns_the_second_text_as_what_follows_the_first():

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from llmcompress import resume
 from llmcompress.compressor import Context
 from llmcompress.data import Example
 from llmcompress.distillation.checkpoints import last_checkpoint
+from llmcompress.distillation.keep_best import KeepBest
+from llmcompress.distillation.trainer import DistillationTrainer
 from llmcompress.distillation.zeros import HeldZeros, pruned_weights
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
@@ -67,13 +70,19 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(tmp_p
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_a_run_that_was_killed_behind_the_last_step_takes_no_further_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scores", [None, (3.0, 1.0, 2.0, 2.5, 0.5)], ids=["the end", "an early stop"])
+def test_a_run_that_was_killed_behind_its_last_step_takes_no_further_one(tmp_path, monkeypatch, scores):
     teacher = tiny_model("bert")
     step = lc.KnowledgeDistillation(
-        steps=5, batch_size=4, max_length=24, learning_rate=1e-2, precision="fp32", early_stopping={"evaluations": 5}
-    )
+        steps=5, batch_size=4, max_length=24, learning_rate=1e-2, precision="fp32",
+        early_stopping={"evaluations": 5, "patience": 2},
+    )  # fmt: skip
+    if scores is not None:
+        monkeypatch.setattr(DistillationTrainer, "loss_on", lambda self, held: scores[self.state.global_step - 1])
     given = {"data": texts(), "tokenizer": tiny_tokenizer(), "progress": False}
     whole = lc.compress(teacher, step, **given)
+    if scores is not None:
+        assert "evaluated 3 at 1, 1 at 2, 2 at 3, 2.5 at 4; the best kept" in whole.report.steps[0].touched[-1].reason
 
     def kill(*args, **more):
         raise KeyboardInterrupt
@@ -112,6 +121,49 @@ def test_the_best_student_is_given_back_and_training_stops_without_a_better_one(
     assert len(scores) < 30
     assert scores.index(max(scores)) == len(scores) - 3
     assert found > task.evaluate(teacher, tiny_tokenizer(), progress=False).value
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_score_that_is_no_number_is_worse_than_any_other(tmp_path, higher):
+    model = torch.nn.Linear(1, 1)
+    scores = iter([float("nan"), 0.5, float("nan"), 0.7 if higher else 0.3])
+    keep = KeepBest(lc.EarlyStopping(evaluations=4, patience=2), model, lambda: (next(scores), higher))
+    state = SimpleNamespace(max_steps=4, global_step=0, log_history=[])
+    control, args = SimpleNamespace(should_training_stop=False), SimpleNamespace(output_dir=tmp_path, process_index=0)
+    kept = []
+    for step in range(1, 5):
+        state.global_step = step
+        torch.nn.init.constant_(model.weight, step)
+        keep.on_step_end(args, state, control)
+        keep.on_train_end(args, state, control)
+        kept.append(model.weight.item())
+    assert kept == [1, 2, 2, 4]
+    assert not control.should_training_stop
+
+
+@pytest.mark.parametrize(("steps", "evaluations", "expected"), [(11, 10, 10), (6, 4, 4), (3, 10, 3), (7, 1, 1)])
+def test_there_are_as_many_evaluations_as_are_asked_for_and_the_last_is_at_the_end(
+    tmp_path, steps, evaluations, expected
+):
+    keep = KeepBest(lc.EarlyStopping(evaluations=evaluations, patience=99), torch.nn.Linear(1, 1), lambda: (1.0, True))
+    state = SimpleNamespace(max_steps=steps, global_step=0, log_history=[])
+    for step in range(1, steps + 1):
+        state.global_step = step
+        keep.on_step_end(SimpleNamespace(output_dir=tmp_path, process_index=0), state, SimpleNamespace())
+    at = [entry["step"] for entry in state.log_history]
+    assert len(at) == expected
+    assert at[-1] == steps
+    distances = [later - earlier for earlier, later in zip([0, *at], at, strict=False)]
+    assert max(distances) - min(distances) <= 1
+
+
+def test_rows_too_few_to_hold_one_out_are_refused_before_the_teacher_is_asked(tmp_path):
+    with pytest.raises(lc.ConfigError, match=r"EarlyStopping.held_out must have at least 2 rows to split, got 1"):
+        distil(
+            tiny_model("bert"), tiny_model("bert"), data=texts(1), early_stopping={},
+            cache=lc.TeacherCache(folder=str(tmp_path / "answers")),
+        )  # fmt: skip
+    assert not (tmp_path / "answers").exists()
 
 
 def test_a_recipe_tells_the_task_that_decides(tmp_path):
@@ -170,7 +222,21 @@ def test_low_rank_changes_are_added_to_the_weights_and_leave_the_rest_alone():
     with pytest.raises(lc.ConfigError, match="must have lora or quantize_for, got both"):
         lc.KnowledgeDistillation(lora={}, quantize_for="dynamic_quantization")
     with pytest.raises(lc.NothingToCompressError, match="whose name ends as one of"):
-        distil(student, teacher, lora={"targets": ["nowhere"]})
+        lc.KnowledgeDistillation(steps=1, lora={"targets": ["nowhere"]}).plan(student, Context())
+
+
+def test_the_dropout_of_low_rank_changes_is_their_own(monkeypatch):
+    pytest.importorskip("peft")
+    seen, teach = [], DistillationTrainer.teach
+
+    def look(self, inputs):
+        shares = {name: module.p for name, module in self.model.named_modules() if isinstance(module, torch.nn.Dropout)}
+        seen.append({"lora" in name: share for name, share in shares.items()})
+        return teach(self, inputs)
+
+    monkeypatch.setattr(DistillationTrainer, "teach", look)
+    distil(tiny_model("bert"), tiny_model("bert"), steps=1, dropout=0.0, lora=lc.LoRA(rank=2, dropout=0.3))
+    assert seen == [{False: 0.0, True: 0.3}]
 
 
 def test_without_peft_low_rank_changes_are_refused_before_any_work(monkeypatch):
@@ -180,7 +246,7 @@ def test_without_peft_low_rank_changes_are_refused_before_any_work(monkeypatch):
 
 
 def test_a_loss_of_nan_names_its_rows():
-    data = [Example("a", label=0.5), Example("bb", label=float("inf")), Example("cc", label=0.5)]
+    data = [Example("a", label=0.5), Example("bb", label=1e30), Example("cc", label=0.5)]
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import UnsupportedModelError
+from ..errors import NothingToCompressError, UnsupportedModelError
 from .early_stopping import EarlyStopping
 from .lora import LoRA, require_peft
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16"]
 
 _TENTH = 0.1
+# Gradients of a larger norm are scaled down to it: Trainer's default, named here since it changes what is learned.
+_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,16 @@ def check_training(
     """Refuse a training that `model` or what is installed does not allow.
 
     Raises:
-        UnsupportedModelError: its activations cannot be computed again, or its head does not fit the task that decides.
+        UnsupportedModelError: its activations cannot be computed again, its head does not fit the task that decides, or
+            its decoder has no first token.
         MissingInputError: LoRA is wanted and peft is not installed.
+        NothingToCompressError: no layer has a name that LoRA targets.
     """
+    if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
+        raise UnsupportedModelError(
+            f"KnowledgeDistillation needs the first token of the decoder of {type(model).__name__}, and its config has "
+            f"no decoder_start_token_id; set model.config.decoder_start_token_id, for T5 to its pad_token_id."
+        )
     if gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UnsupportedModelError(
             f"KnowledgeDistillation.gradient_checkpointing must be False for {type(model).__name__}, which cannot "
@@ -69,8 +78,19 @@ def check_training(
         )
     if lora is not None:
         require_peft()
+        _check_targets(model, lora.targets)
     if early_stopping is not None and early_stopping.task is not None:
         early_stopping.task.check(model)
+
+
+def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """Refuse targets before the teacher is asked that peft would refuse behind it."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    if targets and not any(name.endswith(f".{target}") for name in names for target in targets):
+        raise NothingToCompressError(
+            f"KnowledgeDistillation.lora finds no layer of {type(model).__name__} whose name ends as one of "
+            f"{targets!r}; leave LoRA.targets out for all linear layers."
+        )
 
 
 def training_arguments(training: Training, folder: Path, device: torch.device) -> TrainingArguments:
@@ -87,6 +107,7 @@ def training_arguments(training: Training, folder: Path, device: torch.device) -
         lr_scheduler_type="linear",
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
+        max_grad_norm=_GRADIENT_NORM,
         bf16=use_bf16(training.precision, device),
         use_cpu=device.type == "cpu",
         seed=training.seed,

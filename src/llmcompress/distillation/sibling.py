@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # What a student of another architecture takes over from its teacher.
-_SHARED = ("vocab_size", "id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
+_SHARED = (
+    "vocab_size",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
 
 
 def config_fields(student: object, field: str) -> dict[str, Any] | None:
