@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 
 import llmcompress as lc
 from llmcompress.compressor import Context
+from llmcompress.data import Span
 from llmcompress.distillation import teachers
 from llmcompress.distillation.answers import Answers, likeliest
 from llmcompress.distillation.batches import collate, make_rows
@@ -199,6 +201,64 @@ def test_an_entry_belongs_to_one_teacher_one_set_of_rows_and_one_temperature(tmp
         distil(teacher, cache=cache, steps=1)
 
 
+def test_what_a_teacher_reads_with_its_own_tokenizer_makes_another_entry(tmp_path):
+    reader = tiny_tokenizer()
+    reader.add_tokens(["é", "ö"])
+    teacher = tiny_model("bert", seed=1)
+    teacher.resize_token_embeddings(140, mean_resizing=False)
+    teacher.save_pretrained(tmp_path / "teacher")
+    reader.save_pretrained(tmp_path / "teacher")
+    cache = lc.TeacherCache(folder=tmp_path / "answers")
+    for letter, count in (("é", 1), ("ö", 2), ("é", 2)):  # both are unknown to the student
+        data = [lc.Example(f"{letter} cat", label=0), lc.Example(f"a {letter}", label=1)]
+        distil(tiny_model("bert"), teacher=str(tmp_path / "teacher"), cache=cache, steps=1, data=data)
+        assert len(entries(tmp_path / "answers")) == count
+
+
+def test_a_teacher_in_memory_that_was_changed_is_another_one(tmp_path):
+    teacher = tiny_model("bert", seed=1)
+    step = lc.KnowledgeDistillation(teacher=teacher, cache=lc.TeacherCache(folder=tmp_path), **{**FIELDS, "steps": 1})
+    model = tiny_model("bert")
+    for count in (1, 2):
+        context = Context(data=tiny_data(model, 8), tokenizer=tiny_tokenizer(), progress=False)
+        step.compress(copy.deepcopy(model), context)
+        assert len(entries(tmp_path)) == count
+        with torch.no_grad():
+            teacher.classifier.weight.mul_(2)
+
+
+def test_hidden_states_are_kept_that_no_feature_compares_yet(tmp_path):
+    teacher = tiny_model("t5")
+    cache = lc.TeacherCache(folder=tmp_path, hidden=(0, 2))
+    _, context = distil(teacher, cache=cache, steps=1)
+    distil(teacher, cache=cache, steps=1, features={"hidden": 1.0}, layers="last")
+    (entry,) = entries(tmp_path)
+    about = json.loads((entry / "about.json").read_text())["arrays"]
+    answers = about["answers"]["entries"] * cache.bytes_per_answer("seq2seq_lm", teacher.config.vocab_size)
+    tokens = sum(about[f"hidden_{stack}_0"]["entries"] for stack in (0, 1))
+    sizes = sum(path.stat().st_size for path in entry.glob("*.bin") if path.name != "done.bin")
+    assert sizes == answers + tokens * cache.bytes_per_token(teacher.config.d_model)
+    told = f"{answers // about['answers']['entries']} bytes an answer and {cache.bytes_per_token(64)} bytes a token"
+    assert any(told in (action.reason or "") for action in context.told)
+    planned = lc.KnowledgeDistillation(cache=cache, **FIELDS).plan(teacher, context)
+    assert any(f"{told} that is read or written" == action.reason for action in planned)
+
+
+def test_a_reader_of_questions_learns_squared_errors_from_a_cache_as_live(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    teacher = transformers.BertForQuestionAnswering(transformers.BertConfig(**sizes, intermediate_size=32)).eval()
+    data = [lc.Example("who", "a cat sat", Span(2, 5)), lc.Example("who", "on a mat there sat a dog", Span(21, 24))]
+    start = tiny_model_of(teacher)
+    fields = {"soft": "mse", "alpha": 1.0, "max_length": 32, "data": data * 4, "dropout": 0.0}
+    live, cached = (
+        moved(distil(teacher, student=copy.deepcopy(start), **fields, **more)[0], start)
+        for more in ({}, {"cache": lc.TeacherCache(folder=tmp_path)})
+    )
+    assert float(live.norm()) > 1e-2
+    assert float((live - cached).norm()) < 0.05 * float(live.norm())
+
+
 def test_entries_that_were_not_read_for_days_go_and_those_being_written_stay(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "about.json").write_text("{}")
@@ -272,7 +332,7 @@ def test_a_teacher_whose_answers_are_there_is_not_loaded(tmp_path, monkeypatch):
 def test_what_a_cache_cannot_do_is_refused_in_the_plan(tmp_path):
     cache = lc.TeacherCache(folder=tmp_path, top_k=8)
 
-    def refused(match, family="llama", error=lc.ConfigError, **fields):
+    def refused(match, family="llama", error=lc.ConfigError, cache=cache, **fields):
         model = tiny_model(family)
         context = Context(tokenizer=tiny_tokenizer(), teacher=copy.deepcopy(model), data=tiny_data(model))
         with pytest.raises(error, match=match):
@@ -282,6 +342,13 @@ def test_what_a_cache_cannot_do_is_refused_in_the_plan(tmp_path):
     refused("keeps no relations", "bert", features={"relations": 1.0})
     refused("temperature must be one number", temperature=[4.0, 1.0])
     refused("soft must be", soft="mse")
+    outside, within = (lc.TeacherCache(folder=tmp_path, hidden=hidden) for hidden in ((1, 99), (1,)))
+    refused(r"hidden must name hidden states from 0 to 2 .* got \(1, 99\)", "bert", cache=outside)
+    several = ["original", tiny_model("bert", seed=1)]
+    refused("hidden must be left out with several teachers", "bert", cache=within, teacher=several)
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused("folder must be a folder, got .* is a file", "bert", cache=lc.TeacherCache(folder=folder))
     with pytest.raises(lc.ConfigError, match=r"TeacherCache.folder must name a folder, got ''"):
         lc.TeacherCache(folder="")
     with pytest.raises(lc.ConfigError, match=r"TeacherCache.hidden must name"):

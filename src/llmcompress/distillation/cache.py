@@ -39,8 +39,10 @@ class TeacherCache(Settings):
         dtype: of log-probabilities and hidden states.
 
     Example:
-        >>> TeacherCache(folder="answers").bytes_per_token("causal_lm", 32000, 0)
-        258.0
+        >>> TeacherCache(folder="answers").bytes_per_answer("causal_lm", 32000)
+        258
+        >>> TeacherCache(folder="answers", hidden=(0, 6)).bytes_per_token(768)
+        3072
     """
 
     folder: str = Field(description="where the entries are; made if absent")
@@ -79,17 +81,22 @@ class TeacherCache(Settings):
         """
         return head not in LANGUAGE_MODELS or classes * _BYTES[self.dtype] <= self._of_likeliest(classes)
 
-    def bytes_per_token(self, head: Head, classes: int, width: int) -> float:
+    def bytes_per_answer(self, head: Head, classes: int) -> int:
         """Return what an entry takes for each position that counts, in bytes.
 
         Args:
             head: from `head_of`.
             classes: how many the teacher tells apart.
-            width: of its hidden states.
         """
-        number = _BYTES[self.dtype]
-        kept = classes * number if self.keeps_all(head, classes) else self._of_likeliest(classes)
-        return float(kept + len(self.hidden) * width * number)
+        return classes * _BYTES[self.dtype] if self.keeps_all(head, classes) else self._of_likeliest(classes)
+
+    def bytes_per_token(self, width: int) -> int:
+        """Return what hidden states take besides, in bytes: of each token, whether it counts or not, of each stack.
+
+        Args:
+            width: of the teacher's hidden states.
+        """
+        return len(self.hidden) * width * _BYTES[self.dtype]
 
     def remove_entries(self, *, unused_days: float = 0.0) -> list[Path]:
         """Delete the entries in the folder that no training has read for some days, finished or not.

@@ -71,12 +71,18 @@ class CachedTeacher:
     Attributes:
         positions: how many answers it holds.
         nbytes: what it takes on disk.
+        size: the same for a report.
     """
 
     def __init__(self, store: Store, layout: Layout, objective: Objective, hidden: Sequence[int]) -> None:
         self._store, self._layout, self._objective, self._hidden = store, layout, objective, hidden
         self.positions = int(layout.answers[-1])
         self.nbytes = sum(array.nbytes for array in store.arrays.values())
+        answers = sum(array.nbytes for name, array in store.arrays.items() if name in _FIELDS)
+        self.size = f"{self.nbytes / 1e6:.3g} MB, {answers / max(self.positions, 1):.4g} bytes an answer"
+        if hidden:
+            tokens = sum(int(starts[-1]) for starts in layout.tokens)
+            self.size += f" and {(self.nbytes - answers) / max(tokens, 1):.4g} bytes a token"
 
     def __call__(self, batch: Batch) -> Observed:
         """Return the answers to the rows of a batch, which `batch["row"]` names."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..anatomy.find import anatomy
@@ -13,7 +15,9 @@ from ..errors import ConfigError, UnsupportedModelError
 from .cache import TeacherCache
 from .heads import LANGUAGE_MODELS, Head, head_of
 from .loss_choice import reads_of
-from .schedule import least
+from .schedule import least, most
+from .student import stacks_of
+from .teachers import weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from .alignment import Alignment
     from .distillation import KnowledgeDistillation
     from .objective import Objective
+    from .teaching import PlannedTeacher
+
+_TEACHER = "KnowledgeDistillation.teacher"
 
 
 def refuse_untrainable(model: PreTrainedModel) -> None:
@@ -47,19 +54,34 @@ def refuse_mismatch(head: Head, student: PreTrainedModel, teacher: PreTrainedMod
     """Refuse a teacher that does not answer what the student is asked.
 
     Raises:
-        UnsupportedModelError: another kind of head, or other classes.
+        UnsupportedModelError: another kind of head, other classes, or the same in another order.
     """
     theirs = head_of(teacher)
     if theirs != head:
         raise UnsupportedModelError(
-            f"teacher and student must have the same kind of head, got {theirs} ({type(teacher).__name__}) and {head} "
-            f"({type(student).__name__})."
+            f"{_TEACHER} and student must have the same kind of head, got {theirs} "
+            f"({type(teacher).__name__}) and {head} ({type(student).__name__}); name a teacher with a head for {head}."
         )
-    if head not in LANGUAGE_MODELS and teacher.config.num_labels != student.config.num_labels:
+    if head in LANGUAGE_MODELS:
+        return
+    if teacher.config.num_labels != student.config.num_labels:
         raise UnsupportedModelError(
-            f"teacher and student must have the same classes, got {teacher.config.num_labels} and "
+            f"{_TEACHER} and student must have the same classes, got {teacher.config.num_labels} and "
             f"{student.config.num_labels} labels; give the student the teacher's head."
         )
+    names, other = _labels(student), _labels(teacher)
+    # What transformers calls LABEL_0 has no name that would tell what it is.
+    if names != other and set(names) == set(other) and not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        raise UnsupportedModelError(
+            f"{_TEACHER} and student must have their classes in the same order, got {other[:8]} and "
+            f"{names[:8]}; put the rows of one head's weight and bias, and its config.id2label and label2id, into the "
+            f"order of the other's."
+        )
+
+
+def _labels(model: PreTrainedModel) -> list[str]:
+    """Return the names of the classes in the order of their numbers."""
+    return [str(name) for _, name in sorted((int(number), name) for number, name in model.config.id2label.items())]
 
 
 def common_classes(
@@ -92,11 +114,12 @@ def common_classes(
         return None
     if tokenizer is None or ours == theirs:
         return None
-    real = len(tokenizer)
+    # Ids may have holes: there are fewer tokens than the highest one says.
+    real = max(tokenizer.get_vocab().values()) + 1
     if min(ours, theirs) < real:
         raise UnsupportedModelError(
-            f"teacher and student must share the tokenizer's {real} tokens, got vocabularies of {theirs} and {ours}; "
-            f"use a student with the teacher's tokenizer."
+            f"{_TEACHER} and student must share the tokenizer's tokens, up to the id {real - 1}, got vocabularies of "
+            f"{theirs} and {ours}; use a student with the teacher's tokenizer."
         )
     return real if head in LANGUAGE_MODELS else None
 
@@ -165,6 +188,12 @@ def refuse_uncacheable(
             that changes or a loss on logits where only the likeliest tokens are kept.
     """
     who, head = "KnowledgeDistillation.cache", objective.head
+    folder = Path(cache.folder).absolute()
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ConfigError(
+            f"TeacherCache.folder must be a folder, got {cache.folder!r}, and {file} is a file; name another one."
+        )
     if head == "masked_lm":
         raise ConfigError(
             f"{who} must be left out for a masked language model, whose inputs are masked anew each time."
@@ -195,6 +224,30 @@ def refuse_uncacheable(
         )
 
 
+def refuse_missing_states(cache: TeacherCache, teachers: Sequence[PlannedTeacher]) -> None:
+    """Refuse to keep hidden states that the teachers do not have for the rows of the student.
+
+    Raises:
+        ConfigError: there are several teachers, or the one has another tokenizer or too few blocks.
+    """
+    if not cache.hidden:
+        return
+    if len(teachers) > 1 or teachers[0].tokenizer is not None:
+        raise ConfigError(
+            f"TeacherCache.hidden must be left out with several teachers, or one with another tokenizer, got "
+            f"{cache.hidden} and {' and '.join(teacher.name for teacher in teachers)}."
+        )
+    model = teachers[0].empty
+    config = model.config.get_text_config()
+    blocks = None if model.config.is_encoder_decoder else getattr(config, "num_hidden_layers", None)
+    last = min(map(len, stacks_of(model))) if blocks is None else int(blocks)
+    if cache.hidden[-1] > last:
+        raise ConfigError(
+            f"TeacherCache.hidden must name hidden states from 0 to {last} of a teacher with {last} blocks "
+            f"({type(model).__name__}), got {cache.hidden}."
+        )
+
+
 def refuse_together(step: KnowledgeDistillation) -> None:
     """Refuse fields that do not go together.
 
@@ -211,6 +264,17 @@ def refuse_together(step: KnowledgeDistillation) -> None:
             f"{who}.layers must be left out where no feature compares blocks, got layers={step.layers!r} with "
             f"features={step.features!r}; add for instance features={{'hidden': 1.0}}, or name the blocks that stay as "
             f"student='layers:0,2,5'."
+        )
+    several = len(weights_of(step.teacher))
+    if step.generation is not None and step.generation.way == "sequence" and several > 1:
+        raise ConfigError(
+            f"{who}.generation must have one teacher to write, got {several} of them; name one, or use way='on_policy'."
+        )
+    unasked = [name for name in ("teacher", "cache") if getattr(step, name) is not None]
+    if unasked and most(step.alpha) == 0 and not reads_of(step.features) and step.generation is None:
+        raise ConfigError(
+            f"{who}.{unasked[0]} must be left out where no teacher is asked, with alpha={step.alpha!r} and without "
+            f"features, got {getattr(step, unasked[0])!r:.80}; raise alpha, or name features."
         )
     on_policy = step.generation is not None and step.generation.way == "on_policy"
     if (on_policy or step.augment is not None) and least(step.alpha) == 0 and not step.features:

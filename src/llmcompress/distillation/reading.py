@@ -23,15 +23,21 @@ class OwnTexts:
         examples: one a row, by the row's number.
         tokenizer: the teacher's.
         max_length: tokens that it can take at most.
+        pad: the token by which it knows padding.
+
+    Attributes:
+        rows: the tokens of each text.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._rows = encode(examples, tokenizer, max_length=max_length)
-        self._pad = tokenizer.pad_token_id or 0
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, pad: int
+    ) -> None:
+        self.rows = encode(examples, tokenizer, max_length=max_length)
+        self._pad = pad
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the teacher's inputs for the rows of a batch."""
-        rows = [self._rows[row] for row in batch["row"].tolist()]
+        rows = [self.rows[row] for row in batch["row"].tolist()]
         fills = {name: self._pad if name == "input_ids" else 0 for name in rows[0]}
         return {name: _padded([row[name] for row in rows], fill) for name, fill in fills.items()}
 
@@ -51,18 +57,19 @@ class OwnTokens:
         student: the student's tokenizer.
         teacher: the teacher's.
         max_length: tokens that the teacher can take at most.
+        pad: the token by which the teacher knows padding.
     """
 
     student: PreTrainedTokenizerBase
     teacher: PreTrainedTokenizerBase
     max_length: int
+    pad: int
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the teacher's inputs for the rows of a batch."""
         rows = [ids for ids, _ in self._read(batch)]
-        pad = self.teacher.pad_token_id or 0
         return {
-            "input_ids": _padded(rows, pad),
+            "input_ids": _padded(rows, self.pad),
             "attention_mask": _padded([[1] * len(ids) for ids in rows], 0),
         }
 

@@ -6,7 +6,6 @@ What a model is can be asked before its weights are read (`empty_of`), and witho
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ class InMemory:
     """A model that the caller holds, as a field of a step: two are equal where they are the same object.
 
     A recipe cannot hold it; there it is a dict of its class and the hash of its weights, which no step can be made of.
+    The hash is taken anew each time, since the caller may have changed the weights.
 
     Args:
         model: any transformers model.
@@ -37,7 +37,7 @@ class InMemory:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """The hash of config and weights."""
         return model_digest(self.model)
@@ -56,6 +56,10 @@ def told(field: Any) -> Any:
     """Return what a recipe says of a field that may hold models: their names, or what they were in memory."""
     if isinstance(field, InMemory):
         return {"in_memory": type(field.model).__name__, "sha256": field.digest}
+    if isinstance(field, Mapping) and (held := [source for source in field if isinstance(source, InMemory)]):
+        names = " and ".join(type(source.model).__name__ for source in held)
+        weighted = [{"source": told(source), "weight": weight} for source, weight in field.items()]
+        return {"in_memory": names, "weighted": weighted}
     return [told(entry) for entry in field] if isinstance(field, (list, tuple)) else field
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from ..anatomy.find import anatomy
 from ..anatomy.kept import modes_kept
-from ..errors import ConfigError
+from ..compressor import Cut
+from ..errors import ConfigError, UnsupportedModelError
 from .answers import Answers
 from .heads import Batch, Head, model_inputs
 from .observation import Observed, Observer, Teacher, observing
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 ORIGINAL = "original"
 """What the untouched model is called among several teachers."""
 
-Teachers: TypeAlias = Source | tuple[Source, ...] | dict[str, float] | None
+Teachers: TypeAlias = Source | tuple[Source, ...] | dict[Source, float] | None
 _FIELD = "KnowledgeDistillation.teacher"
 
 
@@ -46,13 +49,22 @@ def read_teachers(value: Any) -> Teachers:
         wrong = [weight for weight in value.values() if not isinstance(weight, (int, float)) or not weight > 0]
         if not value or wrong or not all(map(math.isfinite, value.values())):
             raise ConfigError(f"{_FIELD} must give each teacher a weight above 0, got {dict(value)!r}.")
-        return {str(read_source(name, _FIELD)): float(weight) for name, weight in value.items()}
+        return dict(zip(_different(value), map(float, value.values()), strict=True))
     if isinstance(value, (list, tuple)):
-        found = tuple(read_source(entry, _FIELD) for entry in value)
-        if not found or len(set(found)) < len(found):
-            raise ConfigError(f"{_FIELD} must name one teacher or several different ones, got {value!r}.")
-        return found
+        return _different(value)
     return read_source(value, _FIELD)
+
+
+def _different(values: Collection[Any]) -> tuple[Source, ...]:
+    found = tuple(read_source(entry, _FIELD) for entry in values)
+    # 'big', 'big/' and './big' are one folder.
+    paths = {os.path.normpath(source) if isinstance(source, str) else source for source in found}
+    if not found or len(paths) < len(found):
+        raise ConfigError(
+            f"{_FIELD} must name one teacher or several different ones, got {list(values)!r}; name each once, with a "
+            f"weight if it shall count more."
+        )
+    return found
 
 
 def weights_of(teachers: Teachers) -> list[tuple[Source, float]]:
@@ -75,6 +87,52 @@ def is_original(source: Source) -> bool:
     return not isinstance(source, InMemory) and source == ORIGINAL
 
 
+def fitting_cuts(teacher: PreTrainedModel, history: Sequence[Cut]) -> list[Cut]:
+    """Return the history without cuts of blocks and heads where a teacher other than the original has other numbers.
+
+    Args:
+        teacher: may have no weights.
+        history: what earlier steps cut.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> cuts = [Cut("model.layers", "layers", (0, 3), 4), Cut("model.embed_tokens", "vocabulary", (0, 2), 128)]
+        >>> [cut.axis for cut in fitting_cuts(tiny_model("llama"), cuts)]
+        ['vocabulary']
+    """
+    if not any(cut.axis in ("layers", *_HEADS) for cut in history):
+        return list(history)
+    try:
+        stacks = anatomy(teacher).stacks
+    except UnsupportedModelError:
+        return [cut for cut in history if cut.axis not in ("layers", *_HEADS)]
+    other: set[str] = set()
+    for blocks in stacks:
+        path, left = blocks[0].path.rpartition(".")[0], len(blocks)
+        heads = next((cut for cut in history if cut.axis in _HEADS and _is_in(cut.path, path)), None)
+        own = next((part for block in blocks for part in block.attentions if not part.cross), None)
+        if heads is not None and (own is None or heads.of != _HEADS[heads.axis](own)):
+            other.add(path)
+        for cut in history:
+            if cut.axis == "layers" and cut.path == path:
+                if cut.of != left:
+                    other.add(path)
+                left = len(cut.kept)
+    return [
+        cut
+        for cut in history
+        if cut.axis not in ("layers", *_HEADS) or not any(_is_in(cut.path, path) for path in other)
+    ]
+
+
+def _is_in(path: str, stack: str) -> bool:
+    return f"{path}.".startswith(f"{stack}.")
+
+
+# What the first cut of each kind counts in an attention that is whole.
+_HEADS = {"heads": lambda attention: attention.kv_heads, "query_heads": lambda attention: attention.heads}
+
+
 @dataclass(frozen=True)
 class Member:
     """One teacher, loaded.
@@ -84,12 +142,14 @@ class Member:
         share: of the answer, in (0, 1].
         objective: how its answers are laid beside the student's.
         reads: how it reads a batch, where its tokenizer is another one than the student's.
+        pad: the token by which it knows padding, where it may be another one than the student's.
     """
 
     model: PreTrainedModel
     share: float
     objective: Objective
     reads: OwnTexts | OwnTokens | None = None
+    pad: int | None = None
 
 
 class LiveTeacher:
@@ -120,7 +180,16 @@ class LiveTeacher:
 
     def _ask(self, index: int, batch: Batch) -> Observed:
         member = self._members[index]
+        if member.model.training:
+            # A teacher is asked in eval mode: this one is the model that Trainer has put into training mode.
+            raise ConfigError(
+                f"{_FIELD} must stay as it is, got the {type(member.model).__name__} that is trained in place; leave "
+                f"inplace=True out, or pass a copy of it."
+            )
         inputs = member.objective.for_teacher(model_inputs(batch)) if member.reads is None else member.reads(batch)
+        if member.reads is None and member.pad is not None:
+            # The classifiers of decoders find the end of a text by this token, and RoBERTa counts positions by it.
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, member.pad)
         return self._observers[index]({name: value.to(member.model.device) for name, value in inputs.items()})
 
     def _laid(self, index: int, batch: Batch) -> Answers:
@@ -145,12 +214,13 @@ def averaged(head: Head, logits: Sequence[torch.Tensor], shares: Sequence[float]
 
 
 @contextmanager
-def asking(members: Sequence[Member], *, autocast: bool) -> Iterator[Teacher]:
+def asking(members: Sequence[Member], *, autocast: bool, states: bool = False) -> Iterator[Teacher]:
     """Return the teachers as one, in eval mode; afterwards they are as before.
 
     Args:
         members: at least one.
         autocast: whether matrix products are in bfloat16, as those of the student.
+        states: whether hidden states are wanted that no feature compares.
     """
     with ExitStack() as undo:
         observers = []
@@ -158,7 +228,8 @@ def asking(members: Sequence[Member], *, autocast: bool) -> Iterator[Teacher]:
             undo.enter_context(modes_kept(member.model))
             member.model.eval()
             blocks = [{theirs for _, theirs in pairs} for pairs in member.objective.alignment.pairs]
-            observers.append(undo.enter_context(observing(member.model, member.objective.reads, blocks)))
+            reads = {*member.objective.reads, *(("states",) if states else ())}
+            observers.append(undo.enter_context(observing(member.model, reads, blocks)))
         teacher = LiveTeacher(members, observers)
         device = members[0].model.device.type
 
