@@ -118,8 +118,8 @@ def common_classes(
     real = max(tokenizer.get_vocab().values()) + 1
     if min(ours, theirs) < real:
         raise UnsupportedModelError(
-            f"{_TEACHER} and student must share the tokenizer's tokens, up to the id {real - 1}, got vocabularies of "
-            f"{theirs} and {ours}; use a student with the teacher's tokenizer."
+            f"{_TEACHER} and student must share the ids up to {real - 1} of the tokenizer's {len(tokenizer)} tokens, "
+            f"got vocabularies of {theirs} and {ours}; use a student with the teacher's tokenizer."
         )
     return real if head in LANGUAGE_MODELS else None
 
