@@ -24,7 +24,7 @@ from ..registry import register
 from .alignment import Alignment, align, feature_actions
 from .arguments import Precision, Training, check_training, use_bf16
 from .augmentation import Augmentation
-from .batches import collate, make_rows, pad_token
+from .batches import collate, make_rows, pad_token, row_length
 from .cache import TeacherCache
 from .checks import (
     common_classes,
@@ -290,7 +290,8 @@ class KnowledgeDistillation(Compressor):
             alignment=alignments[0] if alignments else Alignment(),
         )
         training = self._training(model, tokenizer, context)
-        ways = Ways(self.generation, head, self.max_length, training)
+        length = row_length(lesson.student.model, tokenizer, self.max_length)
+        ways = Ways(self.generation, head, length, training)
         rows = ways.teacher_rows(rows, lesson.teachers, alignments, context.teacher)
         collator = partial(collate, head, pad=training.pad, decoder_start=training.decoder_start)
         teaching = Teaching(
