@@ -60,6 +60,9 @@ def test_bad_inputs_are_refused(bert, tmp_path):
         _compress(bert, distil, data=[])
     with pytest.raises(lc.MissingInputError, match="needs a tokenizer"):
         _compress(bert, distil, data=["a text"])
+    taught = lc.KnowledgeDistillation(steps=1, teacher=bert, student="layers:1", alpha=1.0)
+    with pytest.raises(lc.ConfigError, match="teacher must stay as it is, got the model that inplace=True changes"):
+        _compress(bert, taught, inplace=True, data=["a text"], tokenizer=tiny_tokenizer())
     with pytest.raises(lc.ConfigError, match="resume_dir or inplace"):
         _compress(bert, lc.MagnitudePruning(), inplace=True, resume_dir=tmp_path)
     for inputs, told in (({"task": "test.csv"}, "a task such as"), ({"seed": 1.5}, "a whole number as seed")):

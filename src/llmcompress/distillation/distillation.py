@@ -377,7 +377,7 @@ class KnowledgeDistillation(Compressor):
         """Refuse all that cannot work; return what student and teachers will be. Reads no weights."""
         head = head_of(model)
         planned = plan_student(model, self.student, context)
-        model = planned.model
+        given, model = model, planned.model
         refuse_untrainable(model)
         check_training(
             model,
@@ -405,6 +405,11 @@ class KnowledgeDistillation(Compressor):
             features=bool(self.features),
         )
         for teacher in teachers:
+            if teacher.empty is given and context.teacher is None:
+                raise ConfigError(
+                    "KnowledgeDistillation.teacher must stay as it is, got the model that inplace=True changes; leave "
+                    "inplace out, or pass a copy of it."
+                )
             refuse_mismatch(head, model, teacher.empty)
         alignments = self._alignments(head, model, teachers, tokenizer, context, planned.cuts)
         if "attention" in reads_of(self.features):
