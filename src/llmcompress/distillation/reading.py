@@ -10,6 +10,7 @@ import torch
 
 from ..data import Example, encode
 from .answers import Answers
+from .batches import padded
 from .heads import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class OwnTexts:
         """Return the teacher's inputs for the rows of a batch."""
         rows = [self.rows[row] for row in batch["row"].tolist()]
         fills = {name: self._pad if name == "input_ids" else 0 for name in rows[0]}
-        return {name: _padded([row[name] for row in rows], fill) for name, fill in fills.items()}
+        return {name: padded([row[name] for row in rows], fill) for name, fill in fills.items()}
 
     def lay(self, logits: torch.Tensor, batch: Batch) -> Answers:
         """Return the answers as they are: one a text."""
@@ -69,8 +70,8 @@ class OwnTokens:
         """Return the teacher's inputs for the rows of a batch."""
         rows = [ids for ids, _ in self._read(batch)]
         return {
-            "input_ids": _padded(rows, self.pad),
-            "attention_mask": _padded([[1] * len(ids) for ids in rows], 0),
+            "input_ids": padded(rows, self.pad),
+            "attention_mask": padded([[1] * len(ids) for ids in rows], 0),
         }
 
     def lay(self, logits: torch.Tensor, batch: Batch) -> Answers:
@@ -118,8 +119,3 @@ class OwnTokens:
 
 
 _NAMES = ("input_ids", "attention_mask", "labels")
-
-
-def _padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
-    longest = max(map(len, sequences))
-    return torch.tensor([sequence + [fill] * (longest - len(sequence)) for sequence in sequences])
