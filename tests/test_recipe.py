@@ -30,6 +30,7 @@ REFUSED = {
     "step:\n- gptq": "line 1 (step): a step must have the key 'name', got 'step'; did you mean 'steps'?",
     "steps:\n- nam: gptq": "line 2 (steps[0].nam): a step must have the key 'name', got 'nam'; did you mean 'name'?",
     "steps: [gptq]\nrecovery: null": "line 2 (recovery): a recipe has no key 'recovery'; did you mean 'recover'?",
+    "steps:\n- gptq\n- magnitude_pruning": "line 3 (steps[1]): MagnitudePruning cannot follow GPTQ",
     "steps: []": "line 1 (steps): steps must be a list of at least one step",
     "steps: [gptq]\nversion: 2": "line 2 (version): version must be at most 1, got 2",
     "version: one\nsteps: [gptq]": "line 1 (version): version must be 1, got 'one'",

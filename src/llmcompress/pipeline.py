@@ -85,18 +85,22 @@ class Pipeline(Compressor):
             PipelineOrderError: a step follows a terminal one, or stands before one that takes the model's place.
         """
         flat: list[Compressor] = []
-        for step in self.steps:
+        places: list[int] = []
+        for place, step in enumerate(self.steps):
             flat.extend(step.flatten() if isinstance(step, Pipeline) else [step])
-        for earlier, later in itertools.pairwise(flat):
+            places.extend([place] * (len(flat) - len(places)))
+        for (earlier, later), place in zip(itertools.pairwise(flat), places[1:], strict=True):
             if earlier.terminal:
                 raise PipelineOrderError(
                     f"{type(later).__name__} cannot follow {type(earlier).__name__}, whose weights are no longer "
-                    f"float; put {type(earlier).__name__} last."
+                    f"float; put {type(earlier).__name__} last.",
+                    location=("steps", place),
                 )
             if later.begins:
                 raise PipelineOrderError(
                     f"{type(later).__name__} takes another model in place of the one it is given, so what "
-                    f"{type(earlier).__name__} does is lost; put {type(later).__name__} first: got {later}."
+                    f"{type(earlier).__name__} does is lost; put {type(later).__name__} first: got {later}.",
+                    location=("steps", place),
                 )
         return flat if self.recover is None else list(with_recovery(flat, self.recover))
 

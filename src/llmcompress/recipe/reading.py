@@ -150,7 +150,7 @@ class _Recipe:
         try:
             chain.flatten()
         except CompressionError as error:
-            raise _told(error, str(error), ("steps",)) from None
+            raise _told(error, str(error), error.location or ("steps",)) from None
 
     @contextmanager
     def _faults_at(self, at: tuple[str | int, ...]) -> Iterator[None]:
