@@ -71,7 +71,7 @@ def test_a_save_that_fails_leaves_everything_as_it_was(folder, model, monkeypatc
 
     monkeypatch.setattr(type(model), "save_pretrained", fail)
     for target in (folder, folder.with_name("new")):
-        with pytest.raises(CheckpointError, match="cannot be written: no space left"):
+        with pytest.raises(lc.CheckpointError, match="cannot be written: no space left"):
             save(model, target, metadata={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
