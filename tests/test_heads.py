@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import transformers
 
 import llmcompress as lc
 from llmcompress.compressor import Context
@@ -290,3 +291,14 @@ def test_every_row_hides_other_tokens_each_time_and_the_same_after_a_restart():
     assert not bool((first["counted"].bool() & (batch["attention_mask"] == 0)).any())
     share = float(first["counted"].sum() / batch["counted"].sum())
     assert math.isclose(share, 0.15, abs_tol=0.05)
+
+
+def test_a_decoder_that_does_not_know_its_padding_token_is_refused_in_the_plan():
+    model = transformers.LlamaForSequenceClassification(tiny_model("llama").config)
+    model.config.pad_token_id = None
+    given = {"data": [("a cat", 0), ("the dog ran", 1)], "tokenizer": tiny_tokenizer()}
+    step = lc.KnowledgeDistillation(steps=1, max_length=8)
+    with pytest.raises(lc.ConfigError, match=r"set model\.config\.pad_token_id"):
+        lc.plan(model, step, **given)
+    model.config.pad_token_id = tiny_tokenizer().pad_token_id
+    assert lc.compress(model, step, progress=False, **given).report.steps

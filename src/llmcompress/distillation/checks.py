@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..anatomy.find import anatomy
 from ..anatomy.module_sizes import quantized_by
+from ..anatomy.pooling import classifies_last_token
 from ..anatomy.vocabulary import vocabulary_size
 from ..compressor import Cut, still_there
 from ..errors import ConfigError, UnsupportedModelError
@@ -47,6 +48,19 @@ def refuse_untrainable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"KnowledgeDistillation must have weights to train, and all of {who} are frozen; call "
             f"model.requires_grad_(True)."
+        )
+
+
+def refuse_unpadded(model: PreTrainedModel) -> None:
+    """Refuse a classifier that finds the end of a text by a padding token that its config does not name.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if model.config.get_text_config().pad_token_id is None and classifies_last_token(model):
+        raise ConfigError(
+            f"KnowledgeDistillation must have a padding token in the config of {type(model).__name__}, which finds the "
+            f"end of each text of a batch by it; set model.config.pad_token_id = tokenizer.pad_token_id."
         )
 
 

@@ -32,6 +32,7 @@ from .checks import (
     refuse_other_heads,
     refuse_together,
     refuse_uncacheable,
+    refuse_unpadded,
     refuse_untrainable,
 )
 from .cost import training_outline
@@ -379,6 +380,7 @@ class KnowledgeDistillation(Compressor):
         planned = plan_student(model, self.student, context)
         given, model = model, planned.model
         refuse_untrainable(model)
+        refuse_unpadded(model)
         check_training(
             model,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -411,6 +413,7 @@ class KnowledgeDistillation(Compressor):
                     "inplace out, or pass a copy of it."
                 )
             refuse_mismatch(head, model, teacher.empty)
+            refuse_unpadded(teacher.empty)
         alignments = self._alignments(head, model, teachers, tokenizer, context, planned.cuts)
         if "attention" in reads_of(self.features):
             for teacher, aligned in zip(teachers, alignments, strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from tqdm.auto import tqdm
 
+from ...anatomy.pooling import classifies_last_token
 from ..inference import evaluating
 from .task import Task, TaskScore, check_positive
 
@@ -197,14 +198,4 @@ def padding_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
     if own is not None:
         return own, False
     fallbacks = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in fallbacks if token is not None), _classifies_last_token(model)
-
-
-def _classifies_last_token(model: PreTrainedModel) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
-
-    # Only encoders put their classifier on a token that padding cannot move.
-    kind = model.config.get_text_config().model_type
-    decodes = kind in DECODERS and kind not in ENCODERS
-    return decodes and any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+    return next(token for token in fallbacks if token is not None), classifies_last_token(model)
