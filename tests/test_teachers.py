@@ -399,3 +399,13 @@ def test_teachers_that_do_not_fit_are_refused_in_the_plan(folder, tmp_path):
     refused(lc.ConfigError, "one teacher", teacher=[folder, "original"], features={"hidden": 1.0})
     transformers.BertModel(transformers.BertConfig.from_dict(config)).save_pretrained(tmp_path / "body")
     refused(lc.UnsupportedModelError, "got BertModel", teacher=str(tmp_path / "body"))
+
+
+def test_a_teacher_that_writes_has_to_read_as_the_student_which_the_plan_tells(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    other_tokenizer().save_pretrained(tmp_path)
+    step = lc.KnowledgeDistillation(
+        steps=1, max_length=8, teacher=str(tmp_path), soft="uld", alpha=0.5, generation={"way": "sequence"}
+    )
+    with pytest.raises(lc.ConfigError, match=r"one teacher with the student's tokenizer to write, got .* with another"):
+        lc.plan(tiny_model("llama"), step, data=["a cat sat on a mat"] * 2, tokenizer=faithful_tokenizer())

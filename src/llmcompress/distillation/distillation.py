@@ -51,7 +51,7 @@ from .sources import told
 from .student import Student, make_student, outline_student, plan_student, read_student, replaces_model
 from .teachers import Teachers, is_original, read_teachers, weights_of
 from .teaching import Lesson, PlannedTeacher, Teaching, classes_of, history_of, plan_teachers, teacher_actions
-from .ways import Ways, altered_copies, check_ways, way_actions
+from .ways import Ways, altered_copies, check_ways, check_writer, way_actions
 from .zeros import pruned_weights
 
 if TYPE_CHECKING:
@@ -414,6 +414,7 @@ class KnowledgeDistillation(Compressor):
                 )
             refuse_mismatch(head, model, teacher.empty)
             refuse_unpadded(teacher.empty)
+        check_writer(self.generation, teachers)
         alignments = self._alignments(head, model, teachers, tokenizer, context, planned.cuts)
         if "attention" in reads_of(self.features):
             for teacher, aligned in zip(teachers, alignments, strict=True):

@@ -52,6 +52,22 @@ def check_ways(head: Head, model: PreTrainedModel, generation: Generation | None
         augment.check()
 
 
+def check_writer(generation: Generation | None, teachers: Sequence[PlannedTeacher]) -> None:
+    """Refuse teachers that cannot write what the student reads.
+
+    Raises:
+        ConfigError: there are several teachers, or one with another tokenizer, and they write before the training.
+    """
+    if generation is None or generation.way != "sequence":
+        return
+    if len(teachers) != 1 or teachers[0].tokenizer is not None:
+        got = f"{len(teachers)} of them" if len(teachers) != 1 else f"{teachers[0].name} with another tokenizer"
+        raise ConfigError(
+            f"KnowledgeDistillation.generation must have one teacher with the student's tokenizer to write, got {got}; "
+            f"use way='on_policy', or name another teacher."
+        )
+
+
 def way_actions(generation: Generation | None, augment: Augmentation | None) -> list[Action]:
     """Return what a plan says of them."""
     told = []
@@ -110,18 +126,13 @@ class Ways:
             original: the untouched model.
 
         Raises:
-            ConfigError: there are several teachers, the one has another tokenizer, or of the rows none can be held out.
+            ConfigError: of the rows none can be held out.
         """
         settings, training = self.generation, self.training
         if training.early_stopping is not None and training.early_stopping.task is None:
             check_held_out(rows)  # `train` does too, but behind the teacher's whole pass
         if settings is None or settings.way != "sequence":
             return rows
-        if len(teachers) != 1 or teachers[0].tokenizer is not None:
-            raise ConfigError(
-                f"KnowledgeDistillation.generation must have one teacher with the student's tokenizer to write, got "
-                f"{len(teachers)} teachers{'' if len(teachers) != 1 else ' with another one'}; use way='on_policy'."
-            )
         source = teachers[0].source
 
         def make() -> list[Row]:
