@@ -13,7 +13,7 @@ from llmcompress.quantization.fitting import fit, quantize
 from llmcompress.quantization.grid import LEVELS, Coded, Grid, decode, encode, min_max
 from llmcompress.quantization.packed_modules import PackedEmbedding, PackedLinear
 from llmcompress.quantization.packing import pack, packed_width, unpack
-from llmcompress.testing import FAMILIES, tiny_inputs, tiny_model
+from llmcompress.testing import FAMILIES, tiny_data, tiny_inputs, tiny_model, tiny_tokenizer
 
 
 def random(*shape, seed=0):
@@ -327,3 +327,13 @@ def test_the_plan_tells_the_memory_of_the_copy(compute, native, monkeypatch):
     made = sum(module.derived_bytes() for module in packed.modules() if isinstance(module, PackedLinear))
     weights = sum(module.rows * module.columns for module in packed.modules() if isinstance(module, PackedLinear))
     assert made >= weights if told else made == 0
+
+
+@pytest.mark.parametrize("step", [lc.WeightOnlyQuantization, lc.GPTQ, lc.AWQ])
+def test_weights_too_small_for_the_scales_are_refused_with_the_way_out(step):
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e-6
+    given = {"data": tiny_data(model), "tokenizer": tiny_tokenizer(), "progress": False}
+    with pytest.raises(lc.CompressionError, match=r"up_proj, .* too small for scales in float16: take scale_dtype='bf"):
+        lc.compress(model, step(bits=4, group_size=32), **given)
+    assert lc.compress(model, step(bits=4, group_size=32, scale_dtype="bfloat16"), **given).report.steps

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # Groups begin on whole bytes at any number of bits.
 _MULTIPLE = 8
+# A scale of fewer of the smallest steps of its dtype is off by a percent and more.
+_LEAST_STEPS = 64
 # Bits of a fine zero point.
 _FINE = 8
 # Bytes that each weight of a layer takes while it is coded, and how often each is read or written.
@@ -334,7 +336,7 @@ class GroupedQuantization(Compressor):
         )
 
     def _refuse_unstorable(self, targets: Sequence[Target]) -> None:
-        """Raise `CompressionError` naming the first layer with NaN, infinity, or weights too large for the scales."""
+        """Raise `CompressionError` naming the first layer with NaN, infinity, or weights that no stored scale fits."""
         for target in targets:
             low, high = torch.aminmax(target.layer.weight.detach())
             let_go(target.layer.weight)
@@ -343,6 +345,14 @@ class GroupedQuantization(Compressor):
             lowest, highest = low.float().clamp_max(0.0).view(1, 1), high.float().clamp_min(0.0).view(1, 1)
             if not torch.isfinite(laid(lowest, highest, target.grid)[0]):
                 self._refuse_scale(target)
+            exact = laid(lowest, highest, replace(target.grid, scale_dtype=torch.float32))[0].abs()
+            steps = torch.finfo(target.grid.scale_dtype).smallest_normal * torch.finfo(target.grid.scale_dtype).eps
+            if (lowest < 0 or highest > 0) and exact < _LEAST_STEPS * steps:
+                raise CompressionError(
+                    f"{type(self).__name__}: the weights of {target.layer.name}, at most {max(-low, high):.2g}, are "
+                    f"too small for scales in {self.scale_dtype}: take scale_dtype='bfloat16', or leave it out with "
+                    f"skip=({target.layer.name!r},)."
+                )
 
     def _refuse_scale(self, target: Target) -> None:
         raise CompressionError(

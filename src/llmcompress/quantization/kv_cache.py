@@ -124,7 +124,7 @@ class QuantizedCache(DynamicCache):
     ) -> None:
         key_bits, value_bits = bits if isinstance(bits, tuple) and len(bits) == 2 else (bits, bits)
         for given in (key_bits, value_bits):
-            if given not in range(2, 9):
+            if type(given) is not int or given not in range(2, 9):
                 raise ConfigError(f"QuantizedCache.bits must be in [2, 8], or a pair of such, got {bits!r}.")
         for name, number, least in (("group_size", group_size, 2), ("residual_length", residual_length, 0)):
             if not isinstance(number, int) or number < least:
