@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, MambaConfig, MambaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    T5ForConditionalGeneration,
+)
 
 import llmcompress as lc
 from llmcompress.anatomy.empty import weightless
@@ -132,3 +138,17 @@ def test_without_weights_a_pass_is_followed_as_far_as_it_goes():
     found = read_directly(weightless(model))
     assert found == read_directly(model)
     assert {name.rpartition(".")[2] for name in found} == {"dt_proj", "lm_head"}
+
+
+def test_layers_that_stay_in_float32_are_quantized_in_a_model_of_float16(tmp_path):
+    tiny_model("t5").save_pretrained(tmp_path / "in")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "in", dtype=torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16, torch.float32}
+    inputs = tiny_inputs(model)
+    result = lc.compress(model, lc.DynamicQuantization(), progress=False)
+    with torch.no_grad():
+        expected, found = model(**inputs).logits.float(), result.model(**inputs).logits.float()
+        result.save_pretrained(tmp_path / "out")
+        again = T5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
+        assert torch.equal(again(**inputs).logits.float(), found)
+    assert float((found - expected).norm() / expected.norm()) < 0.1

@@ -251,10 +251,10 @@ class _Disguised(nn.Module):
         self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Note the dtype of `x`, and go on with floats."""
+        """Note the dtype of `x`, and go on with that of the weight: T5 in float16 has layers in float32."""
         self._seen.add(x.dtype)
-        cast = isinstance(self._layer[0], nn.Embedding) or x.is_floating_point()
-        result: torch.Tensor = self._layer[0](x if cast else x.to(self._dtype))
+        embeds = isinstance(self._layer[0], nn.Embedding)
+        result: torch.Tensor = self._layer[0](x if embeds else x.to(self._dtype))
         return result
 
     def __getattr__(self, name: str) -> Any:
