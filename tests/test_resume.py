@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llmcompress as lc
-from forks import needs_fork
+from forks import begun, needs_fork
 from llmcompress import checkpoint, kept_blocks, resume, run, tensor_files
 from llmcompress.anatomy.turns import keeper_of
 from llmcompress.locks import locked
@@ -119,13 +119,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(llama, whole, tmp_path
     span = time.perf_counter() - start
     draw = random.Random(0)
     for _ in range(4):
-        process = os.fork()
-        if process == 0:
-            torch.set_num_threads(1)
-            try:
-                compress(llama, CHAIN, tmp_path / "killed")
-            finally:
-                os._exit(0)
+        process = begun(lambda: compress(llama, CHAIN, tmp_path / "killed"))
         time.sleep(draw.uniform(0.05, 0.6) * span)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)

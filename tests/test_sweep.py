@@ -208,6 +208,11 @@ def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(tmp_path, monkeyp
         ({"latency": [(0, 8)]}, lc.ConfigError, "latency"),
         ({"task": "test.csv"}, lc.ConfigError, "task must be a Task.*got 'test.csv'"),
         ({"on": "spark"}, lc.ConfigError, "'processes' or 'ray', got 'spark'"),
+        (
+            {"chains": {"late": [lc.StructuredPruning(ffn=0.4), lc.WeightOnlyQuantization(bits=4, group_size=32)]}},
+            lc.ConfigError,
+            r"chain 'late': .*group_size=32 must divide .* has 80",
+        ),
         ({"chains": {"odd": [INT8, HALF]}}, lc.PipelineOrderError, "MagnitudePruning cannot follow"),
         ({"chains": {"bad": {"name": "magnitude_prunning"}}}, lc.UnknownNameError, "did you mean"),
         ({"chains": {"none": lc.VocabularyPruning()}, "data": None}, lc.MissingInputError, "VocabularyPruning needs"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .anatomy.module_sizes import quantized_by
@@ -16,24 +17,38 @@ if TYPE_CHECKING:
     from .evaluation.tasks import Task
 
 
-def refuse_other_kinds(who: str, model: Any, task: Any, seed: Any) -> None:
-    """Refuse arguments of another kind than the caller documents.
+def check_model(model: Any, field: str = "model") -> None:
+    """Refuse what is neither a model nor a place where one is; `field` is what the message calls it.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: naming what it is.
     """
-    import transformers
+    from transformers import PreTrainedModel
 
+    if not isinstance(model, (PreTrainedModel, str, Path)):
+        raise ConfigError(f"{field} must be a transformers model, a folder or a hub name, got {model!r:.80}.")
+
+
+def check_task(task: Any, field: str) -> None:
+    """Refuse what is no task.
+
+    Raises:
+        ConfigError: naming what it is.
+    """
     from .evaluation.tasks import Task
 
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise ConfigError(
-            f"{who}() must have a transformers model, a folder or a name on the hub as model, got {model!r:.80}."
-        )
-    if task is not None and not isinstance(task, Task):
-        raise ConfigError(f"{who}() must have a task such as lc.TextClassification(data), got task={task!r:.80}.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigError(f"{who}() must have a whole number as seed, got {seed!r:.80}.")
+    if not isinstance(task, Task):
+        raise ConfigError(f"{field} must be a Task, got {task!r:.80}; for instance TextClassification('test.csv').")
+
+
+def check_seed(seed: Any, field: str = "seed") -> None:
+    """Refuse what no random state can be drawn from.
+
+    Raises:
+        ConfigError: naming what it is.
+    """
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"{field} must be an integer of at least 0, got {seed!r:.80}.")
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from .compressor import Action, Compressor, Context, Need
 from .distillation.distillation import KnowledgeDistillation
 from .errors import ConfigError, PipelineOrderError
 from .gates import Gate, OnFail, read_gates
-from .inputs import check_inputs, refuse_other_kinds, refuse_quantized
+from .inputs import check_inputs, check_model, check_seed, check_task, refuse_quantized
 from .measured import check_chain
 from .recipe import read_recipe, write_recipe
 from .recovery import read_recovery, unrecovered, with_recovery
@@ -209,9 +209,12 @@ def compress(
         >>> round(result.report.steps[0].footprint.zeros, 2) > 0.25
         True
     """
+    check_model(model, "compress.model")
+    check_seed(seed, "compress.seed")
+    if task is not None:
+        check_task(task, "compress.task")
     if isinstance(model, (str, Path)):
         model = load(model)
-    refuse_other_kinds("compress", model, task, seed)
     chain = Pipeline(steps=steps, recover=recover)
     flat = chain.flatten()
     if not flat:

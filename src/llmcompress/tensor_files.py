@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from .anatomy.saved import DTYPE_NAMES
 from .errors import CheckpointError
+from .places import told_if_unwritable
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES}
 _OWN_PAGES = 1 << 16  # from so many bytes on a tensor has pages of its own
@@ -152,12 +153,13 @@ def write_json(content: object, file: Path) -> None:
         CheckpointError: it cannot be written.
     """
     draft = file.with_name(f"{file.name}.draft")
-    try:
-        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _settle(draft, file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise CheckpointError(f"{file} cannot be written: {error}; make room, and call again to continue.") from error
+    with told_if_unwritable(file, "make room, and call again to continue"):
+        try:
+            draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _settle(draft, file)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def mark_used(file: Path) -> None:

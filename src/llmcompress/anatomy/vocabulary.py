@@ -20,7 +20,7 @@ from ..errors import UnsupportedModelError
 from .sizes import Shapes, Values, adopt_config, build, shapes_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Names of config fields that hold token ids and do not say so by "token_id".
 _NAMED_IDS = ("pad_index", "bos_index", "eos_index", "unk_index", "mask_index")
@@ -45,6 +45,17 @@ class VocabularyChange:
     of: int
     values: Values
     shapes: Shapes
+
+
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many rows an embedding needs for all tokens; more than there are tokens, where their ids have holes.
+
+    Example:
+        >>> from llmcompress.testing import tiny_tokenizer
+        >>> rows_needed(tiny_tokenizer())
+        128
+    """
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..anatomy.find import anatomy
 from ..anatomy.module_sizes import quantized_by
 from ..anatomy.pooling import classifies_last_token
-from ..anatomy.vocabulary import vocabulary_size
+from ..anatomy.vocabulary import rows_needed, vocabulary_size
 from ..compressor import Cut, still_there
 from ..errors import ConfigError, UnsupportedModelError
 from .cache import TeacherCache
@@ -129,7 +129,7 @@ def common_classes(
     if tokenizer is None or ours == theirs:
         return None
     # Ids may have holes: there are fewer tokens than the highest one says.
-    real = max(tokenizer.get_vocab().values()) + 1
+    real = rows_needed(tokenizer)
     if min(ours, theirs) < real:
         raise UnsupportedModelError(
             f"{_TEACHER} and student must share the ids up to {real - 1} of the tokenizer's {len(tokenizer)} tokens, "

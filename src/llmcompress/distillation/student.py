@@ -17,7 +17,7 @@ from ..anatomy.depth import evenly_spaced, keep_blocks, plan_depth
 from ..anatomy.empty import empty_of_class, weightless
 from ..anatomy.footprint import footprint
 from ..anatomy.stacks import Stack, find_stacks
-from ..anatomy.vocabulary import vocabulary_size
+from ..anatomy.vocabulary import rows_needed, vocabulary_size
 from ..compressor import Action, Context, Cut
 from ..errors import ConfigError, UnsupportedModelError
 from .narrow import narrowing, parse_width
@@ -124,7 +124,7 @@ def plan_student(model: PreTrainedModel, student: Student, context: Context) -> 
         built = empty_sibling(model, student, _WHO)
         does, tokenizer = f"begin from {student!r}:", _own_tokenizer(student, context)
     known = tokenizer or context.tokenizer
-    tokens = max(known.get_vocab().values()) + 1 if known is not None else 0  # ids may have holes
+    tokens = rows_needed(known) if known is not None else 0
     if vocabulary_size(built) < tokens:
         raise UnsupportedModelError(
             f"{_WHO} must have an embedding for each of the {tokens} tokens of its tokenizer, got "

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy.digest import model_digest
-from ..anatomy.vocabulary import vocabulary_size
+from ..anatomy.vocabulary import rows_needed, vocabulary_size
 from ..compressor import Action, Context, Cut, still_there
 from ..data import Example, longest_input
 from ..errors import ConfigError, UnsupportedModelError
 from .alignment import Alignment
-from .batches import Row, pad_token
+from .batches import Row, pad_token, row_length
 from .cache import TeacherCache, entry_name, rows_digest
 from .cached_teacher import Collator, cached_teacher
 from .checks import refuse_missing_states
@@ -133,7 +133,7 @@ def _reads_uncut(tokenizer: PreTrainedTokenizerBase, ids: Mapping[int, int], ori
     if whole is not None:
         return reads_alike(tokenizer, whole)
     # An original that was never saved: what a cut leaves has the order that it had, and the original had all of it.
-    fits = original is None or max(tokenizer.get_vocab().values()) < vocabulary_size(original)
+    fits = original is None or rows_needed(tokenizer) <= vocabulary_size(original)
     return fits and all(first < second for first, second in pairwise(ids.values()))
 
 
@@ -252,14 +252,13 @@ class Teaching:
     def _reader(self, teacher: PlannedTeacher) -> OwnTexts | OwnTokens:
         tokenizer = teacher.tokenizer
         assert tokenizer is not None
-        longest = longest_input(teacher.empty, tokenizer)
-        length = min(self.max_length, longest) if longest is not None else self.max_length
         pad = pad_token(teacher.empty, tokenizer)
         if self.objective.head in _ANSWERS_A_TEXT:
-            return OwnTexts(self.examples, tokenizer, length, pad)
+            return OwnTexts(self.examples, tokenizer, row_length(teacher.empty, tokenizer, self.max_length), pad)
         _refuse_unfaithful(self.tokenizer, self.examples)
         # The same text may take more tokens than the student's.
-        return OwnTokens(self.tokenizer, tokenizer, longest or 4 * self.max_length, pad)
+        longest = longest_input(teacher.empty, tokenizer) or 4 * self.max_length
+        return OwnTokens(self.tokenizer, tokenizer, longest, pad)
 
     def _about(self, cache: TeacherCache, temperature: float) -> dict[str, Any]:
         """Return all that decides what is in an entry."""

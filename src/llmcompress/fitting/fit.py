@@ -17,7 +17,7 @@ from ..errors import ConfigError, MissingInputError, NothingToCompressError
 from ..evaluation.latency import measure_latency
 from ..evaluation.tasks import Task
 from ..evaluation.units import bytes_text, milliseconds_text
-from ..inputs import refuse_quantized
+from ..inputs import check_model, check_seed, check_task, refuse_quantized
 from ..pipeline import Pipeline
 from .bench import Bench, noise_of
 from .budget import Budget
@@ -111,13 +111,13 @@ def fit(
 mib, gib, got '12 megabytes'.
     """
     targets = read_targets(size=size, latency=latency, speedup=speedup, max_drop=max_drop, shape=shape, budget=budget)
-    if not isinstance(task, Task):
-        raise ConfigError(f"fit.task must be a Task, got {task!r:.80}; for instance TextClassification('test.csv').")
-    if type(seed) is not int or seed < 0:
-        raise ConfigError(f"fit.seed must be an integer of at least 0, got {seed!r}.")
+    check_task(task, "fit.task")
+    check_seed(seed, "fit.seed")
     if data is None:
         raise MissingInputError("fit needs data; pass data=[...] with texts like those of the task to train with.")
-    model = _loaded(model)
+    check_model(model, "fit.model")
+    if isinstance(model, (str, Path)):
+        model = load(model)
     check_shape(targets.shape, model)
     refuse_quantized(model)
     task.check(model)
@@ -208,16 +208,6 @@ def _finished(
         stages=clock.stages,
         notes=notes,
     )
-
-
-def _loaded(model: Any) -> PreTrainedModel:
-    from transformers import PreTrainedModel
-
-    if isinstance(model, (str, Path)):
-        return load(model)
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"fit.model must be a transformers model, a folder or a hub name, got {model!r:.80}.")
-    return model
 
 
 def _refuse_met(targets: Targets, own: Cost) -> None:

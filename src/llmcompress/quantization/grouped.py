@@ -343,11 +343,11 @@ class GroupedQuantization(Compressor):
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 refuse_nonfinite([target.layer])
             lowest, highest = low.float().clamp_max(0.0).view(1, 1), high.float().clamp_min(0.0).view(1, 1)
-            if not torch.isfinite(laid(lowest, highest, target.grid)[0]):
+            scale = laid(lowest, highest, replace(target.grid, scale_dtype=torch.float32))[0].abs()
+            if not torch.isfinite(scale.to(target.grid.scale_dtype)):
                 self._refuse_scale(target)
-            exact = laid(lowest, highest, replace(target.grid, scale_dtype=torch.float32))[0].abs()
-            steps = torch.finfo(target.grid.scale_dtype).smallest_normal * torch.finfo(target.grid.scale_dtype).eps
-            if (lowest < 0 or highest > 0) and exact < _LEAST_STEPS * steps:
+            kind = torch.finfo(target.grid.scale_dtype)
+            if (lowest < 0 or highest > 0) and scale < _LEAST_STEPS * kind.smallest_normal * kind.eps:
                 raise CompressionError(
                     f"{type(self).__name__}: the weights of {target.layer.name}, at most {max(-low, high):.2g}, are "
                     f"too small for scales in {self.scale_dtype}: take scale_dtype='bfloat16', or leave it out with "

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import bars_hidden, seal
-from ..errors import CheckpointError
 from ..kept_blocks import KeptBlocks
+from ..places import told_if_unwritable
 from ..tensor_files import stored_in, write_tensors
 from .residence import Residence
 
@@ -47,15 +47,13 @@ def assemble(
     model = residence.model
     if folder.exists():
         shutil.rmtree(folder)
-    try:
+    with told_if_unwritable(folder, "make room, and call again to continue"):
         folder.mkdir(parents=True)
         with bars_hidden():
             # Config, generation config and whatever else belongs to the folder of a model, without its weights.
             model.save_pretrained(folder, state_dict={})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}; make room, and call again to continue.") from error
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     state = model.state_dict()
@@ -92,7 +90,5 @@ def _link(file: Path, shard: Path) -> None:
     try:
         os.link(file, shard)
     except OSError:
-        try:
+        with told_if_unwritable(shard, "make room, and call again"):
             shutil.copyfile(file, shard)
-        except OSError as error:
-            raise CheckpointError(f"{shard} cannot be written: {error}; make room, and call again.") from error

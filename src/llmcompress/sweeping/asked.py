@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..evaluation.evaluate import as_tasks
+from ..inputs import check_seed
 from ..pipeline import Pipeline, Step
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..evaluation.tasks import Task
 
 # Of a file's name most systems take 255 bytes, and a draft beside it needs some more than the name.
@@ -71,8 +70,7 @@ def check_settings(*, workers: int, on: str, threads: int | None, seed: int, fol
         raise ConfigError(f"workers must be an integer of at least 1, got {workers!r}.")
     if threads is not None and not _is_count(threads):
         raise ConfigError(f"threads must be an integer of at least 1, or None, got {threads!r}.")
-    if type(seed) is not int or seed < 0:
-        raise ConfigError(f"seed must be an integer of at least 0, got {seed!r}.")
+    check_seed(seed)
     if folder is not None and not isinstance(folder, (str, Path)):
         raise ConfigError(f"folder must be a path or None, got {folder!r}; pass folder='sweep'.")
     if on not in ("processes", "ray"):
@@ -88,18 +86,6 @@ def read_tasks(task: Task | Sequence[Task]) -> tuple[Task, ...]:
     """
     # A text is a sequence too, of letters.
     return as_tasks((task,) if isinstance(task, str) else task)
-
-
-def check_model(model: PreTrainedModel | str | Path) -> None:
-    """Refuse what is neither a model nor a place where one is.
-
-    Raises:
-        ConfigError: naming what it is.
-    """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, (PreTrainedModel, str, Path)):
-        raise ConfigError(f"model must be a transformers model, a folder or a hub name, got {model!r:.80}.")
 
 
 def _is_folder_name(name: str) -> bool:

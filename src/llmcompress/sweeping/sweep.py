@@ -15,13 +15,13 @@ from ..compressor import Context
 from ..distillation.cache import TeacherCache
 from ..errors import CompressionError, ConfigError, did_you_mean
 from ..evaluation.cost import Shape, plan_costs
-from ..inputs import check_inputs, refuse_quantized
-from ..measured import plan_step
+from ..inputs import check_inputs, check_model, refuse_quantized
+from ..measured import check_chain
 from ..pipeline import Pipeline, Step
 from ..processes import launched
 from ..report.plots import Point, pareto_front
-from .asked import check_model, check_settings, read_chains, read_tasks
-from .chains import Job, allowed_orders, plan_jobs, told, with_answers
+from .asked import check_settings, read_chains, read_tasks
+from .chains import Job, allowed_orders, plan_jobs, with_answers
 from .launch import Team, Where, launch
 from .work import Outcome, Run, Worker
 
@@ -311,15 +311,12 @@ def orders(
 
 
 def _check(chains: Mapping[str, Pipeline], model: PreTrainedModel, context: Context, *, here: bool) -> None:
-    """Refuse chains that cannot run; the message says which. A step that several have is planned once."""
-    planned = set()
+    """Refuse chains that cannot run, as `compress` would; the message says which."""
     for name, chain in chains.items():
         try:
-            for step in chain.flatten():
-                if told(step) in planned:
-                    continue
-                plan_step(step, model, context)
-                planned.add(told(step))
+            flat = chain.flatten()
+            check_chain(flat, model, context)
+            for step in flat:
                 if not here and type(step).__module__ == "__main__":
                     raise ConfigError(
                         f"{type(step).__name__} is defined in the running script, which no other worker reads; install "
