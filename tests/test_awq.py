@@ -295,7 +295,7 @@ def test_embeddings_are_rounded_plainly_and_tied_ones_by_what_the_head_sees():
     grid = Grid(4, 32)
     model = tiny_model("gpt2")
     tokens, positions = (table.weight.detach().clone() for table in (model.transformer.wte, model.transformer.wpe))
-    model, told = run(awq(targets=("*.c_fc",), scales=False, overrides={"lm_head": 4, "*.wpe": 4}), model)
+    model, told = run(awq(targets=("*.c_fc", "lm_head", "*.wpe"), scales=False), model)
     assert isinstance(model.transformer.wte, PackedEmbedding)
     assert model.transformer.wte.weight is model.lm_head.weight
     assert not torch.equal(model.transformer.wte.dequantized(), on(min_max(tokens, grid), tokens, grid))

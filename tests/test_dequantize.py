@@ -109,6 +109,22 @@ def test_in_place_in_half_precision_and_in_training_mode():
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("family", ["bert", "mixtral"])
+def test_frozen_weights_are_frozen_again(family):
+    model = tiny_model(family)
+    model.base_model.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {True, False} == set(before.values())
+    coded = lc.compress(model, lc.DynamicQuantization(), progress=False).model
+    assert {n: p.requires_grad for n, p in lc.dequantize(coded).named_parameters()} == before
+
+
+def test_what_is_no_model_is_refused():
+    result = lc.compress(tiny_model("bert"), lc.DynamicQuantization(), progress=False)
+    with pytest.raises(lc.ConfigError, match=r"model must be a transformers model, such as result\.model, got "):
+        lc.dequantize(result)
+
+
 def test_a_float_model_and_an_unknown_method_are_refused():
     with pytest.raises(lc.UnsupportedModelError, match="has float weights already"):
         lc.dequantize(tiny_model("bert"))

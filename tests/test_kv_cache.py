@@ -325,6 +325,13 @@ def test_refusals(fields, match):
         lc.QuantizedCache(tiny_model("llama").config, **fields)
 
 
+@pytest.mark.parametrize("make", [lc.QuantizedCache, lc.QuantizedCache.for_encoder_decoder])
+@pytest.mark.parametrize("given", [None, "llama"])
+def test_what_is_no_config_is_refused(make, given):
+    with pytest.raises(lc.ConfigError, match=r"config must be a model's config, such as model\.config, got "):
+        make(given)
+
+
 def test_keys_and_values_apart():
     config = tiny_model("llama").config
     plan = lc.QuantizedCache(config, bits=(8, 4), keys="token", values="channel").plan()

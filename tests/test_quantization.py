@@ -263,7 +263,11 @@ def test_targets_and_skip():
         ({"bits": 4}, lc.ConfigError, "DynamicQuantization.bits must be 8, got 4"),
         ({"activations": "row"}, lc.ConfigError, "'tensor' or 'token'"),
         ({"targets": ("*.nothing",)}, lc.NothingToCompressError, "nothing"),
-        ({"targets": ("lm_head",)}, lc.NothingToCompressError, "shares its weight with model.embed_tokens"),
+        (
+            {"targets": ("lm_head",), "skip": ("*embed*",)},
+            lc.NothingToCompressError,
+            r"lm_head: shares its weight with model.embed_tokens, which stays in float: skip='*embed*'",
+        ),
     ],
 )
 def test_bad_fields(fields, error, words):

@@ -176,8 +176,12 @@ def test_the_table_says_and_shows_what_it_holds(table, tmp_path):
 def test_refusals():
     model = tiny_model("llama")
     given = {"tokenizer": tiny_tokenizer(), "progress": False}
-    with pytest.raises(lc.ConfigError, match=r"sensitivity\.bits must be some of 2 to 8, got \(1, 4\)"):
+    with pytest.raises(
+        lc.ConfigError, match=r"sensitivity\.bits must be some of 2 to 8, such as \(2, 4\), got \(1, 4\)"
+    ):
         lc.sensitivity(model, tiny_data(model), bits=(1, 4), **given)
+    with pytest.raises(lc.ConfigError, match=r"sensitivity\.bits must be some of 2 to 8, such as \(2, 4\), got 4"):
+        lc.sensitivity(model, tiny_data(model), bits=4, **given)
     with pytest.raises(lc.ConfigError, match="method must be"):
         lc.sensitivity(model, tiny_data(model), method="hessian", **given)
     with pytest.raises(lc.MissingInputError, match="too short"):
@@ -191,6 +195,15 @@ def test_refusals():
         lc.sensitivity(model, tiny_data(model), **given)
     with pytest.raises(lc.CompressionError, match="NaN or infinite"):
         lc.sensitivity(model, tiny_data(model), method="fisher", **given)
+
+
+def test_the_table_refuses_what_it_was_not_asked(table):
+    for bits, words in (({}, "each of its layers"), (7, "bits of .*, got 7")):
+        with pytest.raises(lc.ConfigError, match=words):
+            table.bits_a_weight(bits)
+    for target in (float("nan"), "4"):
+        with pytest.raises(lc.ConfigError, match=r"target_bits must be a number, such as 4\.5, got"):
+            table.allocate(target)
 
 
 # -- bits="auto" --------------------------------------------------------------------------------------------------
@@ -257,6 +270,7 @@ def test_auto_is_refused_where_it_cannot_work():
         lc.compress(model, step, **given)
     with pytest.raises(lc.ConfigError, match="overrides name every layer"):
         lc.compress(model, step.model_copy(update={"overrides": {"*": 4}}), **given)
+    step = step.model_copy(update={"target_bits": 4.5})
     assert next(action.does for action in step.plan(model, lc.Context())).startswith("int2, 3, 4, 5, 6 or 8, chosen")
 
 

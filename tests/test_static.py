@@ -154,6 +154,13 @@ def test_plan_is_what_is_done():
     assert done == {path for path, action in plan.items() if action.touched}
 
 
+def test_activations_at_the_end_of_float32_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e38
+    with pytest.raises(lc.CompressionError, match=r"activations of \S+ enter model\.layers\.0\.mlp\.down_proj"):
+        quantized(model)
+
+
 def test_layers_that_int8_harms_stay_in_float_and_are_told():
     model = with_outlier_channels()
     context = context_of(model)

@@ -121,13 +121,15 @@ def test_clipping_weighs_errors_by_importance():
     torch.testing.assert_close(kept, fit(weight, grid)[0], rtol=0.2, atol=0)
 
 
-def test_hqq_lowers_the_norm_of_the_error_it_is_made_for():
+HQQ_GRIDS = [Grid(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
+
+
+@pytest.mark.parametrize("grid", [*HQQ_GRIDS, *(Grid(bits, 32, zero_bits=8) for bits in (2, 3, 4))])
+def test_hqq_lowers_the_norm_of_the_error_it_is_made_for(grid):
     weight = random(8, 64)
-    for bits in (2, 3, 4):
-        grid = Grid(bits, 32, zero_bits=8)
-        plain = (decode(quantize(weight, grid), grid) - weight).abs().pow(0.7).sum()
-        robust = (decode(quantize(weight, grid, "hqq"), grid) - weight).abs().pow(0.7).sum()
-        assert robust < plain
+    plain = (decode(quantize(weight, grid), grid) - weight).abs().pow(0.7).sum()
+    robust = (decode(quantize(weight, grid, "hqq"), grid) - weight).abs().pow(0.7).sum()
+    assert robust < plain
 
 
 def test_codebooks_are_those_of_bitsandbytes():
@@ -289,6 +291,7 @@ def test_bits_told_are_bits_on_disk(tmp_path):
         ({"overrides": {"*": 1}}, r"overrides\['\*'\] must be in \[2, 8\]"),
         ({"codebook": "nf4", "bits": 3}, "bits must be 4 with codebook"),
         ({"codebook": "nf4", "fit": "mse"}, "fit must be 'min_max'"),
+        ({"codebook": "nf4", "fine_zeros": True}, "fine_zeros must be None or False with codebook='nf4'"),
     ],
 )
 def test_bad_fields(fields, words):

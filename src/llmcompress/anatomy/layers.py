@@ -142,6 +142,20 @@ def select(
     return chosen, left
 
 
+def refusal(layer: WeightLayer, skip: Sequence[str], kinds: Iterable[Kind]) -> str | None:
+    """Say why a layer may not be chosen whatever is asked for, or None: the caller skips it, or it is of no such kind.
+
+    Args:
+        layer: the layer.
+        skip: patterns of layers to leave.
+        kinds: kinds of layers that the strategy can work on.
+    """
+    for pattern in skip:
+        if fnmatchcase(layer.name, pattern):
+            return f"skip={pattern!r}"
+    return None if layer.kind in kinds else f"a weight of kind {layer.kind!r}, which this step does not change"
+
+
 def _is_transposed(experts: nn.Module) -> bool:
     """Tell whether 3-D expert weights are stored (experts, in, out): as marked by transformers, or by their shapes."""
     marked = getattr(experts, "is_transposed", None)
@@ -177,11 +191,9 @@ def _reason_to_leave(
     kinds: tuple[Kind, ...],
     places: tuple[Place, ...],
 ) -> str | None:
-    for pattern in skip:
-        if fnmatchcase(layer.name, pattern):
-            return f"skip={pattern!r}"
-    if layer.kind not in kinds:
-        return f"a weight of kind {layer.kind!r}, which this step does not change"
+    refused = refusal(layer, skip, kinds)
+    if refused is not None:
+        return refused
     if targets is not None:
         return None if any(fnmatchcase(layer.name, pattern) for pattern in targets) else "not in targets"
     if layer.tied_to is not None:

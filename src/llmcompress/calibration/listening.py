@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 # f(inputs, weight) and f(added, inputs, weight).
 _PRODUCTS = {functional.linear, *PRODUCTS}
 _ADDED_PRODUCTS = {torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm}
-
+# Twice this is no float32 number any more.
+_LARGEST = torch.finfo(torch.float32).max / 2
 
 # Layers whose module is called with their inputs; other weights are used by the code of the module they are in.
 _CALLED = ("linear", "conv1d")
@@ -149,10 +151,13 @@ def _feed(
     if not len(rows):
         return
     low, high = torch.aminmax(rows)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    # Also false for NaN. Bins of a histogram, for one, reach to the next power of two.
+    largest = max(-float(low), float(high))
+    if not largest < _LARGEST:
+        found = f"activations of {largest:.2g}" if math.isfinite(largest) else "NaN or infinite activations"
         raise CompressionError(
-            f"{who}: NaN or infinite activations enter {name}; check the weights before it and the model's dtype "
-            f"(float16 overflows where float32 and bfloat16 do not)."
+            f"{who}: {found} enter {name}; check the weights before it and the model's dtype (float16 overflows where "
+            f"float32 and bfloat16 do not)."
         )
     if latest is not None and isinstance(statistic, SummedInputs):
         statistic.add(len(rows), latest.sums(statistic, inputs, rows))

@@ -86,7 +86,7 @@ class InputNorms:
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.squares = torch.zeros(features, device=device)
+        self.squares = torch.zeros(features, dtype=torch.float32, device=device)
 
     @classmethod
     def of(cls, layer: WeightLayer) -> InputNorms:
@@ -124,7 +124,7 @@ class InputProducts(SummedInputs):
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.products = torch.zeros(features, features, device=device)
+        self.products = torch.zeros(features, features, dtype=torch.float32, device=device)
 
     @classmethod
     def of(cls, layer: WeightLayer) -> InputProducts:

@@ -53,7 +53,7 @@ def random(model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence) 
     """Return scores drawn with the seed: what any other importance must beat."""
     generator = torch.Generator().manual_seed(evidence.seed)
     shapes = [(group.experts, group.count) if group.experts else (group.count,) for group in groups]
-    return [torch.rand(shape, generator=generator) for shape in shapes]
+    return [torch.rand(shape, generator=generator, dtype=torch.float32) for shape in shapes]
 
 
 @register_importance("taylor", data=True)
@@ -107,7 +107,7 @@ def _by_gradient(
     model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence, worth: _Both, of_batch: _One
 ) -> list[torch.Tensor]:
     names = list(dict.fromkeys(member.tensor for group in groups for member in group.members))
-    totals = [torch.zeros(()) for _ in groups]
+    totals = [torch.zeros((), dtype=torch.float32) for _ in groups]
     count = 0
     for gradients, targets in loss_gradients(model, names, evidence):
 
@@ -142,7 +142,7 @@ def _by_inputs(
     )
     scores = []
     for group, members in zip(groups, asked, strict=True):
-        total = torch.zeros(*((group.experts,) if group.experts else ()), group.count)
+        total = torch.zeros(*((group.experts,) if group.experts else ()), group.count, dtype=torch.float32)
         for member in members:
             layer = wanted[member.tensor]
             squares = torch.stack([cast(InputNorms, part).squares for part in seen[layer.name]])

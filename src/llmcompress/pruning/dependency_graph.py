@@ -123,7 +123,7 @@ def _trace(model: PreTrainedModel, inputs: dict[str, torch.Tensor], importance: 
         if not why_not:
             taken |= places
         with torch.no_grad():
-            scores = torch.zeros(count) if why_not else score(items).detach().float().cpu()
+            scores = torch.zeros(count, dtype=torch.float32) if why_not else score(items).detach().float().cpu()
         group = Group("channels", root, count, () if why_not else tuple(members))
         yield Found(group, scores, tuple(dict.fromkeys(layers)), why_not)
 

@@ -167,7 +167,7 @@ def per_channel(
     Returns:
         Shape (count,), or (experts, count).
     """
-    total = torch.zeros(*((group.experts,) if group.experts else ()), group.count)
+    total = torch.zeros(*((group.experts,) if group.experts else ()), group.count, dtype=torch.float32)
     seen = set()
     for member in group.members:
         tensor = tensor_of(model, member.tensor).detach()

@@ -43,7 +43,7 @@ class AWQ(CalibratedGrouping):
     A layer is scaled where something before it can be divided that nothing else reads, which is found by trying; the
     others are clipped only, and the report says which: those in the middle of 3-D experts, for instance. Experts that
     no calibration token reached are rounded plainly, and told. Embeddings and heads stay in float by default;
-    embeddings that `overrides` names are rounded plainly. Zeros of a pruned model stay zeros.
+    embeddings that are named are rounded plainly. Zeros of a pruned model stay zeros.
 
     Args:
         samples: how many texts of the data to calibrate on at most.
@@ -66,9 +66,11 @@ class AWQ(CalibratedGrouping):
             or `"smaller_group"`, the largest common divisor.
         scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
         overrides: other bits for the layers whose names match a shell pattern (`{"*.down_proj": 8, "lm_head": None}`).
-            The first match decides; None leaves the layer in float. Embeddings and heads can be named too.
+            The first match decides; None leaves the layer in float. Without `targets`, every embedding and head that a
+            pattern matches is packed as well.
         compute: `"int8"`, `"float"`, or `"auto"`; see `WeightOnlyQuantization`.
-        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        targets: shell patterns of layers to quantize, embeddings and heads too; None takes the linear layers of the
+            repeated blocks.
         skip: patterns of layers to leave in float; they win over all others.
 
     Raises:

@@ -62,10 +62,10 @@ class CalibratedGrouping(GroupedQuantization):
         targets, left = self._choose(model)
         tables = {id(target.layer.weight) for target in self._tables(targets)}
         actions = []
-        for target in targets:
+        for target, does in zip(targets, self._does(targets), strict=True):
             plainly = f"{self._rounded}: the inputs of a table are tokens"
             reason = joined(target.remark, plainly if id(target.layer.weight) in tables else None)
-            actions.append(Action(path=target.layer.name, does=self._does(target), reason=reason))
+            actions.append(Action(path=target.layer.name, does=does, reason=reason))
         return actions + left + self._remarks(model, targets)
 
     def outline(self, model: PreTrainedModel, context: Context) -> Outline:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
+from ..anatomy.layers import Kind, WeightLayer, refusal, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import in_turns
 from ..compressor import Action
@@ -51,6 +51,7 @@ def choose(
         NothingToCompressError: no layer is left, or a pattern matches none.
     """
     refuse_quantized(model, who)
+    kinds = tuple(kinds)
     chosen, left = select(
         model,
         who=who,
@@ -60,22 +61,63 @@ def choose(
         kinds=kinds,
         places=("block", "head", "outside"),
     )
-    reasons = {action.path: action.reason for action in left}
+    layers = weight_layers(model)
     direct = {**read_directly(model), **(refused or {})}
-    reasons.update({layer.name: direct.get(layer.name) or _why_float(layer) for layer in chosen})
+    return all_or_none(
+        model,
+        layers,
+        who=who,
+        asked={layer.name for layer in chosen},
+        refused={
+            layer.name: reason
+            for layer in layers
+            if (reason := refusal(layer, skip, kinds) or direct.get(layer.name) or _why_float(layer)) is not None
+        },
+        left={action.path: action.reason for action in left},
+    )
+
+
+def all_or_none(
+    model: PreTrainedModel,
+    layers: Sequence[WeightLayer],
+    *,
+    who: str,
+    asked: Container[str],
+    refused: Mapping[str, str],
+    left: Mapping[str, str | None],
+) -> tuple[list[WeightLayer], list[Action]]:
+    """Let layers that share a weight go one way: coded if one of them was asked for and none must stay in float.
+
+    Args:
+        model: the float model.
+        layers: all of its weight layers.
+        who: the strategy's name, for messages.
+        asked: names of the layers that should be coded.
+        refused: by name, why a layer must stay in float, asked for or not.
+        left: by name, why a layer was not asked for.
+
+    Returns:
+        The layers to code, in the order of `layers`, and an `Action` with a reason for each other one.
+
+    Raises:
+        NothingToCompressError: none of those that were asked for can be coded.
+    """
     partners = defaultdict(list)
-    for layer in weight_layers(model):
+    for layer in layers:
         partners[id(layer.weight)].append(layer.name)
-    kept, floats = [], []
-    for layer in chosen:
-        reason = reasons[layer.name]
-        bound = next((name for name in partners[id(layer.weight)] if reasons[name]), None)
-        if reason is None and bound is not None:
-            reason = f"shares its weight with {bound}, which stays in float: {reasons[bound]}"
-        if reason is None:
+    kept: list[WeightLayer] = []
+    floats, others = [], []
+    for layer in layers:
+        together = partners[id(layer.weight)]
+        if not any(name in asked for name in together):
+            others.append(Action(path=layer.name, reason=left.get(layer.name) or "not asked for"))
+            continue
+        bound = next((name for name in (layer.name, *together) if name in refused), None)
+        if bound is None:
             kept.append(layer)
-        else:
-            floats.append(Action(path=layer.name, reason=reason))
+            continue
+        shared = f"shares its weight with {bound}, which stays in float: " if bound != layer.name else ""
+        floats.append(Action(path=layer.name, reason=f"{shared}{refused[bound]}"))
     last = only_float(model, kept)
     if last is not None:
         kept.remove(last)
@@ -83,7 +125,7 @@ def choose(
     if not kept:
         why = "; ".join(f"{action.path}: {action.reason}" for action in floats[:4])
         raise NothingToCompressError(f"{who} can quantize no layer of {type(model).__name__}. {why}")
-    return kept, [*floats, *left]
+    return kept, [*floats, *others]
 
 
 def coding_bytes(weights: Sequence[int]) -> int:
@@ -143,6 +185,7 @@ def replace_layers(
     for layer in sources_first(model, layers):
         key = id(layer.weight)
         replacement = quantize(layer)
+        replacement.frozen = _frozen(layer.module)
         if key in shared:
             replacement.tie(shared[key])
         shared.setdefault(key, replacement)
@@ -166,7 +209,12 @@ def replace_experts(
         groups[weight.module].append(weight)
     for module, own in groups.items():
         replacement = quantize(module, [weight.parameter for weight in own], own[0].input_axis == 1)
+        replacement.frozen = _frozen(module)
         replace_modules(model, {module: replacement})
+
+
+def _frozen(module: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, weight in module.named_parameters(recurse=False) if not weight.requires_grad)
 
 
 def only_float(model: PreTrainedModel, kept: Sequence[WeightLayer]) -> WeightLayer | None:

@@ -12,8 +12,8 @@ import torch
 from .grid import Coded, Grid, Range, decode, encode, in_groups, laid, min_max
 
 # Shares of the covering range that are tried first, both ends alike; then factors of one end at a time.
-_SHRINKS = torch.linspace(1.0, 0.5, 21)
-_MOVES = torch.linspace(0.75, 1.15, 17)
+_SHRINKS = torch.linspace(1.0, 0.5, 21, dtype=torch.float32)
+_MOVES = torch.linspace(0.75, 1.15, 17, dtype=torch.float32)
 # How often all groups are gone through after that.
 _ROUNDS = 3
 # Candidates x rows x columns of a group that are held at a time.

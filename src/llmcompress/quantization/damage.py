@@ -243,7 +243,7 @@ def _rows(batch: Batch) -> range:
 def _drawn_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return minus the log-likelihood of answers drawn from the model's own distributions, summed up."""
     if logits.shape[-1] == 1:
-        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        noise = torch.randn(logits.shape, dtype=torch.float32, generator=generator).to(logits.device)
         return (noise * logits).sum()
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
     return functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")

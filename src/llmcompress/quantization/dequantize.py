@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.module_sizes import build, module_sizes, quantized_by, resize
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from .between import use_plain
 from .hf import METHOD, mark
 from .modules import QuantizedModule, replace_modules
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _BITSANDBYTES = "bitsandbytes"
 # transformers notes these on a model that it loaded by bitsandbytes.
@@ -37,9 +35,12 @@ def dequantize(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedMo
         inplace: whether to change `model` itself; otherwise it is copied first.
 
     Returns:
-        The float model, in the dtype, on the device, and in the train or eval mode of `model`.
+        The float model, in the dtype, on the device, and in the train or eval mode of `model`. Weights that were frozen
+        before they were quantized in this process are so again; of a model that was loaded, or that bitsandbytes
+        quantized, all can be trained.
 
     Raises:
+        ConfigError: `model` is no transformers model.
         UnsupportedModelError: `model` is not quantized, or by a method that is not known here, or its config does not
             build a model of its modules.
 
@@ -50,6 +51,8 @@ def dequantize(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedMo
         >>> lc.dequantize(small).model.layers[0].mlp.up_proj
         Linear(in_features=64, out_features=128, bias=False)
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"model must be a transformers model, such as result.model, got {model!r:.80}.")
     method = quantized_by(model)
     if method is None:
         raise UnsupportedModelError(
@@ -101,7 +104,8 @@ def _filled(
         codes = module._parameters.get(name)
         if codes is None or id(codes) not in shared:
             weight = weights[name].T.contiguous() if isinstance(layer, Conv1D) else weights[name]
-            parameter = nn.Parameter(weight.to(dtype))
+            trains = not isinstance(module, QuantizedModule) or name not in module.frozen
+            parameter = nn.Parameter(weight.to(dtype), requires_grad=trains)
             if codes is None:
                 layer._parameters[name] = parameter
                 continue

@@ -30,7 +30,7 @@ from .grid import (
 Fit = Literal["min_max", "mse", "hqq"]
 
 # Shares of the range that are tried; below these a normal or heavy-tailed group never gains at 2 bits and more.
-_SHRINKS = torch.linspace(1.0, 0.4, 25)
+_SHRINKS = torch.linspace(1.0, 0.4, 25, dtype=torch.float32)
 # Half-quadratic splitting: the norm of the error, its first weight against the quadratic term, and its growth.
 _NORM, _BETA, _GROWTH, _ROUNDS = 0.7, 10.0, 1.01, 20
 
@@ -98,10 +98,11 @@ def _half_quadratic(weight: torch.Tensor, grid: Grid, importance: torch.Tensor |
     """Minimise sum |w - w_q|^0.7 by half-quadratic splitting (HQQ, Badri & Shaji 2023).
 
     An auxiliary error takes up the outliers by a shrinkage step, and the zero point is then refitted to the rest in
-    closed form; on a grid without zero points it is the scale. The best of all rounds is kept, group by group.
+    closed form; on a grid without zero points, or with whole ones, it is the scale. The best of all
+    rounds is kept, group by group.
     """
     best = current = min_max(weight, grid)
-    least = torch.full(best[0].shape, torch.inf, device=weight.device)
+    least = torch.full(best[0].shape, torch.inf, dtype=torch.float32, device=weight.device)
     beta = _BETA
     for _ in range(_ROUNDS):
         coded = Coded(encode(weight, *current, grid), *current)
@@ -115,12 +116,13 @@ def _half_quadratic(weight: torch.Tensor, grid: Grid, importance: torch.Tensor |
 
 
 def _refitted(target: torch.Tensor, coded: Coded, grid: Grid) -> Range:
-    """Return the range with which the codes come closest to `target` (rows, columns), with the scale as it is."""
+    """Return the range with which the codes come closest to `target` (rows, columns): zero point or scale is moved."""
     scale = coded.scale
-    if coded.zero is None:
-        unit = in_groups(decode(Coded(coded.codes, torch.ones_like(scale), None), grid), grid)
+    # A whole zero point can hardly move: the mean error of rounded weights is below half a step.
+    if coded.zero is None or grid.zero_parts == 1:
+        unit = in_groups(decode(Coded(coded.codes, torch.ones_like(scale), coded.zero), grid), grid)
         ratio = (unit * in_groups(target, grid)).sum(-1) / unit.square().sum(-1).clamp_min(1e-12)
-        return stored(torch.where(ratio == 0, scale.float(), ratio), grid), None
+        return stored(torch.where(ratio == 0, scale.float(), ratio), grid), coded.zero
     steps = coded.codes.float() - target / spread(scale.float(), grid, target.shape[1])
     count = in_groups(torch.ones_like(target[:1]), grid).sum(-1)
     return scale, stored_zero(in_groups(steps, grid).sum(-1) / count, grid)

@@ -40,10 +40,10 @@ class GPTQ(CalibratedGrouping):
     The folder is the one `WeightOnlyQuantization` writes, whatever the order of rounding: the groups are those of the
     stored columns.
 
-    Rounded to nearest instead, and told: embeddings that `overrides` names, and layers and experts that no calibration
+    Rounded to nearest instead, and told: embeddings that are named, and layers and experts that no calibration
     token reached. Zeros of a pruned layer (more than one weight in a hundred) stay exactly zero, and only the others
-    make up for errors. Left in float, and told: embeddings and heads unless `overrides` or `targets` name them, layers
-    whose weight the model's code reads itself.
+    make up for errors. Left in float, and told: embeddings and heads unless `targets`, or
+    `overrides` without `targets`, name them; layers whose weight the model's code reads itself.
 
     Args:
         samples: how many texts of the data to calibrate on at most.
@@ -75,9 +75,11 @@ class GPTQ(CalibratedGrouping):
             or `"smaller_group"`, the largest common divisor.
         scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
         overrides: other bits for the layers whose names match a shell pattern (`{"*.down_proj": 8, "lm_head": None}`).
-            The first match decides; None leaves the layer in float. Embeddings and heads can be named too.
+            The first match decides; None leaves the layer in float. Without `targets`, every embedding and head that a
+            pattern matches is packed as well.
         compute: `"int8"`, `"float"`, or `"auto"`; see `WeightOnlyQuantization`.
-        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        targets: shell patterns of layers to quantize, embeddings and heads too; None takes the linear layers of the
+            repeated blocks.
         skip: patterns of layers to leave in float; they win over all others.
 
     Raises:

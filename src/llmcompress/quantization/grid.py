@@ -244,10 +244,10 @@ def middles(zero: torch.Tensor | None, grid: Grid, columns: int) -> torch.Tensor
         columns: of the matrix.
     """
     if zero is None:
-        return torch.full((1, 1), 2.0 ** (grid.bits - 1))
+        return torch.full((1, 1), 2.0 ** (grid.bits - 1), dtype=torch.float32)
     return spread(zero.float() / grid.zero_parts, grid, columns)
 
 
 def _levels(grid: Grid, device: torch.device) -> torch.Tensor:
     assert grid.codebook is not None
-    return torch.tensor(LEVELS[grid.codebook], device=device)
+    return torch.tensor(LEVELS[grid.codebook], dtype=torch.float32, device=device)

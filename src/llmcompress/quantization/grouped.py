@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import gcd
@@ -13,15 +13,15 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer, select, weight_layers
+from ..anatomy.layers import Kind, WeightLayer, refusal, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from . import kernels
-from .auto_bits import at_target, free_targets, with_bits
+from .auto_bits import at_target, free_targets, refuse_target, with_bits
 from .checks import refuse_nonfinite, refuse_quantized
-from .choice import LAST_FLOAT, only_float, replace_experts, replace_layers
+from .choice import all_or_none, replace_experts, replace_layers
 from .fitting import Fit
 from .grid import Coded, Grid, laid
 from .hf import mark_quantized
@@ -121,14 +121,14 @@ class GroupedQuantization(Compressor):
             )
         return group_size
 
-    @field_validator("overrides", mode="after")
+    @field_validator("overrides", mode="before")
     @classmethod
-    def _possible(cls, overrides: dict[str, int | None]) -> dict[str, int | None]:
-        for name, bits in overrides.items():
-            if bits is not None and not 2 <= bits <= 8:
+    def _possible(cls, overrides: Any) -> Any:
+        for name, bits in overrides.items() if isinstance(overrides, dict) else ():
+            if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
                 raise ConfigError(
                     f"{cls.__name__}.overrides[{name!r}] must be in [2, 8], or None to leave the layers in float, got "
-                    f"{bits}."
+                    f"{bits!r}."
                 )
         return overrides
 
@@ -193,12 +193,14 @@ class GroupedQuantization(Compressor):
         )
         return [Action(path="", reason=reason)]
 
-    def _does(self, target: Target) -> str:
-        """Say for the plan what becomes of a layer."""
-        if self.bits != "auto" or not free_targets(self, [target]):
-            return str(target)
-        widths = ", ".join(map(str, self.auto_bits[:-1])) + f" or {self.auto_bits[-1]}"
-        return f"int{widths.removeprefix(' or ')}, chosen for {self.target_bits:g} stored bits a weight on average"
+    def _does(self, targets: Sequence[Target]) -> list[str]:
+        """Say for the plan what becomes of each layer."""
+        if self.bits != "auto":
+            return list(map(str, targets))
+        widths = (", ".join(map(str, self.auto_bits[:-1])) + f" or {self.auto_bits[-1]}").removeprefix(" or ")
+        chosen = f"int{widths}, chosen for {self.target_bits:g} stored bits a weight on average"
+        free = free_targets(self, targets)
+        return [chosen if target in free else str(target) for target in targets]
 
     def _grid_for(self, layer: WeightLayer, bits: int) -> Grid:
         """Return the grid of a layer with so many bits."""
@@ -225,85 +227,83 @@ class GroupedQuantization(Compressor):
         """
         who = type(self).__name__
         refuse_quantized(model, who)
-        chosen, left = select(model, who=who, targets=self.targets, skip=self.skip, kinds=self._kinds)
-        known = weight_layers(model)
-        for pattern in self.overrides:
-            if not any(fnmatchcase(layer.name, pattern) for layer in known):
-                raise NothingToCompressError(
-                    f"no layer of {type(model).__name__} matches {who}.overrides[{pattern!r}]; it has: "
-                    f"{', '.join(layer.name for layer in known[:8])}{', ...' if len(known) > 8 else ''}."
-                )
-        named = tuple(pattern for pattern, bits in self.overrides.items() if bits is not None)
-        if named:
-            kinds: tuple[Kind, ...] = (*self._kinds, "embedding")
-            more, _ = select(model, who=who, targets=named, skip=self.skip, kinds=kinds)
-            names = {layer.name for layer in chosen}
-            chosen += [layer for layer in more if layer.name not in names]
-        wanted = {layer.name: self._bits(layer) for layer in chosen}
+        layers = weight_layers(model)
+        kinds: tuple[Kind, ...] = (*self._kinds, "embedding")
+        given = {layer.name: self._override(layer) for layer in layers}
+        chosen, left = select(
+            model, who=who, targets=self.targets, skip=self.skip, kinds=self._kinds if self.targets is None else kinds
+        )
+        asked = {layer.name for layer in chosen}
+        if self.targets is None:
+            asked |= {name for name, (_, bits) in given.items() if bits is not None}
+        direct = read_directly(model)
+        refused: dict[str, str] = {}
+        for layer in layers:
+            pattern, bits = given[layer.name]
+            unwanted = f"overrides[{pattern!r}] = None" if pattern is not None and bits is None else None
+            reason = refusal(layer, self.skip, kinds) or unwanted or direct.get(layer.name) or why_float(layer)
+            if reason is not None:
+                refused[layer.name] = reason
         reasons = {action.path: action.reason for action in left}
-        reasons.update({name: pattern for name, (_, pattern) in wanted.items() if pattern is not None})
-        return self._with_partners(model, known, {name: bits for name, (bits, _) in wanted.items() if bits}, reasons)
+        self._refuse_idle(model, layers, asked, reasons)
+        kept, stay = all_or_none(model, layers, who=who, asked=asked, refused=refused, left=reasons)
+        partners = defaultdict(list)
+        for layer in kept:
+            partners[id(layer.weight)].append(layer)
+        targets = []
+        for layer in kept:
+            shared = f"shared with {layer.tied_to}" if layer.tied_to else None
+            targets.append(self._fitted(layer, self._bits_of(partners[id(layer.weight)]), shared))
+        if self.bits == "auto":
+            refuse_target(self, free_targets(self, targets))
+        return targets, stay
 
-    def _with_partners(
+    def _override(self, layer: WeightLayer) -> tuple[str | None, int | None]:
+        """Return the pattern of `overrides` that decides for a layer, and what it says; or None and None."""
+        return next((item for item in self.overrides.items() if fnmatchcase(layer.name, item[0])), (None, None))
+
+    def _bits_of(self, together: Sequence[WeightLayer]) -> int:
+        """Return the bits of layers that share a weight."""
+        said = {bits: layer for layer in reversed(together) if (bits := self._override(layer)[1]) is not None}
+        if len(said) > 1:
+            (one, first), (other, second) = list(said.items())[:2]
+            raise ConfigError(
+                f"{type(self).__name__}.overrides must give {second.name} and {first.name} the same bits, since they "
+                f"share one weight, got {other} and {one}."
+            )
+        # The most that "auto" may choose: which layers are packed does not depend on it.
+        usual = max(self.auto_bits) if self.bits == "auto" else self.bits
+        return next(iter(said), usual)
+
+    def _refuse_idle(
         self,
         model: PreTrainedModel,
-        known: Sequence[WeightLayer],
-        wanted: Mapping[str, int],
-        reasons: Mapping[str, str | None],
-    ) -> tuple[list[Target], list[Action]]:
-        """Let tied layers go one way together: packed if one of them was asked for and none was refused."""
-        partners = defaultdict(list)
-        for layer in known:
-            partners[id(layer.weight)].append(layer)
-        # The codes have the dtype int8, which is what is looked for by default.
-        direct = read_directly(model)
-        floats = {layer.name: direct.get(layer.name) or why_float(layer) for layer in known}
-        targets, left = [], []
-        for layer in known:
-            together = partners[id(layer.weight)]
-            asked = next((own for own in together if own.name in wanted), None)
-            refused = next(
-                (own for own in together if own.name in reasons and self._is_refusal(reasons[own.name])), None
-            )
-            other = next((own for own in together if floats[own.name] is not None), None)
-            if asked is None:
-                left.append(Action(path=layer.name, reason=reasons.get(layer.name) or "not asked for"))
-            elif other is not None:
-                why = floats[other.name]
-                left.append(
-                    Action(
-                        path=layer.name, reason=why if other is layer else f"shares its weight with {other.name}: {why}"
-                    )
-                )
-            elif refused is not None:
-                why = f"shares its weight with {refused.name}, which stays in float: {reasons[refused.name]}"
-                left.append(Action(path=layer.name, reason=why))
-            else:
-                remark = f"shared with {layer.tied_to}" if layer.tied_to else None
-                targets.append(self._fitted(layer, wanted[asked.name], remark))
-        last = only_float(model, [target.layer for target in targets])
-        if last is not None:
-            targets = [target for target in targets if target.layer.name != last.name]
-            left.append(Action(path=last.name, reason=LAST_FLOAT))
-        if not targets:
-            why = "; ".join(f"{action.path}: {action.reason}" for action in left[:4])
-            raise NothingToCompressError(
-                f"{type(self).__name__} can quantize no layer of {type(model).__name__}. {why}"
-            )
-        return targets, left
-
-    @staticmethod
-    def _is_refusal(reason: str | None) -> bool:
-        """Whether a layer was left because the caller said so."""
-        return reason is not None and reason.startswith(("skip=", "overrides["))
-
-    def _bits(self, layer: WeightLayer) -> tuple[int | None, str | None]:
-        """Return the bits of a layer, or None and the reason."""
+        layers: Sequence[WeightLayer],
+        asked: Container[str],
+        left: Mapping[str, str | None],
+    ) -> None:
+        """Raise where a pattern of `overrides` decides for no layer."""
+        who = type(self).__name__
+        near = {id(layer.weight) for layer in layers if layer.name in asked}
         for pattern, bits in self.overrides.items():
-            if fnmatchcase(layer.name, pattern):
-                return bits, None if bits is not None else f"overrides[{pattern!r}] = None"
-        # The most that "auto" may choose: which layers are packed does not depend on it.
-        return (max(self.auto_bits) if self.bits == "auto" else self.bits), None
+            matching = [layer for layer in layers if fnmatchcase(layer.name, pattern)]
+            if not matching:
+                raise NothingToCompressError(
+                    f"no layer of {type(model).__name__} matches {who}.overrides[{pattern!r}]; it has: "
+                    f"{', '.join(layer.name for layer in layers[:8])}{', ...' if len(layers) > 8 else ''}."
+                )
+            deciding = {layer.name: self._override(layer)[0] for layer in matching}
+            if pattern not in deciding.values():
+                first = next(iter(deciding.values()))
+                raise ConfigError(
+                    f"{who}.overrides[{pattern!r}] decides for no layer: each that it matches is matched by a pattern "
+                    f"before it, {matching[0].name} by {first!r}; put the narrower pattern first."
+                )
+            if bits is not None and not any(id(layer.weight) in near for layer in matching):
+                raise ConfigError(
+                    f"{who}.overrides[{pattern!r}] gives {bits} bits to no layer: {matching[0].name} stays in float, "
+                    f"{left.get(matching[0].name) or 'not asked for'}; let targets name it too."
+                )
 
     def _fitted(self, layer: WeightLayer, bits: int, remark: str | None) -> Target:
         """Fit the grid to a layer: its group size as `indivisible` says, its zero points to the zeros of a pruning."""

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..compressor import Action
 from ..errors import CompressionError, ConfigError, NothingToCompressError, UnsupportedModelError
 from .coded_states import Along, CodedStates
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # While an assistant drafts tokens, which may be taken back, so many more stay in float than otherwise.
 _DRAFT = 64
@@ -48,7 +45,7 @@ class QuantizedCache(DynamicCache):
         values: what shares a scale in values.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or `config` is none.
         UnsupportedModelError: `config` is of an encoder-decoder.
         NothingToCompressError: the model keeps no keys and values that could be coded.
 
@@ -72,6 +69,7 @@ class QuantizedCache(DynamicCache):
         keys: Along = "channel",
         values: Along = "token",
     ) -> None:
+        _refuse_other(config)
         if config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"QuantizedCache holds one attention a layer, and {config.model_type} has two: its own and one to the "
@@ -99,6 +97,7 @@ class QuantizedCache(DynamicCache):
             >>> len(QuantizedCache.for_encoder_decoder(tiny_model("t5").config))
             2
         """
+        _refuse_other(config)
         own, encoders = cls.__new__(cls), cls.__new__(cls)
         for cache in (own, encoders):
             cache._make(config, bits, group_size, residual_length, keys, values)
@@ -145,6 +144,11 @@ class QuantizedCache(DynamicCache):
         if not any(action.touched for action in self._plan):
             why = "; ".join(f"{action.path}: {action.reason}" for action in self._plan[:3])
             raise NothingToCompressError(f"QuantizedCache can code no layer of {config.model_type}. {why}")
+
+
+def _refuse_other(config: Any) -> None:
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"QuantizedCache.config must be a model's config, such as model.config, got {config!r:.80}.")
 
 
 class _Coded:

@@ -39,9 +39,11 @@ class QuantizedModule(nn.Module, ABC):
         scheme: the name under which `config.json` knows the class.
         weight: the codes.
         scale: what a step of the codes is worth.
+        frozen: names of the weights that were frozen before they were coded, which `dequantize` gives back; not saved.
     """
 
     scheme: ClassVar[str]
+    frozen: frozenset[str] = frozenset()
     weight: nn.Parameter
     scale: torch.Tensor
 

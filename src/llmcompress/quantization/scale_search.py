@@ -46,7 +46,7 @@ class InputMoments(InputProducts):
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(features, device)
-        self.magnitudes = torch.zeros(features, device=device)
+        self.magnitudes = torch.zeros(features, dtype=torch.float32, device=device)
 
     @classmethod
     def of(cls, layer: WeightLayer) -> InputMoments:
@@ -147,7 +147,8 @@ def _candidates(
 
     def by_channel(values: torch.Tensor) -> torch.Tensor:
         # Under grouped-query attention several inputs read one channel.
-        return torch.zeros(site.channels, device=device).scatter_reduce(0, columns, values, "mean", include_self=False)
+        sums = torch.zeros(site.channels, dtype=torch.float32, device=device)
+        return sums.scatter_reduce(0, columns, values, "mean", include_self=False)
 
     tokens = sum(reader.inputs.count for reader in readers)
     inputs = by_channel(torch.stack([reader.inputs.magnitudes for reader in readers]).sum(0) / tokens)

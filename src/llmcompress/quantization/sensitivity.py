@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..compressor import Context
@@ -22,7 +22,7 @@ def sensitivity(
     data: Any,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    bits: Sequence[int] = (2, 3, 4, 8),
+    bits: Collection[int] = (2, 3, 4, 8),
     group_size: int | None = 64,
     symmetric: bool = False,
     fit: Fit = "min_max",
@@ -83,9 +83,13 @@ def sensitivity(
         (28, 'kl', True)
     """
     who = "sensitivity"
+    if (
+        not isinstance(bits, Collection)
+        or not bits
+        or not all(type(width) is int and 2 <= width <= 8 for width in bits)
+    ):
+        raise ConfigError(f"{who}.bits must be some of 2 to 8, such as (2, 4), got {bits!r}.")
     widths = sorted(set(bits))
-    if not widths or not all(type(width) is int and 2 <= width <= 8 for width in widths):
-        raise ConfigError(f"{who}.bits must be some of 2 to 8, got {tuple(bits)!r}.")
     if samples < 1 or max_length < 1:
         raise ConfigError(f"{who}: samples and max_length must be at least 1, got {samples} and {max_length}.")
     if method not in ("auto", "kl", "fisher"):

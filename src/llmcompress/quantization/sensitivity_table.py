@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,8 +84,20 @@ class Sensitivity(BaseModel, frozen=True, extra="forbid"):
         return sum(self.damage(layer, width) for layer, width in chosen.items())
 
     def bits_a_weight(self, bits: int | Mapping[str, int]) -> float:
-        """Return the stored bits a weight, averaged over the weights of all layers, for one width or one a layer."""
+        """Return the stored bits a weight, averaged over the weights of all layers, for one width or one a layer.
+
+        Raises:
+            ConfigError: a layer has none, is not of this table, or was not measured at its width.
+        """
         chosen = dict.fromkeys(self.layers, bits) if isinstance(bits, int) else bits
+        if chosen.keys() != self._by_layer.keys():
+            odd = next(iter(chosen.keys() ^ self._by_layer.keys()))
+            raise ConfigError(
+                f"Sensitivity.bits_a_weight must be given bits for each of its layers, got {odd!r} amiss."
+            )
+        absent = next((width for width in chosen.values() if width not in self.bits), None)
+        if absent is not None:
+            raise ConfigError(f"Sensitivity.bits_a_weight must be given bits of {self.bits}, got {absent!r}.")
         rows = [self._by_layer[layer][width] for layer, width in chosen.items()]
         return sum(row.bits_a_weight * row.weights for row in rows) / sum(row.weights for row in rows)
 
@@ -98,6 +111,8 @@ class Sensitivity(BaseModel, frozen=True, extra="forbid"):
         Raises:
             ConfigError: the target is below what the fewest bits take, or a width was not measured.
         """
+        if isinstance(target_bits, bool) or not isinstance(target_bits, (int, float)) or not math.isfinite(target_bits):
+            raise ConfigError(f"Sensitivity.allocate: target_bits must be a number, such as 4.5, got {target_bits!r}.")
         allowed = self.bits if bits is None else sorted(set(bits))
         absent = [width for width in allowed if width not in self.bits]
         if absent or not allowed:

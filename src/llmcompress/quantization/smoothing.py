@@ -44,7 +44,7 @@ class InputMaxima:
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.largest = torch.zeros(features, device=device)
+        self.largest = torch.zeros(features, dtype=torch.float32, device=device)
 
     @classmethod
     def of(cls, layer: WeightLayer) -> InputMaxima:
@@ -114,7 +114,7 @@ def smoothing_scales(site: ScaleSite, read: Sequence[tuple[WeightLayer, InputMax
         Scales, shape (channels,), float32; 1 for a channel that is always zero, or that no weight reads.
     """
     device = read[0][0].weight.device
-    inputs, weights = torch.zeros(2, site.channels, device=device)
+    inputs, weights = torch.zeros(2, site.channels, dtype=torch.float32, device=device)
     columns = site.columns.to(device)
     for layer, seen in read:
         across = layer.weight.detach().float().abs().amax(1 - layer.input_axis)

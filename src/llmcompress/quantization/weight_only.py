@@ -39,8 +39,9 @@ class WeightOnlyQuantization(GroupedQuantization):
 
     3-D experts keep the model's own routing and gates; each expert's products are computed from its codes.
 
-    Left in float, and told: embeddings and heads unless `overrides` or `targets` name them, layers whose weight the
-    model's code reads itself, classes with a forward of their own.
+    Left in float, and told: embeddings and heads unless `targets`, or `overrides` without `targets`, name them; layers
+    whose weight the model's code reads itself; classes with a forward of their own. Layers that share a weight go one
+    way: packed if one of them is asked for and none is left in float.
 
     Args:
         bits: bits a weight, 2 to 8; a scale a group (16 bits) and a zero point come on top. `"auto"` chooses for each
@@ -59,9 +60,11 @@ class WeightOnlyQuantization(GroupedQuantization):
             or `"smaller_group"`, the largest common divisor.
         scale_dtype: of the stored scales; `"bfloat16"` for weights beyond the range of float16.
         overrides: other bits for the layers whose names match a shell pattern (`{"*.down_proj": 8, "lm_head": None}`).
-            The first match decides; None leaves the layer in float. Embeddings and heads can be named too.
+            The first match decides; None leaves the layer in float. Without `targets`, every embedding and head that a
+            pattern matches is packed as well.
         compute: `"int8"`, `"float"`, or `"auto"`, the fastest on the device where the model is.
-        targets: shell patterns of layers to quantize; None takes the linear layers of the repeated blocks.
+        targets: shell patterns of layers to quantize, embeddings and heads too; None takes the linear layers of the
+            repeated blocks.
         skip: patterns of layers to leave in float; they win over all others.
 
     Raises:
@@ -89,6 +92,11 @@ class WeightOnlyQuantization(GroupedQuantization):
         who = type(self).__name__
         if self.codebook is None:
             return self
+        if self.fine_zeros:
+            raise ConfigError(
+                f"{who}.fine_zeros must be None or False with codebook={self.codebook!r}, whose levels have no zero "
+                f"point, got True."
+            )
         if any(bits not in (4, None) for bits in (self.bits, *self.overrides.values())):
             raise ConfigError(f"{who}.bits must be 4 with codebook={self.codebook!r}, in overrides too.")
         if self.fit != "min_max" or self.symmetric:
@@ -101,7 +109,10 @@ class WeightOnlyQuantization(GroupedQuantization):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that is packed, with its bits a weight, and why each other one is left."""
         targets, left = self._choose(model)
-        actions = [Action(path=target.layer.name, does=self._does(target), reason=target.remark) for target in targets]
+        actions = [
+            Action(path=target.layer.name, does=does, reason=target.remark)
+            for target, does in zip(targets, self._does(targets), strict=True)
+        ]
         return actions + left + self._remarks(model, targets)
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:

@@ -84,6 +84,9 @@ def compress_checkpoint(
         ...     type(lc.load(f"{folder}/out").model.layers[0].mlp.up_proj).__name__
         'Int8Linear'
     """
+    for field, given in (("folder_in", folder_in), ("folder_out", folder_out)):
+        if not isinstance(given, (str, Path)):
+            raise ConfigError(f"{field} must be a folder, got {given!r:.80}; lc.compress takes models in memory.")
     chain = Pipeline(steps=steps)
     flat = chain.flatten()
     _refuse_steps(flat)

@@ -41,9 +41,9 @@ def runs(device: torch.device) -> bool:
     codes = torch.randint(0, 16, (_OUTPUTS * 8, _INPUTS * 2), generator=generator).to(torch.uint8)
     grid = Grid(4, 64)
     shape = (len(codes), grid.groups(codes.shape[1]))
-    scale = torch.rand(shape, generator=generator).add_(0.5).half()
+    scale = torch.rand(shape, dtype=torch.float32, generator=generator).add_(0.5).half()
     zero = torch.randint(0, 16, shape, generator=generator).to(torch.uint8)
-    x = torch.randn(4, codes.shape[1], generator=generator)
+    x = torch.randn(4, codes.shape[1], dtype=torch.float32, generator=generator)
     coded = Coded(codes, scale, zero)
     exact = F.linear(x, decode(coded, grid))
     try:

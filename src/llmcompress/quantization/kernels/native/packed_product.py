@@ -111,5 +111,5 @@ def _codebook(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return 16 levels as floats and as steps, and what a step is worth."""
     steps, unit = codebook_steps(codebook)
     unused = 16 - len(steps)
-    levels = torch.tensor([*LEVELS[codebook], *[0.0] * unused])
+    levels = torch.tensor([*LEVELS[codebook], *[0.0] * unused], dtype=torch.float32)
     return levels, torch.tensor([*steps, *[_MIDDLE] * unused], dtype=torch.uint8), unit
