@@ -170,7 +170,7 @@ def test_fewer_than_the_tokens_seen():
     exact = pruned(model, lc.VocabularyPruning(keep=12, round_to=1))
     assert exact.tokenizer.get_vocab() == result.tokenizer.get_vocab()
     for wrong in (0, 1.5, 0.0, True, "all"):
-        with pytest.raises(lc.ConfigError, match=r"VocabularyPruning\.keep must be None, a number of tokens"):
+        with pytest.raises(lc.ConfigError, match=r"VocabularyPruning\.keep must be (None, )?a number"):
             lc.VocabularyPruning(keep=wrong)
 
 
@@ -192,7 +192,7 @@ def test_the_corpus_may_be_a_file(tmp_path):
 def test_nothing_unseen_is_refused():
     model = tiny_model("bert")
     first = pruned(model)
-    with pytest.raises(lc.NothingToCompressError, match="all 32 tokens are seen in the texts, or cannot go"):
+    with pytest.raises(lc.NothingToCompressError, match="all 32 tokens stay: 26 are seen in the texts, others cannot go"):
         pruned(first.model, tokenizer=first.tokenizer)
 
 

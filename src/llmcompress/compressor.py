@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -212,7 +212,10 @@ class Outline:
     swept: float = 0.0
 
 
-_NUMBERS = (int, float, int | None, float | None)
+def _leaves(annotation: Any) -> set[Any]:
+    """Return the plain types that an annotation is made of: int and str of `dict[str, int | None]`, for instance."""
+    parts = get_args(annotation)
+    return set().union(*map(_leaves, parts)) if parts else {annotation}
 
 
 class Settings(BaseModel):
@@ -237,8 +240,12 @@ class Settings(BaseModel):
         # pydantic takes True for 1, where a recipe says `steps: true` or `yes` by mistake.
         for name, value in fields.items() if isinstance(fields, dict) else ():
             field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation in _NUMBERS:
-                raise ConfigError(f"{cls.__name__}.{name} must be a number, got {value}.")
+            if field is None or bool in _leaves(field.annotation):
+                continue
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(one, bool) for one in held) and {int, float} & _leaves(field.annotation):
+                what = "a number" if isinstance(value, bool) else "of numbers"
+                raise ConfigError(f"{cls.__name__}.{name} must be {what}, got {value}.")
         return fields
 
     def __init__(self, /, **fields: Any) -> None:

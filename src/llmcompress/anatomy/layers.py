@@ -136,7 +136,7 @@ def select(
     if not chosen:
         raise NothingToCompressError(
             f"{who} finds no layer to work on in {type(model).__name__}; it looked for {', '.join(kinds)} weights"
-            f"{f' matching {tuple(targets)}' if targets else ' in the repeated blocks'}, and found: "
+            f"{f' matching {tuple(targets)}' if targets is not None else ' in the repeated blocks'}, and found: "
             f"{_examples(names) or 'no float weight matrix at all (is the model already quantized?)'}."
         )
     return chosen, left

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UnsupportedModelError
+from ..errors import CompressionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,19 @@ def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) ->
         model.train(training)
     logits = getattr(outputs, "logits", None)
     return (outputs[0] if logits is None else logits).float()
+
+
+def refuse_nonfinite_outputs(model: PreTrainedModel, outputs: torch.Tensor) -> None:
+    """Refuse outputs of a whole model with which those of a cut one cannot be compared.
+
+    Raises:
+        CompressionError: they hold NaN or infinity.
+    """
+    if not torch.isfinite(outputs).all():
+        raise CompressionError(
+            f"the outputs of {type(model).__name__} hold NaN or infinity; repair the checkpoint first, or load it in "
+            f"float32 if it is in {str(model.dtype).removeprefix('torch.')}, which may overflow."
+        )
 
 
 def call_order(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:

@@ -96,8 +96,17 @@ def plan_vocabulary(model: PreTrainedModel, kept: Sequence[int]) -> VocabularyCh
     places = {token: index for index, token in enumerate(kept)}
     ids = {name: moved for name, value in _fields(model.config) if (moved := _moved(name, value, places, old)) != value}
     before = shapes_of(model)
-    reference = build(model, {**sizes, **ids})
-    after = shapes_of(reference) if reference is not None and sizes else {}
+    # Sizes that no config tells, of an earlier step, differ between the model and whatever its config builds.
+    own, reference = build(model, {}), build(model, {**sizes, **ids})
+    told, tells = ({} if one is None else shapes_of(one) for one in (own, reference))
+    after: Shapes = {}
+    if sizes and told.keys() == tells.keys() == before.keys():
+        after = {
+            name: tuple(
+                size if now == then else then for size, now, then in zip(shape, told[name], tells[name], strict=True)
+            )
+            for name, shape in before.items()
+        }
     changed = [name for name in before if before[name] != after.get(name)]
     axes = {name: _axis(before[name], after[name], old, new) for name in changed if name in after}
     if f"{path}.weight" not in axes or after.keys() != before.keys() or None in axes.values():

@@ -42,6 +42,12 @@ class CalibratedPruning(UnstructuredPruning):
         who = type(self).__name__
         if self.allocation == "owl" and self.pattern:
             raise ConfigError(f"{who}.allocation must be 'uniform' with a pattern: N:M fixes the share of each row.")
+        for name in ("owl_m", "owl_lambda"):
+            if self.allocation == "uniform" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{who}.{name} must be left out with allocation='uniform', which does not look for outliers, got "
+                    f"{getattr(self, name)}; pass allocation='owl'."
+                )
         room = min(self.sparsity, 1 - self.sparsity)
         if self.allocation == "owl" and self.owl_lambda >= room:
             raise ConfigError(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..anatomy.empty import weightless
 from ..anatomy.groups import Group, Kind, cut, new_shapes
 from ..anatomy.masking import masked
-from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
+from ..anatomy.probe import probe_inputs, probe_outputs, refuse_nonfinite_outputs, relative_error
 from ..anatomy.residual import rescale_norms
 from ..anatomy.sizes import Shapes, adopt_config, matches_config, shapes_of
 from ..anatomy.stream_scale import Stream, run_stream, take_back_scales
@@ -54,6 +55,7 @@ def cut_proven(
     hidden = next(((group, keep) for group, keep in cuts if group.kind == "hidden"), None)
     with masked(model, cuts):
         expected = _answer(model, hidden, inputs)
+    refuse_nonfinite_outputs(model, expected.outputs)
     if hidden is not None:
         _tell_of_means(expected.outputs, probe_outputs(model, inputs), context)
     for group, keep in cuts:
@@ -90,6 +92,25 @@ def cut_outlined(
     retie(model, tied)
     if values is not None:
         adopt_config(model, values)
+
+
+def refuse_if_bound(model: PreTrainedModel, cuts: Sequence[tuple[Group, torch.Tensor]]) -> None:
+    """Refuse a model whose code does not run with the sizes that `cuts` leave, before any work. Reads no weight.
+
+    Shapes alone are tried. Where a model does not run without weights even uncut, nothing can be said.
+
+    Raises:
+        UnsupportedModelError: naming what went wrong.
+    """
+    small = weightless(model)
+    inputs = {name: tensor.to("meta") for name, tensor in probe_inputs(model).items()}
+    try:
+        probe_outputs(small, inputs)
+    except Exception:  # any model's code runs here, and may look at values
+        return
+    cut_outlined(small, cuts, Context(), values=None)
+    with _running(small):
+        probe_outputs(small, inputs)
 
 
 def _answer(

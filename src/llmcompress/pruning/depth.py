@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ..anatomy.depth import keep_blocks, plan_depth
-from ..anatomy.probe import probe_inputs, probe_outputs, relative_error
+from ..anatomy.probe import probe_inputs, probe_outputs, refuse_nonfinite_outputs, relative_error
 from ..anatomy.sizes import matches_config, shapes_of
 from ..anatomy.stacks import Stack, token_stacks
 from ..calibration import calibration_batches
@@ -150,6 +150,7 @@ class DepthPruning(Compressor):
         told_by_config = matches_config(model)
         with bypassed(model, gone):
             expected = probe_outputs(model, inputs)
+        refuse_nonfinite_outputs(model, expected)
         cuts = keep_blocks(model, kept)
         if shapes_of(model) != predicted or (told_by_config and not matches_config(model)):
             raise VerificationError(

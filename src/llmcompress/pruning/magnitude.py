@@ -80,6 +80,13 @@ class MagnitudePruning(UnstructuredPruning):
     def _competes(self, quota: Quota) -> bool:
         return self.scope == "global" and not quota.own
 
+    def _zeros(self, quota: Quota) -> int:
+        # Without a pattern all experts of a block are compared with each other.
+        return super()._zeros(quota) if quota.pattern else round(quota.sparsity * quota.layer.weight.numel())
+
+    def _adds_to_zeros(self, quota: Quota) -> bool:
+        return quota.pattern is None and not self._competes(quota)
+
     def _does(self, quota: Quota) -> str:
         if self._competes(quota):
             return f"its share of the smallest {self.sparsity:.4g} of all weights zero"

@@ -12,7 +12,7 @@ from ..calibration import InputProducts, Statistic
 from ..calibration.hessian import inverse_root, remark_on
 from ..registry import register
 from .calibrated import ALL_ZERO, CalibratedPruning
-from .unstructured import Quota, lowest, zero_lowest
+from .unstructured import Quota, lowest_of_groups, zero_lowest
 
 
 @register("sparsegpt_pruning")
@@ -97,16 +97,20 @@ def reconstruct(
     together = mask_block_size if quota.pattern is None else quota.pattern[1]
     step = max(block_size // together, 1) * together
     weight = matrix.float() if matrix.dtype != torch.float32 else matrix.clone()
+    # Zeros of an earlier step count first, and stay: what makes up for errors would fill them.
+    zeros = matrix == 0
     for start in range(0, weight.shape[1], step):
         end = min(start + step, weight.shape[1])
         block, factor = weight[:, start:end], root[start:end, start:end]
+        held = zeros[:, start:end]
         drop = torch.zeros_like(block, dtype=torch.bool)
         errors = torch.empty_like(block)
         for column in range(end - start):
             if column % together == 0:
                 chosen = slice(column, column + together)
-                cost = (block[:, chosen] / factor.diagonal()[chosen]).square()
-                drop[:, chosen] = lowest(cost, quota) if quota.pattern else _cheapest(cost, quota, start + column)
+                cost = (block[:, chosen] / factor.diagonal()[chosen]).square().masked_fill_(held[:, chosen], -1)
+                new = lowest_of_groups(cost, quota.pattern) if quota.pattern else _cheapest(cost, quota, start + column)
+                drop[:, chosen] = new | held[:, chosen]
             errors[:, column] = torch.where(drop[:, column], block[:, column], 0) / factor[column, column]
             block[:, column:] -= errors[:, column, None] * factor[column, column:]
         block.masked_fill_(drop, 0)

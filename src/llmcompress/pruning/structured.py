@@ -14,7 +14,7 @@ from ..calibration.effort import activation_bytes
 from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import ConfigError
 from ..registry import register
-from .cutting import cut_outlined, cut_proven
+from .cutting import cut_outlined, cut_proven, refuse_if_bound
 from .importance import Evidence, needs_of, score_groups
 from .rounding import Rounding, fastest_rounding
 from .selection import choose
@@ -115,6 +115,11 @@ class StructuredPruning(Compressor):
                 "StructuredPruning.scope must be 'layer' with uniform=True, got 'global': layers that compete end with "
                 "different sizes, which no plain config tells; pass uniform=False."
             )
+        if self.scope == "layer" and self.floor != type(self).model_fields["floor"].default:
+            raise ConfigError(
+                f"StructuredPruning.floor must be left out with scope='layer', where each layer keeps its share, got "
+                f"{self.floor}; pass scope='global', uniform=False."
+            )
         if self.heads is not None and self.query_heads is not None:
             raise ConfigError("StructuredPruning must have heads or query_heads, not both; run two steps.")
         return self
@@ -127,6 +132,9 @@ class StructuredPruning(Compressor):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each part with its old and new size, and the parameters that will be left."""
         widths, multiple = self._widths(model), self._rounding(model).multiple
+        if not self.uniform:
+            # A config that tells the sizes builds a model for them; here code may still rely on the old ones.
+            refuse_if_bound(model, [(group, _some(group, kept)) for group, kept in widths.changed])
         actions = [Action(path="", reason=self._rounding(model).remark)] if self.round_to == "auto" else []
         for group, kept in zip(widths.groups, widths.kept, strict=True):
             if kept == group.count:

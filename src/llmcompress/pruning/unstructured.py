@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.empty import note_zeros, noted_zeros
-from ..anatomy.layers import WeightLayer, select
+from ..anatomy.layers import WeightLayer, select, weight_layers
 from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Outline
 from ..errors import CompressionError, ConfigError, NothingToCompressError
@@ -97,11 +98,25 @@ class UnstructuredPruning(Compressor):
     def outline(self, model: PreTrainedModel, context: Context) -> Outline:
         """Note the zeros; no size changes."""
         quotas, _ = self._quotas(model)
+        overlap = None
         for quota in quotas:
             weight = quota.layer.weight
-            note_zeros(weight, max(round(quota.sparsity * weight.numel()), noted_zeros(weight)))
+            before = noted_zeros(weight)
+            if before and not self._adds_to_zeros(quota):
+                overlap = "how many of the new zeros are among those of an earlier step depends on the weights"
+            note_zeros(weight, max(self._zeros(quota), before))
         weights = [quota.layer.weight.numel() for quota in quotas]
-        return Outline(model, scratch=_CHUNK_BYTES * min(max(weights), _CHUNK), swept=_SWEEPS * sum(weights))
+        return Outline(model, overlap, scratch=_CHUNK_BYTES * min(max(weights), _CHUNK), swept=_SWEEPS * sum(weights))
+
+    def _zeros(self, quota: Quota) -> int:
+        """Return how many of a layer's weights become zero: its share of each matrix, where it has several."""
+        weight = quota.layer.weight
+        parts = weight.shape[0] if weight.dim() == 3 else 1
+        return parts * round(quota.sparsity * (weight.numel() // parts))
+
+    def _adds_to_zeros(self, quota: Quota) -> bool:
+        """Whether zeros that a layer has already are always the first to be counted among those that it is to get."""
+        return False
 
     def _does(self, quota: Quota) -> str:
         return str(quota)
@@ -121,6 +136,8 @@ class UnstructuredPruning(Compressor):
                     f"no layer that {who} works on in {type(model).__name__} matches {who}.overrides[{name!r}]; it "
                     f"works on {', '.join(layer.name for layer in layers[:8])}{', ...' if len(layers) > 8 else ''}."
                 )
+        layers, shared = _one_of_each(model, layers)
+        left += shared
         quotas = []
         for layer in layers:
             match = next((name for name in self.overrides if fnmatchcase(layer.name, name)), None)
@@ -131,10 +148,39 @@ class UnstructuredPruning(Compressor):
                 _check_divides(layer, (n, m), where)
                 quotas.append(Quota(layer, 1 - n / m, (n, m), own=match is not None))
             elif amount > 0:
-                quotas.append(Quota(layer, amount, own=match is not None))
+                quota = Quota(layer, amount, own=match is not None)
+                if self._zeros(quota):
+                    quotas.append(quota)
+                else:
+                    few = f"{amount:.2g} of its {layer.weight.numel():,} weights is less than one"
+                    left.append(Action(path=layer.name, reason=few))
             else:
                 left.append(Action(path=layer.name, reason=f"overrides[{match!r}] = 0"))
+        if not quotas:
+            why = "; ".join(f"{action.path}: {action.reason}" for action in left[-4:])
+            raise NothingToCompressError(f"{who} prunes no layer of {type(model).__name__}. {why}")
         return quotas, left
+
+
+def _one_of_each(model: PreTrainedModel, layers: Sequence[WeightLayer]) -> tuple[list[WeightLayer], list[Action]]:
+    """Take a weight that several layers share once, and not at all where one of these is to stay as it is."""
+    holders = defaultdict(list)
+    for layer in weight_layers(model):
+        holders[id(layer.weight)].append(layer.name)
+    chosen = {layer.name for layer in layers}
+    kept: list[WeightLayer] = []
+    shared = []
+    for layer in layers:
+        together = holders[id(layer.weight)]
+        outside = next((name for name in together if name not in chosen), None)
+        if outside is not None:
+            why = f"shares its weight with {outside}, which this step does not change"
+            shared.append(Action(path=layer.name, reason=why))
+        elif together[0] != layer.name:
+            shared.append(Action(path=layer.name, does=f"the zeros of {together[0]}, whose weight it shares"))
+        else:
+            kept.append(layer)
+    return kept, shared
 
 
 def refuse_nonfinite(quotas: Sequence[Quota]) -> None:
@@ -176,26 +222,42 @@ def chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from weight.split(max(_CHUNK // max(weight[:1].numel(), 1), 1))
 
 
-def lowest(scores: torch.Tensor, quota: Quota) -> torch.Tensor:
-    """Mark what goes of each row of `scores` (rows, inputs): the lowest share of it, or all but N of every M.
+def lowest(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mark of each row of `scores` (rows, inputs) the `counts` (rows,) lowest.
 
     Of equal scores, which ones go is not specified; how many is exact.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> scores = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
-        >>> lowest(scores, Quota(SimpleNamespace(), 0.25)).tolist()
-        [[True, False, False, False]]
-        >>> lowest(scores, Quota(SimpleNamespace(), 0.5, (1, 2))).tolist()
+        >>> lowest(torch.tensor([[1.0, 4.0, 3.0], [1.0, 4.0, 3.0]]), torch.tensor([1, 2])).tolist()
+        [[True, False, False], [True, False, True]]
+    """
+    most = int(counts.max())
+    order = scores.topk(most, dim=-1, largest=False, sorted=bool((counts != most).any())).indices
+    taken = torch.arange(most, device=scores.device) < counts.unsqueeze(-1)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken)
+
+
+def lowest_of_groups(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
+    """Mark all but the highest N of every M consecutive inputs in each row of `scores` (rows, inputs).
+
+    Example:
+        >>> lowest_of_groups(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), (1, 2)).tolist()
         [[True, False, False, True]]
     """
-    if quota.pattern is None:
-        groups, count = scores, round(quota.sparsity * scores.shape[-1])
-    else:
-        n, m = quota.pattern
-        groups, count = scores.unflatten(-1, (-1, m)), m - n
-    drop = groups.topk(count, dim=-1, largest=False, sorted=False).indices
+    n, m = pattern
+    groups = scores.unflatten(-1, (-1, m))
+    drop = groups.topk(m - n, dim=-1, largest=False, sorted=False).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, drop, True).view(scores.shape)
+
+
+def row_counts(rows: int, count: int) -> torch.Tensor:
+    """Spread `count` over the rows as evenly as whole numbers allow.
+
+    Example:
+        >>> row_counts(4, 10).tolist()
+        [2, 3, 2, 3]
+    """
+    return (torch.arange(rows + 1) * count // rows).diff()
 
 
 @torch.no_grad()
@@ -204,7 +266,8 @@ def zero_lowest(matrix: torch.Tensor, quota: Quota, norms: torch.Tensor | None =
 
     Args:
         matrix: of shape (outputs, inputs).
-        quota: how many zeros.
+        quota: how many zeros. Where a row's share is no whole number some rows get one more, so that the matrix has the
+            share to the exact count.
         norms: of shape (inputs,), float32.
 
     Example:
@@ -214,11 +277,15 @@ def zero_lowest(matrix: torch.Tensor, quota: Quota, norms: torch.Tensor | None =
         >>> matrix.tolist()
         [[1.0, -4.0, 0.0, 0.0]]
     """
+    counts = row_counts(len(matrix), round(quota.sparsity * matrix.numel())).to(matrix.device)
+    done = 0
     for rows in chunks(matrix):
         scores = rows.abs().float()
         if norms is not None:
             scores *= norms
-        rows.masked_fill_(lowest(scores, quota), 0)
+        own = counts[done : done + len(rows)]
+        rows.masked_fill_(lowest_of_groups(scores, quota.pattern) if quota.pattern else lowest(scores, own), 0)
+        done += len(rows)
 
 
 def _parsed(pattern: str, where: str) -> tuple[int, int]:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field, field_validator
 
-from ..anatomy.probe import probe_outputs, relative_error
+from ..anatomy.probe import probe_outputs, refuse_nonfinite_outputs, relative_error
 from ..anatomy.sizes import Shapes, shapes_of
 from ..anatomy.surgery import ties
 from ..anatomy.vocabulary import keep_tokens, named_tokens, plan_vocabulary, vocabulary_size
 from ..compressor import Action, Compressor, Context, Need, Outline
-from ..data import Example, load_examples
+from ..data import Example, load_examples, longest_input
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError, VerificationError
 from ..registry import register
 from .token_choice import Choice, choose_tokens
@@ -102,7 +102,7 @@ class VocabularyPruning(Compressor):
         """
         chosen = self._choose(model, context)
         if len(chosen.kept) == vocabulary_size(model):
-            return [Action(path="", reason=f"all {len(chosen.kept)} tokens are seen in the texts, or cannot go")]
+            return [Action(path="", reason=self._why_none(chosen))]
         change = plan_vocabulary(model, chosen.kept)
         does = f"{change.of} -> {len(chosen.kept)} tokens"
         tied = {name: group[0] for group in ties(model) for name in group[1:]}
@@ -111,6 +111,9 @@ class VocabularyPruning(Compressor):
             for name in change.axes
         ]
         actions.append(Action(path="", reason=_told(chosen)))
+        if len(chosen.kept) % self.round_to:
+            few = f"{len(chosen.kept)} is no multiple of round_to={self.round_to}: the tokenizer has no more tokens"
+            actions.append(Action(path="", reason=few))
         if model.get_output_embeddings() is not None:
             reason = "the model chooses among fewer tokens: perplexities before and after are not of the same choice"
             actions.append(Action(path="", reason=reason))
@@ -140,6 +143,8 @@ class VocabularyPruning(Compressor):
         old = torch.tensor(chosen.kept, device=model.device)
         rows = _probes(model, chosen, self._texts(context))
         before = [probe_outputs(model, {name: old[ids] for name, ids in row.items()}) for row in rows]
+        for outputs in before:
+            refuse_nonfinite_outputs(model, outputs)
         cut = keep_tokens(model, chosen.kept)
         if shapes_of(model) != change.shapes:
             raise VerificationError(
@@ -181,6 +186,14 @@ class VocabularyPruning(Compressor):
             multiple=self.round_to,
         )
 
+    def _why_none(self, chosen: Choice) -> str:
+        if chosen.seen < len(chosen.kept) and self.round_to > 1:
+            return (
+                f"all {len(chosen.kept)} tokens stay: {chosen.seen} are seen in the texts, others cannot go, and "
+                f"round_to={self.round_to} fills up the rest; a lower one may let some go"
+            )
+        return f"all {len(chosen.kept)} tokens are seen in the texts, or cannot go"
+
     def _texts(self, context: Context) -> list[Example]:
         if self.corpus is not None:
             source = list(self.corpus) if isinstance(self.corpus, tuple) else self.corpus
@@ -207,7 +220,8 @@ def _told(chosen: Choice) -> str:
 def _probes(model: PreTrainedModel, chosen: Choice, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
     """Return token ids of the first texts, each a row of its own: with padding, rows would not be alike bit for bit."""
     texts = [example.text for example in examples[:_PROBE_ROWS]]
-    encoded = chosen.tokenizer(texts, truncation=True, max_length=_PROBE_TOKENS, verbose=False)["input_ids"]
+    longest = min(_PROBE_TOKENS, longest_input(model, chosen.tokenizer) or _PROBE_TOKENS)
+    encoded = chosen.tokenizer(texts, truncation=True, max_length=longest, verbose=False)["input_ids"]
     rows = [torch.tensor([ids], device=model.device) for ids in encoded if ids]
     names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
     return [dict.fromkeys(names, row) for row in rows]
