@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..compressor import Action
-from ..errors import NothingToCompressError
+from ..errors import CompressionError, NothingToCompressError
 from .stacks import find_stacks
+from .turns import let_go
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +142,15 @@ def select(
             f"{_examples(names) or 'no float weight matrix at all (is the model already quantized?)'}."
         )
     return chosen, left
+
+
+def refuse_nonfinite(layers: Iterable[WeightLayer]) -> None:
+    """Raise `CompressionError` naming the first layer that holds NaN or infinity."""
+    for layer in layers:
+        # Of any NaN both ends are NaN; and unlike a mask, two numbers take no memory.
+        if not torch.isfinite(torch.stack(torch.aminmax(layer.weight.detach()))).all():
+            raise CompressionError(f"the weights of {layer.name} hold NaN or infinity; repair the checkpoint first.")
+        let_go(layer.weight)
 
 
 def refusal(layer: WeightLayer, skip: Sequence[str], kinds: Iterable[Kind]) -> str | None:

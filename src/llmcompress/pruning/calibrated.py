@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..anatomy.layers import WeightLayer
+from ..anatomy.layers import WeightLayer, refuse_nonfinite
 from ..anatomy.turns import in_turns
 from ..calibration import InputProducts, Statistic, block_by_block, calibration_batches, observe
 from ..calibration.effort import calibration_effort
 from ..compressor import Action, Context, Need, Outline
 from ..errors import ConfigError
 from .allocation import owl_quotas
-from .unstructured import Quota, UnstructuredPruning, matrices, refuse_nonfinite, zero_lowest
+from .unstructured import Quota, UnstructuredPruning, matrices, zero_lowest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +70,7 @@ class CalibratedPruning(UnstructuredPruning):
         """Prune block after block, in place."""
         who = type(self).__name__
         quotas, _ = self._quotas(model)
-        refuse_nonfinite(quotas)
+        refuse_nonfinite(quota.layer for quota in quotas)
         batches = calibration_batches(model, context, who=who, samples=self.samples, max_length=self.max_length)
         if self.allocation == "owl":
             quotas = owl_quotas(model, batches, quotas, self.sparsity, self.owl_m, self.owl_lambda, who=who)

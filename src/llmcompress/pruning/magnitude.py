@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ..anatomy.layers import refuse_nonfinite
 from ..anatomy.turns import in_turns
 from ..compressor import Context
 from ..errors import ConfigError
 from ..registry import register
-from .unstructured import Quota, UnstructuredPruning, chunks, matrices, refuse_nonfinite, zero_lowest
+from .unstructured import Quota, UnstructuredPruning, chunks, matrices, zero_lowest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ class MagnitudePruning(UnstructuredPruning):
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Write the zeros in place."""
         quotas, _ = self._quotas(model)
-        refuse_nonfinite(quotas)
+        refuse_nonfinite(quota.layer for quota in quotas)
         compared = [quota.layer.weight for quota in quotas if self._competes(quota)]
         if compared:
             zero_smallest(compared, self.sparsity)

@@ -14,9 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.empty import note_zeros, noted_zeros
 from ..anatomy.layers import WeightLayer, select, weight_layers
-from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Outline
-from ..errors import CompressionError, ConfigError, NothingToCompressError
+from ..errors import ConfigError, NothingToCompressError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,16 +180,6 @@ def _one_of_each(model: PreTrainedModel, layers: Sequence[WeightLayer]) -> tuple
         else:
             kept.append(layer)
     return kept, shared
-
-
-def refuse_nonfinite(quotas: Sequence[Quota]) -> None:
-    """Raise `CompressionError` naming the first layer whose weights hold NaN or infinity."""
-    for quota in quotas:
-        if not all(bool(torch.isfinite(part).all()) for part in chunks(quota.layer.weight.detach())):
-            raise CompressionError(
-                f"the weights of {quota.layer.name} hold NaN or infinity; repair the checkpoint first."
-            )
-        let_go(quota.layer.weight)
 
 
 def matrices(layer: WeightLayer) -> list[torch.Tensor]:

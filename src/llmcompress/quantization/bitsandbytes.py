@@ -10,14 +10,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from ..anatomy.layers import WeightLayer, select, weight_layers
+from ..anatomy.layers import WeightLayer, refuse_nonfinite, select, weight_layers
 from ..anatomy.saved import saved_tensors
 from ..compressor import Action, Compressor, Context, Outline
 from ..errors import ConfigError, NothingToCompressError, PluginError, VerificationError
 from ..registry import register
 from .bitsandbytes_empty import empty_layer
 from .bitsandbytes_paths import product_path
-from .checks import refuse_nonfinite, refuse_quantized, refuse_sizes
+from .checks import refuse_quantized, refuse_sizes
 from .modules import replace_modules
 
 if TYPE_CHECKING:

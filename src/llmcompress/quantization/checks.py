@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..anatomy.layers import WeightLayer
 from ..anatomy.module_sizes import quantized_by
-from ..anatomy.turns import let_go
-from ..errors import CompressionError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +28,3 @@ def refuse_sizes(model: PreTrainedModel, who: str) -> None:
             f"{who} cannot quantize {type(model).__name__}, whose {next(iter(sizes))} has a size that a plain config "
             f"does not tell; use DynamicQuantization, or prune with uniform=True."
         )
-
-
-def refuse_nonfinite(layers: Iterable[WeightLayer]) -> None:
-    """Raise `CompressionError` naming the first layer that holds NaN or infinity."""
-    for layer in layers:
-        if not torch.isfinite(layer.weight).all():
-            raise CompressionError(f"the weights of {layer.name} hold NaN or infinity; repair the checkpoint first.")
-        let_go(layer.weight)

@@ -13,14 +13,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer, refusal, select, weight_layers
+from ..anatomy.layers import Kind, WeightLayer, refusal, refuse_nonfinite, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Need, Outline
 from ..errors import CompressionError, ConfigError, NothingToCompressError
 from . import kernels
 from .auto_bits import at_target, free_targets, refuse_target, with_bits
-from .checks import refuse_nonfinite, refuse_quantized
+from .checks import refuse_quantized
 from .choice import all_or_none, replace_experts, replace_layers
 from .fitting import Fit
 from .grid import Coded, Grid, laid

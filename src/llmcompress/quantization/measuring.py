@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..anatomy.layers import WeightLayer
+from ..anatomy.layers import WeightLayer, refuse_nonfinite
 from ..calibration import calibration_batches
 from ..calibration.replay import Batch
 from ..compressor import Context
 from ..errors import CompressionError
-from .checks import refuse_nonfinite
 from .damage import Candidate, estimated, measured
 from .fitting import Fit
 from .grid import Grid

@@ -10,14 +10,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer
+from ..anatomy.layers import Kind, WeightLayer, refuse_nonfinite
 from ..calibration import calibration_batches, observe
 from ..calibration.effort import calibration_effort
 from ..compressor import Action, Compressor, Context, Need, Outline, Rounding
 from ..errors import ConfigError
 from ..registry import register
 from .affine import round_rows
-from .checks import refuse_nonfinite
 from .choice import CODING_SWEEPS, choose, coding_bytes, replace_in_turns
 from .expert_modules import Int8Experts
 from .hf import mark_quantized
