@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .anatomy.module_sizes import quantized_by
 from .compressor import Compressor
-from .data import Example, find_tokenizer, load_examples
+from .data import Example, by_class_names, find_tokenizer, load_examples
 from .errors import ConfigError, MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def check_inputs(
 
     Raises:
         MissingInputError: data, labels, the teacher or a tokenizer is needed and missing.
+        ConfigError: the data's names of classes are only in part the model's.
     """
-    examples = load_examples(data) if data is not None else None
+    examples = by_class_names(load_examples(data), model) if data is not None else None
     for step in steps:
         who = type(step).__name__
         if "data" in step.needs and examples is None:

@@ -25,12 +25,12 @@ class Sentence:
     tags: tuple[str | int, ...]
 
 
-def class_names(features: Any) -> tuple[str, ...] | None:
-    """Return the names of the tags' classes, where a data set declares them."""
-    column = next((name for name in _TAGS if features and name in features), None)
-    if column is None:
-        return None
-    names = getattr(getattr(features[column], "feature", None), "names", None)
+def class_names(features: Any, columns: Sequence[str] = _TAGS) -> tuple[str, ...] | None:
+    """Return the names of the classes in the first of `columns` that a data set has, where it declares them."""
+    found = {str(name).lower(): feature for name, feature in (features or {}).items()}
+    feature = next((found[name] for name in columns if name in found), None)
+    # Of a column of lists, the classes are those of what the lists hold.
+    names = getattr(getattr(feature, "feature", feature), "names", None)
     return tuple(names) if names else None
 
 

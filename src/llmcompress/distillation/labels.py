@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ..data import Example, Span, read_labels
+from ..data import Example, Span, class_indices, labels_are_flags, read_labels
 from ..errors import ConfigError, MissingInputError, did_you_mean
 from .heads import IGNORED, Head
 
@@ -74,26 +74,14 @@ def labels_of(head: Head, model: PreTrainedModel, examples: Sequence[Example]) -
 
 
 def _sets(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[int] | None]:
-    """Read all labels in one form: 0 or 1 of each class if every row can be that, else lists of classes.
-
-    Read row by row, (0, 1) of two classes would be the second one also where all other rows list classes.
-    """
+    """Read all labels in one form: 0 or 1 of each class if every row can be that, else lists of classes."""
     count = model.config.num_labels
     given = {i: _classes(f"data[{i}]", one, model) for i, one in enumerate(examples) if one.label is not None}
-    flags = {index for index, label in given.items() if len(label) == count and all(one in (0, 1) for one in label)}
-    listed = next((index for index in given if index not in flags), None)
+    flags = labels_are_flags(given, count)
     sets: list[list[int] | None] = [None] * len(examples)
     for index, label in given.items():
-        if listed is None:
-            sets[index] = [int(one) for one in label]
-            continue
-        if index in flags and len(set(label)) < len(label):
-            raise ConfigError(
-                f"data[{index}].label must be a list of classes as that of data[{listed}], {given[listed]!r}, got "
-                f"{label!r}, a 0 or 1 of each class; write all rows in one of the two forms."
-            )
-        chosen = {_class(f"data[{index}]", one, model) for one in label}
-        sets[index] = [int(number in chosen) for number in range(count)]
+        chosen = () if flags else {_class(f"data[{index}]", one, model) for one in label}
+        sets[index] = [int(one) for one in label] if flags else [int(number in chosen) for number in range(count)]
     return sets
 
 
@@ -117,7 +105,7 @@ def _tags(where: str, example: Example, model: PreTrainedModel) -> list[int]:
 
 
 def _class(where: str, label: Any, model: PreTrainedModel) -> int:
-    names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
+    names = class_indices(model)
     number: Any = names.get(label) if isinstance(label, str) else label
     is_number = isinstance(number, Real) and not isinstance(number, bool)
     # The range first: what is in it is finite, and can be made an integer.
