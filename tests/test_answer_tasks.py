@@ -737,6 +737,46 @@ def test_functions_that_fail_or_return_nonsense_name_the_example() -> None:
         CustomTask(["a"], function="len")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lower_is_better": ["los"]}, r"lower_is_better must name what .* loss, acc, got 'los'; did you mean 'loss'"),
+        ({"scale": {"los": "ratio"}}, r"scale must name what the function returns, loss, acc, got 'los'; did you"),
+    ],
+)
+def test_metrics_that_the_function_does_not_return_are_named_at_once(settings, message: str) -> None:
+    seen = []
+
+    def function(model, tokenizer, text):
+        seen.append(text)
+        return {"loss": 0.5, "acc": 1.0}
+
+    with pytest.raises(ConfigError, match=rf"CustomTask.{message}"):
+        custom(function, metric="acc", **settings)
+    assert seen == ["a"]
+
+
+def test_a_ratio_is_of_numbers_that_are_not_negative() -> None:
+    with pytest.raises(ConfigError, match=r"example 1 of the data must not be negative .* 'ratio', got score=-2; pass"):
+        custom(lambda m, t, text: 2.0 if text == "a" else -2.0, scale="ratio")
+
+
+@pytest.mark.parametrize("scale", ["difference", "ratio"])
+def test_zeros_and_ones_are_shares_only_where_they_are_points(scale: str) -> None:
+    zeros = custom(lambda m, t, text: float(text == "a"), scale=scale)
+    assert zeros.right is None
+    points = custom(lambda m, t, text: float(text == "a"))
+    assert points.right == [True, False, False, False]
+    assert zeros.metrics == points.metrics
+    assert zeros.intervals != points.intervals
+
+
+@pytest.mark.parametrize("wrong", [{"weight": 0}, {"weight": -1}, {"weight": math.inf}, {"confidence": 7}])
+def test_results_have_bounds(wrong) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ExampleResult(values={"score": 1.0}, **wrong)
+
+
 def test_custom_tasks_are_compared_like_any(tokenizer) -> None:
     def likely(model, tokenizer, text):
         ids = torch.tensor([tokenizer(text)["input_ids"]])

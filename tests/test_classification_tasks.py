@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from llmcompress.errors import CompressionError, ConfigError, MissingInputError
+from llmcompress.errors import CompressionError, ConfigError, MissingInputError, UnsupportedModelError
 from llmcompress.evaluation.scoring import score_models
 from llmcompress.evaluation.tasks import TextClassification, measures
 from llmcompress.testing import tiny_model
@@ -47,16 +47,11 @@ def texts(count: int) -> list[str]:
 
 def test_sets_of_classes_by_index_by_name_and_by_zeros_and_ones(tokenizer) -> None:
     model = classifier(3, "multi_label_classification")
-    data = [
-        ("a b", [0, 2]),
-        ("c d", ["class 2", "class 0"]),
-        ("e f", [1, 0, 1]),
-        ("g", []),
-        ("h", (0, 0, 0)),
-        ("i", ["class 1"]),
-    ]
+    data = [("a b", [0, 2]), ("c d", ["class 2", "class 0"]), ("g", []), ("i", ["class 1"])]
+    flags = [("a b", [1, 0, 1]), ("c d", [1, 0, 1]), ("g", (0, 0, 0)), ("i", np.array([0, 1, 0]))]
     found = score(model, TextClassification(data), tokenizer)
-    assert [one.label for one in found.examples] == [(0, 2), (0, 2), (0, 2), (), (), (1,)]
+    assert [one.label for one in found.examples] == [(0, 2), (0, 2), (), (1,)]
+    assert score(model, TextClassification(flags), tokenizer).examples == found.examples
     for (text, _), one in zip(data, found.examples, strict=True):
         chosen = (logits(model, tokenizer, text).sigmoid() > 0.5).nonzero().flatten().tolist()
         assert one.prediction == tuple(chosen)
@@ -65,12 +60,59 @@ def test_sets_of_classes_by_index_by_name_and_by_zeros_and_ones(tokenizer) -> No
     assert found.protocol["problem"] == "multi_label_classification"
 
 
-def test_two_classes_of_zeros_and_ones_are_read_as_such(tokenizer) -> None:
-    # [0, 1] could be two indices: of as many numbers as classes, all 0 or 1, each says yes or no.
-    found = score(
-        classifier(2, "multi_label_classification"), TextClassification([("a", [0, 1]), ("b", [1])]), tokenizer
+def test_all_sets_of_classes_are_read_in_one_form(tokenizer) -> None:
+    # [0, 1] of two classes could be the second one or both: the other rows tell, as they do in training.
+    def read(*labels) -> list[tuple[int, ...]]:
+        data = [("a", label) for label in labels]
+        found = score(classifier(2, "multi_label_classification"), TextClassification(data), tokenizer)
+        return [one.label for one in found.examples]
+
+    assert read([0, 1], [1, 0]) == [(1,), (0,)]
+    assert read([0, 1], [0], [1]) == [(0, 1), (0,), (1,)]
+    with pytest.raises(ConfigError, match=r"data\[1\].label must be a list of classes as that of data\[0\], \(1,\)"):
+        read([1], [1, 1])
+
+
+def test_a_regression_of_several_numbers_is_refused(tokenizer) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"needs a regression of one number, got .* with 3"):
+        score(classifier(3, "regression"), TextClassification([("a", 0.5)]), tokenizer)
+
+
+def test_the_names_of_a_data_sets_classes_are_the_models(tokenizer) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def labels(names, **settings):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        data = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 2]}, features=features)
+        found = score(classifier(3), TextClassification(data), tokenizer)
+        return [one.label for one in found.examples], [one for one in found.warnings if "index" in one]
+
+    assert labels(["Class 2", "Class 0", "Class 1"]) == ([2, 0, 1], [])
+    assert labels(["bad", "fair", "good"]) == (
+        [0, 1, 2],
+        [
+            "the data calls its classes bad, fair, good and the model class 0, class 1, class 2: labels were read by "
+            "their index"
+        ],
     )
-    assert [one.label for one in found.examples] == [(1,), (1,)]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "xlnet"])
+def test_the_side_that_a_tokenizer_pads_on_changes_no_score(family: str, tokenizer) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 64} if family == "xlnet" else sizes
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4} if family == "gpt2" else sizes
+    config = AutoConfig.for_model(family, vocab_size=128, initializer_range=0.2, pad_token_id=0, num_labels=3, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    task = TextClassification([("ab" * n, n % 3) for n in range(1, 13)])
+    alone = [one.confidence for one in score(model, task, tokenizer, batch_size=1).examples]
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        together = [one.confidence for one in score(model, task, tokenizer, batch_size=12).examples]
+        assert together == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +248,18 @@ def test_correlations_on_counts_are_scipys_of_repeated_examples(ties: bool, seed
         assert found["pearson"][number] == pytest.approx(stats.pearsonr(a, b).statistic)
         assert found["spearman"][number] == pytest.approx(stats.spearmanr(a, b).statistic)
         assert found["rmse"][number] == pytest.approx(np.sqrt(np.mean((a - b) ** 2)))
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_a_correlation_has_no_unit(unit: float) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=100)
+    y = x + random.normal(size=100) / 10
+    counts = np.ones((1, 100))
+    expected = stats.pearsonr(x, y).statistic
+    assert measures.regression(x * unit, y * unit)(counts)["pearson"][0] == pytest.approx(expected)
+    for constant in (np.zeros(100), np.full(100, 0.1 * unit)):
+        assert math.isnan(measures.regression(x * unit, constant)(counts)["pearson"][0])
 
 
 def test_spans_on_counts_by_hand() -> None:

@@ -487,6 +487,34 @@ def test_choices_in_the_formats_of_the_hub() -> None:
     assert lc.MultipleChoice([mmlu]).shown(0) == "q (A) x (B) y"
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "expected"),
+    [
+        ({"text": ["two", "three", "four"], "label": [1, 2, 3]}, 1, 0),
+        ({"text": ["two", "three", "four"], "label": [1, 2, 3]}, "1", 0),
+        ({"text": ["two", "three", "four"], "label": ["A", "B", "C"]}, 1, 1),
+        (["0", "1", "2"], "1", 1),
+        (["1", "2", "3"], 2, 2),
+        (["1", "2", "3"], np.int64(2), 2),
+        (["1", "2", "3"], "3", 2),
+    ],
+)
+def test_answers_among_numbers(choices, answer, expected: int) -> None:
+    assert read_question({"question": "q", "choices": choices, "answer": answer}, "data[0]").answer == expected
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "message"),
+    [
+        (["1", "2", "3", "4"], "2", "got '2', which is choice 2 as an index and choice 1 as a text"),
+        (["B", "A"], "A", "got 'A', which is choice 0 as a letter and choice 1 as a text"),
+    ],
+)
+def test_an_answer_of_two_meanings_is_refused(choices, answer, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\[0\] must have an answer .* {message}.*pass the index as an integer"):
+        read_question({"question": "q", "choices": choices, "answer": answer}, "data[0]")
+
+
 def test_multiple_choice_refuses_what_it_cannot_do(tokenizer) -> None:
     def row(**changed):
         return [{"question": "q", "choices": ["x", "y"], "answer": 0, **changed}]

@@ -160,6 +160,24 @@ def test_long_texts_are_cut_and_counted(tokenizer) -> None:
         score(tiny_model("bert"), TextClassification([("x", 0)], max_length=4000), tokenizer)
 
 
+@pytest.mark.parametrize("pair", [None, "mat"])
+def test_a_limit_that_leaves_no_room_for_text_is_refused(pair: str | None, tokenizer) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertForMaskedLM
+
+    marks = [("<s>", 2), ("</s>", 3)]
+    template = TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=marks)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.mask_token = "<extra_0>"
+    sizes = {"vocab_size": 128, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    masked = BertForMaskedLM(BertConfig(**sizes, intermediate_size=8))
+    special, data = 2 + (pair is not None), [("hello there", pair, 0)]
+    for task, model in ((TextClassification, tiny_model("bert")), (lc.MaskedLanguageModeling, masked)):
+        with pytest.raises(ConfigError, match=rf"{task.__name__}.max_length must be above {special}, .* got {special}"):
+            score(model, task(data, max_length=special), tokenizer)
+        assert score(model, task(data, max_length=special + 1), tokenizer).protocol["truncated"] == 1
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -241,6 +259,58 @@ def test_bos_gives_the_first_token_of_every_window_a_context(tokenizer) -> None:
     assert found.protocol["tokens_scored"] == count == 100
     assert found.metrics["nll"] == pytest.approx(total / count, rel=1e-5)
     assert score(model, LanguageModeling([text], window=21), tokenizer).protocol["bos"] == "none"
+
+
+@pytest.mark.parametrize(("window", "length"), [(2, 40), (5, 9), (21, 41)])
+def test_behind_bos_every_token_is_scored_in_its_window(window: int, length: int, tokenizer) -> None:
+    model, text = tiny_model("llama"), TEXT[:length]
+    found = score(model, LanguageModeling([text], window=window, bos="always"), tokenizer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    total, count = independent_nll(model, ids, window - 1, window - 1, bos=tokenizer.bos_token_id)
+    assert found.protocol["tokens_scored"] == count == len(ids)
+    assert found.protocol["windows"] == -(-len(ids) // (window - 1))
+    assert found.metrics["nll"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("task", [lc.LanguageModeling, lc.MultipleChoice])
+@pytest.mark.parametrize("family", ["bert", "xlm", "xlnet"])
+def test_a_model_that_reads_ahead_is_no_causal_one(task, family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "xlm": {"emb_dim": 8, "n_layers": 1, "n_heads": 2},
+        "xlnet": {"d_model": 8, "n_layer": 1, "n_head": 2},
+    }.get(family, sizes)
+    asked = task(["a text"] if task is lc.LanguageModeling else [("q", ["a", "b"], 0)])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=128, **sizes))
+    with pytest.raises(UnsupportedModelError, match="an encoder that also reads what stands behind a token"):
+        asked.check(model)
+    if family == "bert":
+        told = AutoConfig.for_model(family, vocab_size=128, is_decoder=True, **sizes)
+        asked.check(AutoModelForCausalLM.from_config(told))
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        (lc.LanguageModeling, {"window": None}, r"window must be an integer in \[2, inf\), got None"),
+        (lc.LanguageModeling, {"join": None}, "join must be a text, got None"),
+        (lc.MultipleChoice, {"delimiter": None}, "delimiter must be a text, got None"),
+        (lc.QuestionAnswering, {"stride": None}, "stride must be an integer"),
+        (lc.QuestionAnswering, {"max_answer_tokens": None}, "max_answer_tokens must be an integer"),
+        (lc.TextGeneration, {"max_new_tokens": None}, "max_new_tokens must be an integer"),
+        (lc.TextGeneration, {"num_beams": None}, "num_beams must be an integer"),
+        (lc.TextGeneration, {"stop": None}, "stop must be strings"),
+        (lc.TextGeneration, {"template": "{prompt"}, "template must name a column"),
+        (lc.TextGeneration, {"template": None}, "template must name a column"),
+        (lc.CustomTask, {"function": len, "head": "AutoModelForFoo"}, "head must be a class of transformers"),
+        (lc.CustomTask, {"function": len, "lower_is_better": None}, "lower_is_better must be True, False or a list"),
+    ],
+)
+def test_settings_of_another_type_are_refused_on_construction(task, settings, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{task.__name__}.{message}"):
+        task([("a b", "c")], **settings)
 
 
 def test_windows_by_hand() -> None:
@@ -328,6 +398,10 @@ def test_evaluation_survives_json_and_prints(tokenizer) -> None:
 
 
 def test_evaluate_refuses_what_is_no_task_and_no_model(tokenizer, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer must be a tokenizer of transformers, got 'folder'; pass Auto"):
+        lc.evaluate(tiny_model("bert"), TextClassification(rows(2)), tokenizer="folder")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"batch_size must be an integer in \[1, inf\), got None"):
+        TextClassification(rows(2)).evaluate(tiny_model("bert"), tokenizer, batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="task must be a Task"):
         lc.evaluate(tiny_model("bert"), "accuracy", tokenizer=tokenizer)  # type: ignore[arg-type]
     with pytest.raises(MissingInputError, match="task is empty"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from string import ascii_uppercase
 from typing import Any
 
@@ -85,13 +86,24 @@ def letters(count: int) -> list[str]:
 def _index(answer: Any, choices: Sequence[str], labels: Sequence[str], where: str) -> int:
     """Return the index of the right choice, which a row gives as its label, letter, index or text."""
     names = letters(len(choices))
+    text = str(answer).strip()
+    number = isinstance(answer, Integral) and not isinstance(answer, bool)
+    if text in labels and (number or isinstance(answer, str)):
+        return labels.index(text)
+    if number and 0 <= answer < len(choices):
+        return int(answer)
     if isinstance(answer, str):
-        text = answer.strip()
-        for known in (labels, names, [str(index) for index in range(len(choices))], choices):
-            if text in known:
-                return list(known).index(text)
-    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
+        indices = [str(index) for index in range(len(choices))]
+        readings = [("a letter", names), ("an index", indices), ("a text", choices)]
+        found = {what: list(known).index(text) for what, known in readings if text in known}
+        if len(set(found.values())) > 1:
+            meant = " and ".join(f"choice {index} as {what}" for what, index in found.items())
+            raise ConfigError(
+                f"{where} must have an answer that can be read in one way, got {answer!r}, which is {meant}, counted "
+                "from 0; pass the index as an integer."
+            )
+        if found:
+            return next(iter(found.values()))
     raise ConfigError(
         f"{where} must have as answer one of its {len(choices)} choices: a letter ({names[0]} to {names[-1]}), an "
         f"index from 0 to {len(choices) - 1}{', a label (' + ', '.join(labels) + ')' if labels else ''}, or its text, "

@@ -38,7 +38,8 @@ class CustomTask(Task):
         function: called as `function(model, tokenizer, example)` with a row of the data as it is.
         metric: name of the number; of several, the one that stands for the task.
         scale: how two models' values are compared: `"points"` is a share of [0, 1], `"difference"` and `"ratio"` are of
-            other numbers. A mapping says it for each metric (`"points"` where it says nothing).
+            other numbers, for a ratio of none below 0. A mapping says it for each metric (`"points"` where it says
+            nothing).
         lower_is_better: whether less is better, or the names of the metrics of which less is better.
         batched: the function is called as `function(model, tokenizer, examples)` with `batch_size` rows, and returns a
             list with one outcome a row.
@@ -46,8 +47,8 @@ class CustomTask(Task):
 
     Raises:
         MissingInputError: there is no data.
-        ConfigError: a setting is out of range, or what the function returns is none of the above, NaN, or outside
-            [0, 1] though its scale is points; the message names the example.
+        ConfigError: a setting is out of range or names a metric that the function does not return, or what the function
+            returns is none of the above, NaN, or outside what its scale allows; the message names the example.
         CompressionError: the function fails; the message names the example.
 
     Example:
@@ -69,6 +70,8 @@ class CustomTask(Task):
     head: str = "AutoModel"
 
     def __post_init__(self) -> None:
+        import transformers
+
         if not callable(self.function):
             raise ConfigError(
                 f"CustomTask.function must be callable as function(model, tokenizer, example), got {self.function!r}."
@@ -76,11 +79,16 @@ class CustomTask(Task):
         if not isinstance(self.metric, str) or not self.metric:
             raise ConfigError(f"CustomTask.metric must be a name, got {self.metric!r}.")
         scales = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
-        if not set(scales) <= set(get_args(Scale)):
+        if not all(scale in get_args(Scale) for scale in scales):
             raise ConfigError(f"CustomTask.scale must be one of {get_args(Scale)}, got {self.scale!r}.")
-        if isinstance(self.lower_is_better, str):
+        if isinstance(self.lower_is_better, str) or not isinstance(self.lower_is_better, (bool, Collection)):
             raise ConfigError(
                 f"CustomTask.lower_is_better must be True, False or a list of metrics, got {self.lower_is_better!r}."
+            )
+        if not isinstance(self.head, str) or not hasattr(getattr(transformers, self.head, None), "from_pretrained"):
+            raise ConfigError(
+                f"CustomTask.head must be a class of transformers that loads a model, such as 'AutoModelForCausalLM', "
+                f"got {self.head!r}."
             )
         super().__post_init__()
         # The class of transformers is this task's own; what reads it reads it off any task.
@@ -102,7 +110,7 @@ class CustomTask(Task):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
     ) -> TaskScore:
         """Call the function on every row; see `Task.evaluate`."""
-        check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size, optional=False)
         rows, size = self.examples, batch_size if self.batched else 1
         results: list[ExampleResult] = []
         with (
@@ -113,14 +121,16 @@ class CustomTask(Task):
                 batch = rows[start : start + size]
                 outcomes = self._called(model, tokenizer, batch, start)
                 results += [self._result(outcome, start + at) for at, outcome in enumerate(outcomes)]
+                if start == 0:
+                    self._check_names(results)  # before the work on all the others
                 bar.update(len(batch))
         self._check_names(results)
         protocol: dict[str, str | int | float | bool | None] = {
             "function": f"{getattr(self.function, '__module__', '')}.{getattr(self.function, '__qualname__', '')}",
             "batch_size": size,
         }
-        score = self.score(results, primary=self.metric, protocol=protocol)
-        return score.model_copy(update={"kinds": {name: self._kind(name) for name in score.metrics}})
+        kinds = {name: self._kind(name) for name in results[0].values}
+        return self.score(results, primary=self.metric, protocol=protocol, kinds=kinds)
 
     def _called(self, model: Any, tokenizer: Any, batch: Sequence[Any], start: int) -> Sequence[Any]:
         where = f"example {start}" if len(batch) == 1 else f"examples {start} to {start + len(batch) - 1}"
@@ -164,6 +174,11 @@ class CustomTask(Task):
                     f"{where} must be in [0, 1] where the scale is 'points', got {name}={value:.6g}; pass "
                     "scale='difference' or scale='ratio'."
                 )
+            if self._kind(name).scale == "ratio" and value < 0:
+                raise ConfigError(
+                    f"{where} must not be negative where the scale is 'ratio', got {name}={value:.6g}; pass "
+                    "scale='difference'."
+                )
         return result
 
     def _check_names(self, results: Sequence[ExampleResult]) -> None:
@@ -174,6 +189,15 @@ class CustomTask(Task):
                 f"CustomTask.metric must be one of what the function returns, {', '.join(names) or 'nothing'}, "
                 f"got {self.metric!r}{hint}"
             )
+        for setting in ("scale", "lower_is_better"):
+            named = getattr(self, setting)
+            for name in () if isinstance(named, (str, bool)) else named:
+                if name not in names:
+                    hint = did_you_mean(str(name), names) or "."
+                    raise ConfigError(
+                        f"CustomTask.{setting} must name what the function returns, {', '.join(names)}, got "
+                        f"{name!r}{hint}"
+                    )
         for index, result in enumerate(results):
             if set(result.values) != set(names):
                 raise ConfigError(

@@ -99,7 +99,7 @@ class ForwardTask(Task):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
     ) -> TaskScore:
         """Score `model`; see `Task.evaluate`."""
-        check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size, optional=False)
         run = self.start(model, tokenizer, batch_size=batch_size)
         advance({"model": run}, title=self.name, unit=self.unit, progress=progress)
         return run.score()

@@ -16,7 +16,17 @@ from ...errors import ConfigError, MissingInputError
 from ...registry import tasks
 from ..resampling import Floats, Metrics
 from .forward import Batch, ForwardTask, Run
-from .task import ExampleResult, MetricKind, TaskScore, check_positive, check_vocabulary, means, not_finite, unfit
+from .task import (
+    ExampleResult,
+    MetricKind,
+    TaskScore,
+    check_causal,
+    check_positive,
+    check_string,
+    check_vocabulary,
+    means,
+    not_finite,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +103,7 @@ class LanguageModeling(ForwardTask):
     }
 
     def __post_init__(self) -> None:
-        check_positive("LanguageModeling.window", self.window, least=2)
+        check_positive("LanguageModeling.window", self.window, least=2, optional=False)
         check_positive("LanguageModeling.stride", self.stride)
         check_positive("LanguageModeling.max_windows", self.max_windows)
         if self.stride is not None and self.stride > self.window:
@@ -101,14 +111,14 @@ class LanguageModeling(ForwardTask):
                 f"LanguageModeling.stride must be at most the window ({self.window}), got {self.stride}: tokens "
                 "between two windows would never be scored."
             )
+        check_string("LanguageModeling.join", self.join)
         if self.bos not in ("auto", "always", "never"):
             raise ConfigError(f"LanguageModeling.bos must be 'auto', 'always' or 'never', got {self.bos!r}.")
         super().__post_init__()
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model that does not predict the next token."""
-        if model.config.is_encoder_decoder or not model.can_generate():
-            raise unfit(self, model, "a causal language model", "evaluate it with another task")
+        check_causal(self, model)
         most = longest_input(model)
         if most is not None and self.window > most:
             raise ConfigError(
@@ -127,7 +137,7 @@ class LanguageModeling(ForwardTask):
         check_vocabulary([stream], model, tokenizer)
         content = self.window - (bos is not None)
         stride = min(self.stride or content, content)
-        windows = cut_windows(len(stream), content, stride)[: self.max_windows]
+        windows = cut_windows(len(stream), content, stride, least=1 if bos is not None else 2)[: self.max_windows]
         rows = max(1, min(batch_size, _MOST_LOGITS // (self.window * model.config.get_text_config().vocab_size)))
         tokens, batches = torch.tensor(stream), []
         for numbers in _equal_lengths(windows, rows):
@@ -223,23 +233,30 @@ class _Predicting(Run):
         return self._task.score(results, primary="perplexity", protocol=self._protocol, warnings=warnings)
 
 
-def cut_windows(tokens: int, length: int, stride: int) -> list[Window]:
+def cut_windows(tokens: int, length: int, stride: int, *, least: int = 2) -> list[Window]:
     """Cut `tokens` tokens into windows of `length` that begin every `stride` tokens; the last may be shorter.
+
+    Args:
+        tokens: of the whole text, at least `least`.
+        length: of a window, at least `least`.
+        stride: from one window to the next.
+        least: tokens of which one can be scored: two where the first one has nothing before it, one behind a BOS.
 
     Example:
         >>> [(window.start, window.end, window.new) for window in cut_windows(10, 4, 3)]
         [(0, 4, 0), (3, 7, 4), (6, 10, 7)]
+        >>> [(window.start, window.end) for window in cut_windows(5, 2, 2, least=1)]
+        [(0, 2), (2, 4), (4, 5)]
     """
     windows: list[Window] = []
     for start in range(0, tokens, stride):
         scored = windows[-1].end if windows else 0
         end = min(start + length, tokens)
-        # A single leftover token has no context inside its own window: nothing of it could be scored.
-        if end > scored and end - start > 1:
+        if end > scored and end - start >= least:
             windows.append(Window(start, end, scored))
         if end == tokens:
             break
-    return windows or [Window(0, tokens, 0)]
+    return windows
 
 
 def _first_scored(window: Window, bos: int | None) -> int:

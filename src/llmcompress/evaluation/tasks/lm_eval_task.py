@@ -20,7 +20,7 @@ from ...errors import ConfigError, MissingInputError, UnknownNameError, did_you_
 from ...registry import tasks
 from ..inference import evaluating
 from ..resampling import Floats, Metrics
-from .task import ExampleResult, MetricKind, Task, TaskScore, check_positive, not_finite, unfit
+from .task import ExampleResult, MetricKind, Task, TaskScore, check_causal, check_positive, not_finite, unfit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,12 +93,14 @@ class LMEvalTask(Task):
         """Refuse a model that does not generate text."""
         if not model.can_generate():
             raise unfit(self, model, "a language model", "evaluate it with another task")
+        if not model.config.is_encoder_decoder:
+            check_causal(self, model)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
     ) -> TaskScore:
         """Score `model` by lm-eval; see `Task.evaluate`. lm-eval shows how it builds its prompts in any case."""
-        check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size, optional=False)
         self.check(model)
         # lm-eval seeds the caller's random numbers, sets a padding token in the tokenizer, and ties weights anew.
         with random_state_kept(), evaluating(model), _without_tying(model):
@@ -219,11 +221,10 @@ class LMEvalTask(Task):
             ),
             **rest,
         }
-        score = self.score(results, primary=firsts[0], protocol=protocol)
+        score = self.score(results, primary=firsts[0], protocol=protocol, kinds=kinds)
         if _AVERAGE in score.metrics and not any(kinds[name].lower_is_better for name in firsts):
-            kinds[_AVERAGE] = MetricKind()
             score = score.model_copy(update={"primary": _AVERAGE})
-        return score.model_copy(update={"kinds": {**score.kinds, **kinds}})
+        return score
 
 
 @cache

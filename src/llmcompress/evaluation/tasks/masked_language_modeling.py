@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 import torch
 
-from ...data import encode, longest_input
+from ...data import encode
 from ...errors import ConfigError, UnsupportedModelError
 from ...registry import tasks
 from ..resampling import Floats, Metrics
 from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
-from .task import ExampleResult, MetricKind, TaskScore, check_positive, check_vocabulary, means, not_finite, unfit
+from .task import (
+    ExampleResult,
+    MetricKind,
+    TaskScore,
+    check_positive,
+    check_vocabulary,
+    length_limit,
+    means,
+    not_finite,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +98,8 @@ class MaskedLanguageModeling(ForwardTask):
                 f"MaskedLanguageModeling.tokenizer must have a mask token, got {type(tokenizer).__name__} without one; "
                 "pass the tokenizer that the model was trained with."
             )
-        limit = self._limit(model, tokenizer)
+        pair = any(example.pair is not None for example in self.examples)
+        limit = length_limit(self, self.max_length, model, tokenizer, pair=pair)
         texts = encode(self.examples, tokenizer, max_length=limit)
         check_vocabulary([[mask], *(text["input_ids"] for text in texts)], model, tokenizer)
         # An unknown token stands for a word of the text; the other special ones do not.
@@ -107,7 +118,7 @@ class MaskedLanguageModeling(ForwardTask):
         batches = _Masked(texts, copies, list(by_length(lengths, batch_size, most_tokens=most_tokens)), mask, pad)
         # Only a text that fills the limit can have been cut: only those are tokenised again, in full.
         full = [example for example, text in zip(self.examples, texts, strict=True) if len(text["input_ids"]) == limit]
-        whole = encode(full, tokenizer) if full else []
+        whole = encode(full, tokenizer)
         protocol = {
             "texts": len(texts),
             "tokens_masked": len(copies),
@@ -131,15 +142,6 @@ class MaskedLanguageModeling(ForwardTask):
             return {"pseudo_perplexity": np.exp(np.minimum(found["nll"], _MOST_NLL)), **found}
 
         return metrics
-
-    def _limit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        most = longest_input(model, tokenizer)
-        if self.max_length is not None and most is not None and self.max_length > most:
-            raise ConfigError(
-                f"MaskedLanguageModeling.max_length must be at most {most} for {type(model).__name__}, "
-                f"got {self.max_length}; leave it out to take that."
-            )
-        return self.max_length or most
 
 
 class _Masked(Sequence[Batch]):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..resampling import Floats, Metrics
 
@@ -133,13 +134,20 @@ def _quotient(above: Floats, below: Floats) -> Floats:
 
 
 def _correlation(counts: Floats, x: Floats, y: Floats) -> Floats:
-    total = counts.sum(1, keepdims=True)
-    x, y = (values - (counts * values).sum(1, keepdims=True) / total for values in (x, y))
-    variance = (counts * x * x).sum(1) * (counts * y * y).sum(1)
-    # A constant side leaves rounding errors for a variance; NaN is left out of the bootstrap, as it should be.
-    scale = (counts.sum(1) * 1e-12) ** 2
+    (dx, varies_x), (dy, varies_y) = (_deviations(counts, values) for values in (x, y))
+    product = np.sqrt((counts * dx * dx).sum(1)) * np.sqrt((counts * dy * dy).sum(1))
+    # NaN is left out of the bootstrap, as it should be.
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(variance > scale, (counts * x * y).sum(1) / np.sqrt(variance), np.nan))
+        return np.asarray(np.where(varies_x & varies_y, (counts * dx * dy).sum(1) / product, np.nan))
+
+
+def _deviations(counts: Floats, values: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return the deviations from each resample's mean, and whether they are more than the rounding of a constant.
+
+    By the size of the values themselves: they may be of any unit.
+    """
+    found = values - (counts * values).sum(1, keepdims=True) / counts.sum(1, keepdims=True)
+    return found, (counts * found * found).sum(1) > 1e-24 * (counts * values * values).sum(1)
 
 
 def _ranks(counts: Floats, values: Floats) -> Floats:

@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ...registry import tasks
 from .choices import Question, letters, read_question
 from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
-from .task import ExampleResult, TaskScore, check_vocabulary, not_finite, unfit
+from .task import ExampleResult, TaskScore, check_causal, check_string, check_vocabulary, not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,9 @@ class MultipleChoice(ForwardTask):
 
     A row has a question (`question`, `question_stem`, `query`, `goal`, `ctx` or `prompt`), its choices (`choices`,
     `options` or `endings`: a list, or the hub's `{"text": [...], "label": [...]}`; or `sol1` and `sol2`) and the right
-    one (`answer`, `answerKey`, `label` or `gold`: its label, its letter, its index from 0, or its text).
+    one (`answer`, `answerKey`, `label` or `gold`: its label, its letter, its index from 0, or its text). An answer that
+    can be read in two ways, such as "2" of the choices "1", "2", "3", is refused; an integer is always an index, unless
+    it is one of the labels.
 
     Metrics: `accuracy`, by the log-likelihood of the whole choice (lm-eval's acc); `accuracy_norm`, by the
     log-likelihood divided by the choice's characters (its acc_norm), so that long choices are not at a disadvantage.
@@ -80,6 +82,7 @@ class MultipleChoice(ForwardTask):
     metric_names: ClassVar[Sequence[str] | None] = ("accuracy", "accuracy_norm")
 
     def __post_init__(self) -> None:
+        check_string("MultipleChoice.delimiter", self.delimiter)
         try:
             kept = "\0" in self.template.format(question="\0")
         except (LookupError, ValueError, AttributeError):
@@ -100,8 +103,7 @@ class MultipleChoice(ForwardTask):
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model that does not predict the next token."""
-        if model.config.is_encoder_decoder or not model.can_generate():
-            raise unfit(self, model, "a causal language model", "evaluate it with another task")
+        check_causal(self, model)
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Run:
         """Tokenise every choice behind its question; see `ForwardTask.start`."""

@@ -23,6 +23,9 @@ _PROMPTS = (
 )
 _REFERENCES = ("references", "reference", "target", "targets", "summary", "highlights", "answers", "answer", "output")
 
+PLACE = re.compile(r"\{(\w+)\}")
+"""Where a template names a column."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -85,7 +88,7 @@ def _prompt(row: Any, where: str, template: str, reference: str | None) -> Promp
         return text
 
     # One pass: a text that holds {prompt} itself stays as it is.
-    prompt = re.sub(r"\{(\w+)\}", filled, template)
+    prompt = PLACE.sub(filled, template)
     return Prompt(prompt, _references(columns, where, reference))
 
 

@@ -90,8 +90,8 @@ class QuestionAnswering(ForwardTask):
 
     def __post_init__(self) -> None:
         check_positive("QuestionAnswering.window", self.window, least=2)
-        check_positive("QuestionAnswering.stride", self.stride)
-        check_positive("QuestionAnswering.max_answer_tokens", self.max_answer_tokens)
+        check_positive("QuestionAnswering.stride", self.stride, optional=False)
+        check_positive("QuestionAnswering.max_answer_tokens", self.max_answer_tokens, optional=False)
         super().__post_init__()
 
     @cached_property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, Field
 
-from ...data import load_examples
+from ...data import load_examples, longest_input
 from ...errors import CompressionError, ConfigError, UnsupportedModelError
 from ...registry import tasks
 from ..resampling import Floats, Metrics, resample
@@ -32,10 +32,15 @@ class ExampleResult(BaseModel, frozen=True, extra="forbid"):
     values: dict[str, float] = Field(
         description="the metrics that a single example has: accuracy 1 or 0, the NLL of a token, the F1 of an answer"
     )
-    weight: float = Field(default=1.0, description="what the example counts in a mean: 1, or the tokens scored")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="what the example counts in a mean: 1, or the tokens scored",
+    )
     label: Answer | None = Field(default=None, description="what was asked for")
     prediction: Answer | None = Field(default=None, description="what the model answered")
-    confidence: float | None = Field(default=None, description="probability of the prediction, in [0, 1]")
+    confidence: float | None = Field(default=None, ge=0, le=1, description="probability of the prediction, in [0, 1]")
     group: int | None = Field(default=None, description="examples of one group (one source text) are not independent")
 
 
@@ -100,6 +105,8 @@ class TaskScore(BaseModel, frozen=True, extra="forbid"):
 
     def right_by(self, metric: str) -> list[bool] | None:
         """Whether each example was right by `metric`; None where that is not a matter of right and wrong."""
+        if metric in self.kinds and self.kinds[metric].scale != "points":
+            return None  # a count or a loss can be 0 or 1 for every example, and is no share of anything
         values = [example.values.get(metric) for example in self.examples]
         weighted = any(example.weight != 1 for example in self.examples)
         if not values or weighted or any(value not in (0, 1) for value in values):
@@ -209,14 +216,15 @@ class Task(ABC):
         protocol: Mapping[str, str | int | float | bool | None],
         classes: tuple[str, ...] | None = None,
         warnings: Sequence[str] = (),
+        kinds: Mapping[str, MetricKind] | None = None,
     ) -> TaskScore:
-        """Put a score together: the metrics of `results`, each with its interval."""
+        """Put a score together: the metrics of `results`, each with its interval; `kinds` goes before the task's."""
         metrics = self.metrics(results)
         value = {name: float(values[0]) for name, values in metrics(np.ones((1, len(results)))).items()}
         partial = TaskScore(
             task=self.name,
             metrics=value,
-            kinds={name: self.kinds.get(name, MetricKind()) for name in value},
+            kinds={name: {**self.kinds, **(kinds or {})}.get(name, MetricKind()) for name in value},
             primary=primary,
             classes=classes,
             examples=tuple(results),
@@ -260,14 +268,84 @@ def check_vocabulary(token_ids: list[list[int]], model: PreTrainedModel, tokeniz
         )
 
 
-def check_positive(who: str, value: int | None, *, least: int = 1) -> None:
-    """Refuse a count below `least`; None is allowed.
+def check_positive(who: str, value: int | None, *, least: int = 1, optional: bool = True) -> None:
+    """Refuse a count below `least`, and None unless it is `optional`.
 
     Raises:
         ConfigError: `value` is no such integer.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{who} must be an integer in [{least}, inf), got {value!r}.")
+
+
+def check_string(who: str, value: str) -> None:
+    """Refuse what is no text; an empty one is.
+
+    Raises:
+        ConfigError: `value` is none.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"{who} must be a text, got {value!r:.80}.")
+
+
+def length_limit(
+    task: Task,
+    max_length: int | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pair: bool = False,
+) -> int | None:
+    """Return the tokens that a text is cut to: `max_length`, or the most that the model can take where it is None.
+
+    Args:
+        task: whose setting it is.
+        max_length: the setting.
+        model: whose input it is.
+        tokenizer: which adds special tokens to a text, or `pair` of them.
+        pair: whether texts come in pairs.
+
+    Raises:
+        ConfigError: the model cannot take so many, or special tokens leave no room for a text. A tokenizer would then
+            cut nothing.
+    """
+    most = longest_input(model, tokenizer)
+    who = f"{type(task).__name__}.max_length"
+    if max_length is not None and most is not None and max_length > most:
+        raise ConfigError(
+            f"{who} must be at most {most} for {type(model).__name__}, got {max_length}; leave it out to take that."
+        )
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length is not None and max_length <= special:
+        raise ConfigError(
+            f"{who} must be above {special}, the special tokens around a {'pair of texts' if pair else 'text'}, got "
+            f"{max_length}."
+        )
+    return max_length or most
+
+
+def check_causal(task: Task, model: PreTrainedModel) -> None:
+    """Refuse a model that does not predict the next token from those before it alone.
+
+    Raises:
+        UnsupportedModelError: it has no such head, or reads the text behind a token too.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    config = model.config
+    if config.is_encoder_decoder or not model.can_generate():
+        raise unfit(task, model, "a causal language model", "evaluate it with another task")
+    # Encoders come with a causal head too, and see what they are asked for unless they are told not to look ahead.
+    reads_ahead = config.model_type in ENCODERS and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    )
+    if reads_ahead or getattr(config, "attn_type", None) == "bi":
+        raise UnsupportedModelError(
+            f"{type(task).__name__} needs a causal language model, got {type(model).__name__}, an encoder that also "
+            "reads what stands behind a token (config.is_decoder is not True); evaluate it with MaskedLanguageModeling."
+        )
 
 
 def unfit(task: Task, model: PreTrainedModel, needs: str, instead: str) -> UnsupportedModelError:

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ...data import encode, longest_input
+from ...data import by_class_names, class_indices, encode, foreign_names, labels_are_flags
 from ...errors import ConfigError, MissingInputError, UnsupportedModelError, did_you_mean
 from ...registry import tasks
 from ..resampling import Metrics
 from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
 from .measures import classification, multi_label, regression
-from .task import ExampleResult, MetricKind, TaskScore, check_positive, check_vocabulary, not_finite, unfit
+from .task import (
+    ExampleResult,
+    MetricKind,
+    TaskScore,
+    check_positive,
+    check_vocabulary,
+    length_limit,
+    not_finite,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +43,9 @@ class TextClassification(ForwardTask):
 
     Texts are cut to `max_length`, sorted by length and padded to the longest of their batch; results come back in the
     order of the data. A label is a class index, a name that the model's `config.label2id` knows, a number for a
-    regression, and for a set of classes a list of indices or names, or of 0 and 1 for every class.
+    regression, and for a set of classes a list of indices or names, or of 0 and 1 for every class, in one of the two
+    forms throughout. Where a `datasets` object names its classes and the model has classes of these names (whatever
+    their case), the names count and not the indices; so do digits in a file that are the name of a class.
 
     Metrics: accuracy, precision, recall and F1; for sets of classes micro and macro F1, micro precision and recall, and
     the share of sets that are right as a whole; for a regression Pearson and Spearman correlation and RMSE.
@@ -96,6 +107,11 @@ class TextClassification(ForwardTask):
         """Refuse a model that does not end in a classifier."""
         if not any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__):
             raise unfit(self, model, "a model with a classification head", "evaluate it with another task")
+        if problem_of(model) == "regression" and model.config.num_labels > 1:
+            raise UnsupportedModelError(
+                f"TextClassification needs a regression of one number, got {type(model).__name__} with "
+                f"{model.config.num_labels} (config.num_labels); evaluate it with a CustomTask."
+            )
         if self.average == "binary" and (problem_of(model) != _SINGLE or model.config.num_labels != 2):
             raise ConfigError(
                 f"TextClassification.average='binary' needs a model of 2 classes, got {model.config.num_labels} and "
@@ -106,16 +122,22 @@ class TextClassification(ForwardTask):
         """Tokenise the texts and read the labels as the model's classes; see `ForwardTask.start`."""
         self.check(model)
         classes = _Classes.of(model)
-        labels = [self._label(index, classes) for index in range(len(self.examples))]
-        limit = self._limit(model, tokenizer)
+        given = [example.label for example in by_class_names(self.examples, model)]
+        labels = self._labels(given, classes)
+        limit = length_limit(
+            self, self.max_length, model, tokenizer, pair=any(example.pair is not None for example in self.examples)
+        )
         encoded = encode(self.examples, tokenizer, max_length=limit)
         lengths = [len(row["input_ids"]) for row in encoded]
         if 0 in lengths:
             raise ConfigError(f"TextClassification.data[{lengths.index(0)}] must have a text, got none; remove it.")
         check_vocabulary([row["input_ids"] for row in encoded], model, tokenizer)
         pad, alone = padding_of(model, tokenizer)
+        # Behind the text whatever the tokenizer's side: positions must not move. XLNet counts none, and reads its
+        # answer off the last token, padding or not.
+        side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
         batches = [
-            Batch(rows, pad_rows([encoded[i] for i in rows], pad, tokenizer.padding_side))
+            Batch(rows, pad_rows([encoded[i] for i in rows], pad, side))
             for rows in by_length(lengths, 1 if alone else batch_size)
         ]
         protocol: dict[str, str | int | float | bool | None] = {
@@ -129,7 +151,10 @@ class TextClassification(ForwardTask):
             if alone
             else f"to the longest of the batch, token {pad}, examples sorted by length",
         }
-        return _Classifying(self, model, batches, labels, protocol)
+        run = _Classifying(self, model, batches, labels, protocol)
+        foreign = foreign_names(self.examples, model)
+        run.warnings += [foreign] if foreign else []
+        return run
 
     def metrics(self, results: Sequence[ExampleResult]) -> Metrics:
         """Accuracy and F1, F1 of sets, or correlations; see `Task.metrics`."""
@@ -142,9 +167,27 @@ class TextClassification(ForwardTask):
             return regression(labels, predictions)
         return classification(labels, predictions, average=self.average)
 
-    def _label(self, position: int, classes: _Classes) -> Any:
-        """Return an example's label as a class index, a tuple of them, or a number."""
-        given = self.examples[position].label
+    def _labels(self, given: Sequence[Any], classes: _Classes) -> list[Any]:
+        """Return the label of each example as a class index, a tuple of them, or a number."""
+        if classes.problem == "multi_label_classification":
+            return self._sets(given, classes)
+        return [self._label(position, label, classes) for position, label in enumerate(given)]
+
+    def _sets(self, given: Sequence[Any], classes: _Classes) -> list[tuple[int, ...]]:
+        for position, label in enumerate(given):
+            if not isinstance(label, tuple):
+                raise ConfigError(
+                    f"TextClassification.data[{position}] must have a list of classes as label for the multi-label "
+                    f"{classes.model}, got {label!r}; pass for instance ['toxic', 'threat'] or [0, 1, 1]."
+                )
+        if labels_are_flags(dict(enumerate(given)), classes.number):
+            return [tuple(index for index, one in enumerate(label) if one) for label in given]
+        return [
+            tuple(sorted({self._class(position, one, classes) for one in label}))
+            for position, label in enumerate(given)
+        ]
+
+    def _label(self, position: int, given: Any, classes: _Classes) -> int | float:
         if classes.problem == "regression":
             if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
                 raise ConfigError(
@@ -152,16 +195,7 @@ class TextClassification(ForwardTask):
                     f"{classes.model} does, got {given!r}."
                 )
             return float(given)
-        if classes.problem == _SINGLE:
-            return self._class(position, given, classes)
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise ConfigError(
-                f"TextClassification.data[{position}] must have a list of classes as label for the multi-label "
-                f"{classes.model}, got {given!r}; pass for instance ['toxic', 'threat'] or [0, 1, 1]."
-            )
-        if len(given) == classes.number and all(one in (0, 1) for one in given):
-            return tuple(index for index, one in enumerate(given) if one)
-        return tuple(sorted({self._class(position, one, classes) for one in given}))
+        return self._class(position, given, classes)
 
     def _class(self, position: int, label: Any, classes: _Classes) -> int:
         found = classes.names.get(label, label) if isinstance(label, str) else label
@@ -180,15 +214,6 @@ class TextClassification(ForwardTask):
             )
         return int(found)
 
-    def _limit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        most = longest_input(model, tokenizer)
-        if self.max_length is not None and most is not None and self.max_length > most:
-            raise ConfigError(
-                f"TextClassification.max_length must be at most {most} for {type(model).__name__}, "
-                f"got {self.max_length}; leave it out to take that."
-            )
-        return self.max_length or most
-
 
 @dataclass(frozen=True)
 class _Classes:
@@ -201,8 +226,7 @@ class _Classes:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Classes:
-        names = {str(name): int(index) for name, index in (model.config.label2id or {}).items()}
-        return cls(problem_of(model), model.config.num_labels, names, type(model).__name__)
+        return cls(problem_of(model), model.config.num_labels, class_indices(model), type(model).__name__)
 
 
 class _Classifying(Run):
@@ -215,6 +239,7 @@ class _Classifying(Run):
         protocol: dict[str, str | int | float | bool | None],
     ) -> None:
         super().__init__(model, batches)
+        self.warnings: list[str] = []
         self._task, self._labels, self._protocol = task, labels, protocol
         self._problem = problem_of(model)
         self._results: list[ExampleResult | None] = [None] * len(labels)
@@ -257,7 +282,7 @@ class _Classifying(Run):
     def score(self) -> TaskScore:
         results = [result for result in self._results if result is not None]
         config, truncated = self.model.config, self._protocol["truncated"]
-        warnings = []
+        warnings = list(self.warnings)
         if truncated:
             warnings.append(f"{truncated} of {len(results)} texts were cut to {self._protocol['max_length']} tokens")
         predictions, labels = {result.prediction for result in results}, {result.label for result in results}
@@ -308,10 +333,4 @@ def _count_truncated(
 ) -> int:
     # Only a text that fills the limit can have been cut: only those are tokenised again, in full.
     full = [example for example, length in zip(task.examples, lengths, strict=True) if length == limit]
-    if not full:
-        return 0
-    pairs = (
-        [example.pair or "" for example in full] if any(example.pair is not None for example in task.examples) else None
-    )
-    whole = tokenizer([example.text for example in full], pairs, padding=False, truncation=False, verbose=False)
-    return sum(len(ids) > (limit or 0) for ids in whole["input_ids"])
+    return sum(len(row["input_ids"]) > (limit or 0) for row in encode(full, tokenizer))

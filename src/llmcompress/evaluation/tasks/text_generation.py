@@ -15,7 +15,7 @@ from ...registry import tasks
 from ..resampling import Floats, Metrics
 from .decoding import Decoding, Writer, Written
 from .overlap import bleu, chrf, rouge, rouge_scorer
-from .prompts import Prompt, read_prompts
+from .prompts import PLACE, Prompt, read_prompts
 from .repetition import collapse_warnings
 from .task import ExampleResult, MetricKind, Task, TaskScore, check_positive, means, unfit
 
@@ -98,12 +98,13 @@ class TextGeneration(Task):
         if isinstance(self.measures, str) or not self.measures or not set(self.measures) <= set(known):
             raise ConfigError(f"TextGeneration.measures must be some of {known}, got {self.measures!r}.")
         for name in ("max_new_tokens", "max_prompt_tokens", "num_beams"):
-            check_positive(f"TextGeneration.{name}", getattr(self, name))
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            check_positive(f"TextGeneration.{name}", getattr(self, name), optional=name == "max_prompt_tokens")
+        many = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        if not many or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"TextGeneration.stop must be strings such as ['\\n'], got {self.stop!r}.")
         if not isinstance(self.stemmer, bool):
             raise ConfigError(f"TextGeneration.stemmer must be True or False, got {self.stemmer!r}.")
-        if "{" not in self.template:
+        if not isinstance(self.template, str) or not PLACE.search(self.template):
             raise ConfigError(f"TextGeneration.template must name a column such as {{prompt}}, got {self.template!r}.")
         super().__post_init__()
         # A package that is missing is told now, not after hours of generating.
@@ -130,7 +131,7 @@ class TextGeneration(Task):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, progress: bool = True
     ) -> TaskScore:
         """Generate a text for every prompt and compare it with the references; see `Task.evaluate`."""
-        check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size, optional=False)
         self.check(model)
         decoding = Decoding(self.max_new_tokens, self.max_prompt_tokens, self.num_beams, tuple(self.stop))
         prompts = [example.prompt for example in self.examples]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ...data import load_rows, longest_input
+from ...data import load_table
 from ...errors import ConfigError, UnsupportedModelError, did_you_mean
 from ...registry import tasks
 from ...sentences import Sentence, class_names, read_sentence
@@ -18,7 +17,16 @@ from ..resampling import Floats, Metrics
 from .entities import OUTSIDE, entities, is_scheme
 from .forward import Batch, ForwardTask, Run, by_length, pad_rows, padding_of
 from .measures import spans
-from .task import ExampleResult, TaskScore, check_positive, check_vocabulary, means, not_finite, unfit
+from .task import (
+    ExampleResult,
+    TaskScore,
+    check_positive,
+    check_vocabulary,
+    length_limit,
+    means,
+    not_finite,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,16 +99,9 @@ class TokenClassification(ForwardTask):
     @cached_property
     def examples(self) -> Sequence[Sentence]:
         """The sentences."""
-        source, name = self.data, "TokenClassification.data"
-        if isinstance(source, str) and not Path(source).suffix:
-            import datasets
-
-            # As rows, a data set of the hub would have lost the names of its classes.
-            source = datasets.load_dataset(source, split=self.split)
-        rows = load_rows(source, split=self.split, name=name)
-        if isinstance(source, Mapping):
-            source = source[self.split]
-        names = class_names(getattr(source, "features", None))
+        name = "TokenClassification.data"
+        rows, features = load_table(self.data, split=self.split, name=name)
+        names = class_names(features)
         return [read_sentence(row, f"{name}[{index}]", names) for index, row in enumerate(rows)]
 
     def check(self, model: PreTrainedModel) -> None:
@@ -116,7 +117,7 @@ class TokenClassification(ForwardTask):
             tuple(self._name(f"[{index}]", tag, names) for tag in sentence.tags)
             for index, sentence in enumerate(self.examples)
         ]
-        limit = self._limit(model, tokenizer)
+        limit = length_limit(self, self.max_length, model, tokenizer)
         windows = list(_windows([sentence.words for sentence in self.examples], tokenizer, limit))
         check_vocabulary([window.inputs["input_ids"] for window in windows], model, tokenizer)
         pad, _ = padding_of(model, tokenizer)
@@ -187,15 +188,6 @@ class TokenClassification(ForwardTask):
                 "are not to be tagged."
             )
         return names[tag]
-
-    def _limit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        most = longest_input(model, tokenizer)
-        if self.max_length is not None and most is not None and self.max_length > most:
-            raise ConfigError(
-                f"TokenClassification.max_length must be at most {most} for {type(model).__name__}, "
-                f"got {self.max_length}; leave it out to take that."
-            )
-        return self.max_length or most
 
 
 class _Tagging(Run):
