@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -225,7 +226,7 @@ def test_folders_whose_head_comes_first_or_without_a_float_weight(architecture, 
 
 def test_the_last_float_weight_stays_and_says_so():
     plan = lc.DynamicQuantization().plan(build_tiny("causal-lm", "olmo"), lc.Context())
-    (left,) = [action for action in plan if not action.touched]
+    (left,) = [action for action in plan if action.path and not action.touched]
     assert "tells a model's dtype" in left.reason
 
 
@@ -383,3 +384,18 @@ def test_a_missing_scale_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(lc.CheckpointError, match=r"layers\.1\.mlp\.up_proj\.scale"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_plan_tells_the_copies_that_products_make():
+    model = tiny_model("llama")
+    plan = lc.DynamicQuantization().plan(model, lc.Context())
+    told = [action.reason for action in plan if "makes a copy of the codes" in (action.reason or "")]
+    small = quantized("llama")
+    before = footprint(small).memory_bytes
+    small(**tiny_inputs(small))
+    copied = footprint(small).memory_bytes - before
+    assert len(told) == (1 if copied else 0)
+    if copied:
+        megabytes = float(re.search(r"([\d.e-]+) MB in all", told[0])[1])
+        # Layers this small are filled up to the widths of the kernel, and have a scale for few columns.
+        assert megabytes <= copied / 1e6 <= 1.5 * megabytes

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..compressor import Action
+from . import kernels
+
+if TYPE_CHECKING:
+    from ..anatomy.layers import WeightLayer
+
 
 def joined(*remarks: str | None) -> str | None:
     """Return the remarks that there are as one, or None.
@@ -11,3 +22,20 @@ def joined(*remarks: str | None) -> str | None:
         'shared with wte; its last group has 8 of 64 inputs'
     """
     return "; ".join(filter(None, remarks)) or None
+
+
+def of_copies(layers: Iterable[WeightLayer], device: torch.device) -> list[Action]:
+    """Say what products with int8 codes take in memory beside the codes, which no size of a model that never ran has.
+
+    Args:
+        layers: that become int8.
+        device: where the products will be computed.
+    """
+    if not kernels.copies_codes(device):
+        return []
+    multiplied = {id(layer.weight): layer.weight.numel() for layer in layers if layer.kind != "embedding"}
+    reason = (
+        f"when a layer is first used its product makes a copy of the codes, about {sum(multiplied.values()) / 1e6:.3g} "
+        f"MB in all, which is memory and never saved"
+    )
+    return [Action(path="", reason=reason)]

@@ -16,6 +16,7 @@ from .packed import Product, forget_product, packed_product, product_of, product
 from .packed_ops import packed_linear
 from .packing import (
     PackedCopy,
+    copies_codes,
     copy_state,
     forget_copy,
     has_fbgemm,
@@ -44,6 +45,7 @@ __all__ = [
     "int8_static_linear",
     "int_mm_linear",
     "pack",
+    "copies_codes",
     "packed_bytes",
     "packed_copy",
     "packed_linear",

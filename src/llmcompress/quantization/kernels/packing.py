@@ -62,6 +62,11 @@ def takes_copy(weight: torch.Tensor) -> bool:
     return multiplies(weight) if native() is not None else has_fbgemm(weight.device)
 
 
+def copies_codes(device: torch.device) -> bool:
+    """Tell whether products with int8 weights on `device` are computed from copies of the codes."""
+    return device.type == "cpu" if native() is not None else has_fbgemm(device)
+
+
 def pack(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
 ) -> Any:
