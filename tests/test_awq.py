@@ -372,3 +372,18 @@ def test_activations_that_are_not_finite_are_named(scales):
         model.model.layers[1].input_layernorm.weight[0] = torch.inf
     with pytest.raises(lc.CompressionError, match=r"NaN or infinite activations enter model\.layers\.1\.self_attn"):
         awq(scales=scales).compress(model, texts(model))
+
+
+@pytest.mark.parametrize(
+    ("step", "folds"),
+    [
+        (awq(), True),
+        (awq(scales=False), False),
+        (lc.DynamicQuantization(smooth=0.5), True),
+        (lc.DynamicQuantization(), False),
+        (lc.StaticQuantization(smooth=0.5), True),
+    ],
+)
+def test_plans_tell_that_scales_are_folded_into_other_tensors(step, folds):
+    plan = step.plan(tiny_model("llama"), Context())
+    assert any("divided by scales" in (action.reason or "") for action in plan if not action.path) is folds

@@ -20,7 +20,7 @@ from .clipping import clipped
 from .fitting import quantize
 from .grid import Coded, Grid, encode
 from .grouped import finish
-from .remarks import joined
+from .remarks import FOLDED, joined
 from .scale_search import InputMoments, Reader, ScaleChoice, search_scales, searching_bytes
 from .targets import Target, by_weight
 from .upright import upright
@@ -141,6 +141,9 @@ class AWQ(CalibratedGrouping):
         self._replace(model, tables)
         finish(model)
         return model
+
+    def _remarks(self, model: PreTrainedModel, targets: Sequence[Target]) -> list[Action]:
+        return [*([FOLDED] if self.scales else []), *super()._remarks(model, targets)]
 
     def _tell_sites(self, targets: Sequence[Target], sites: Sequence[ScaleSite], context: Context) -> None:
         """Say of each layer whether it is scaled, and with what."""

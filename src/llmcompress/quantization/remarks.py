@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from ..anatomy.layers import WeightLayer
 
 
+FOLDED = Action(
+    path="",
+    reason="norms and layers before are divided by scales where nothing else reads them; which, is found by trying",
+)
+"""What a plan says of scales that are folded into other tensors: it has no weights to try them on."""
+
+
 def joined(*remarks: str | None) -> str | None:
     """Return the remarks that there are as one, or None.
 
