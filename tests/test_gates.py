@@ -89,6 +89,19 @@ def test_drops_by_hand():
     assert (worse.passed, worse.value) == (False, 1.0)
 
 
+def test_equal_answers_to_few_examples_are_no_proof():
+    errors = {"metric": "error {x}", "scale": "difference", "lower": True, "predictions": False}
+    task = lc.CustomTask(["a"], function=len, metric="accuracy")
+    same = lc.MaxDrop("error {x}", 0.1, proven=True).judge(Evidence(task, *[_score([1.0, 1.0, 1.0], **errors)] * 2))
+    assert (same.passed, same.value) == (False, 0)
+    assert "error {x} is worse by 0 (the sample tells no 95 % interval, use more examples), 0.1" in same.told
+    some = lc.MaxDrop("error {x}", 0.1, proven=True).judge(Evidence(task, *[_score([1.0, 2.0, 3.0], **errors)] * 2))
+    assert not some.passed
+    assert some.low < -0.1 < 0 < 0.1 < some.high
+    assert "-0 " not in some.told
+    assert lc.MaxDrop("error {x}", 0.1).judge(Evidence(task, *[_score([1.0, 2.0, 3.0], **errors)] * 2)).passed
+
+
 def test_perplexity_and_most_likely_tokens():
     llama = tiny_model("llama")
     texts = ["the cat sat on the mat and the dog sat on the rug"] * 4

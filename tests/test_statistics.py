@@ -142,7 +142,10 @@ def test_seeds_and_slices_of_memory(monkeypatch) -> None:
 def test_what_a_sample_cannot_tell() -> None:
     assert one(mean_of(np.array([1.0])), 1).interval() is None
     assert math.isnan(one(mean_of(np.array([1.0])), 1).standard_error)
-    assert one(mean_of(np.array([2.0, 2.0])), 2).interval() == (2.0, 2.0)
+    # Draws that are all alike say nothing: an interval of no width would be false certainty.
+    assert one(mean_of(np.array([2.0, 2.0])), 2).interval() is None
+    assert one(mean_of(np.full(50, 0.1)), 50).interval() is None  # alike but for rounding
+    assert math.isnan(one(mean_of(np.full(50, 0.1)), 50).standard_error)
     assert one(lambda counts: {"none": np.full(len(counts), math.nan)}, 5).interval() is None
     half = one(lambda counts: {"m": np.where(counts[:, 0] > 0, counts @ np.arange(9.0), math.nan)}, 9)
     assert len(half.draws) < resampling.RESAMPLES  # those without a value are left out
@@ -154,7 +157,63 @@ def test_what_a_sample_cannot_tell() -> None:
 def test_equal_models_are_equal() -> None:
     same = mean_of(np.random.default_rng(0).random(30))
     (test,) = paired_metrics(same, same, 30, {"mean": "ratio"})
-    assert (test.change, test.low, test.high, test.p_value) == (1, 1, 1, 1)
+    assert (test.change, test.p_value, test.detectable, test.method) == (1, 1, None, "rule of three")
+    assert test.low < 1 < test.high
+
+
+@pytest.mark.parametrize("examples", [5, 20, 200, 2000])
+def test_what_no_example_showed_is_bounded_as_for_accuracy(examples: int) -> None:
+    # One code bounds F1, ROUGE and perplexity; here it is asked of a mean of right and wrong, whose bound is known.
+    right = np.arange(examples) % 4 > 0
+    same = mean_of(right.astype(float))
+    (found,) = paired_metrics(same, same, examples, {"mean": "points"})
+    known = proportions(examples, 0, 0)
+    share = stats.binomtest(0, examples).proportion_ci(0.90).high  # at most so many differ: one-sided 95 %, exact
+    assert (found.change, found.high) == (0, -found.low)
+    assert found.high == pytest.approx(min(share * examples / (examples - 1), 1))
+    assert 1 < found.high / known.high < 1.5
+
+
+def test_rare_classes_leave_more_room_than_common_ones() -> None:
+    labels = np.arange(400) % 40 == 0
+    given = np.where(np.arange(400) < 80, False, labels)
+    rare = binary_f1(labels.astype(int), given.astype(int))
+    (found,) = paired_metrics(rare, rare, 400, {"f1": "points"})
+    assert found.high > 5 * proportions(400, 0, 0).high
+    # All is right: what a wrong answer takes from F1 was not seen, and no share of examples bounds it.
+    perfect = binary_f1(labels.astype(int), labels.astype(int))
+    (found,) = paired_metrics(perfect, perfect, 400, {"f1": "points"})
+    assert (found.low, found.high, found.detectable, found.p_value) == (None, None, None, 1)
+
+
+def test_equal_texts_are_drawn_as_groups_and_very_many_units_are_sampled() -> None:
+    values, groups = np.random.default_rng(0).random(3000), np.repeat(np.arange(1500), 2)
+    alone, grouped = (
+        paired_metrics(mean_of(values), mean_of(values), 3000, {"mean": "difference"}, groups=by, resamples=20)[0]
+        for by in (None, groups)
+    )
+    assert alone.high == pytest.approx(3 / 3000, rel=0.02)
+    assert grouped.high > 1.5 * alone.high
+
+
+def test_intervals_of_changes_that_are_seldom_seen_hold_them() -> None:
+    # One text of fifty loses its whole ROUGE; in a third of the samples of 60 there is none.
+    random, held = np.random.default_rng(0), 0
+    for seed in range(300):
+        base = random.beta(1, 3, size=60)
+        candidate = np.where(random.random(60) < 0.02, 0, base)
+        (test,) = paired_metrics(mean_of(base), mean_of(candidate), 60, {"mean": "points"}, resamples=100, seed=seed)
+        held += test.low <= -0.02 * 0.25 <= test.high
+    assert held > 0.9 * 300
+
+
+def test_ratios_beyond_all_floats_are_told() -> None:
+    # Two windows of a model whose logits grew fifty times too large.
+    logs = [mean_of(np.array(nll)) for nll in ([2, 3], [90, 650])]
+    models = [lambda counts, m=m: {"ppl": np.exp(m(counts)["mean"])} for m in logs]
+    (test,) = paired_metrics(*models, 2, {"ppl": "ratio"})
+    assert test.change == pytest.approx(math.exp(367.5))
+    assert test.detectable is None
 
 
 def test_the_test_and_the_interval_say_the_same() -> None:

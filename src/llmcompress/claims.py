@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ClaimError, ConfigError, did_you_mean
 from .evaluation.units import ratio_text, score_text
@@ -62,10 +63,21 @@ class Condition:
     def holds(self, comparison: Comparison, entry: Entry) -> bool:
         """Whether it holds for a candidate.
 
+        What is no number (the correlation of a model that answers the same to everything) keeps no bound: of it every
+        condition holds, so that a dead model does not pass.
+
         Raises:
             ConfigError: the comparison has no such number; the message lists those it has.
         """
-        return _OPERATORS[self.sign](self.value(comparison, entry), self.bound)
+        value = self.value(comparison, entry)
+        return math.isnan(value) or _OPERATORS[self.sign](value, self.bound)
+
+    def told(self, comparison: Comparison, entry: Entry) -> str:
+        """Say that it holds for a candidate, and by what number."""
+        value = self.value(comparison, entry)
+        if math.isnan(value):
+            return f"{entry.name}: {self} cannot be ruled out, it is no number (nan)"
+        return f"{entry.name}: {self} holds, it is {value:.4g}"
 
     def value(self, comparison: Comparison, entry: Entry) -> float:
         """Return the number that the condition is about.
@@ -96,28 +108,36 @@ def check_non_inferior(entry: Entry, test: PairedTest, *, margin: float, lower_i
         lower_is_better: direction of the metric.
 
     Raises:
-        ConfigError: `margin` is not positive.
-        ClaimError: the interval reaches beyond the margin; the message has the numbers.
+        ConfigError: `margin` is not a number above 0.
+        ClaimError: there is no interval, or it reaches beyond the margin; the message has the numbers.
     """
-    if not margin > 0:
+    if not _is_positive(margin):
         raise ConfigError(
-            f"margin must be above 0, got {margin!r}: no sample can prove that nothing at all was lost; 0.01 is one "
-            "point, or 1 % of a perplexity."
+            f"margin must be a number above 0, got {margin!r}: no sample can prove that nothing at all was lost; 0.01 "
+            "is one point, or 1 % of a perplexity."
         )
     unit = 1.0 if test.scale == "ratio" else 0.0
     _, _, loss = test.losses(lower_is_better=lower_is_better)
     if loss is not None and loss <= margin:
         return
     seen = _change_text(test.change, test)
-    within = f"[{_change_text(test.low, test)}, {_change_text(test.high, test)}]" if test.low is not None else "none"
-    remedy = (
-        f" The sample of {test.units} can only see changes from {_change_text(test.detectable, test)} on; use more."
-        if test.detectable is not None and abs(test.detectable - unit) > margin
-        else ""
+    within = (
+        f"with the 95 % interval [{_change_text(test.low, test)}, {_change_text(test.high, test)}]"
+        if test.low is not None
+        else "and no 95 % interval"
     )
+    if not math.isfinite(test.change):
+        remedy = " The two cannot be compared by it."
+    elif test.detectable is None:
+        remedy = f" A sample of {test.units} such as this cannot tell what was lost; use more."
+    elif abs(test.detectable - unit) > margin:
+        remedy = (
+            f" The sample of {test.units} can only see changes from {_change_text(test.detectable, test)} on; use more."
+        )
+    else:
+        remedy = ""
     raise ClaimError(
-        f"{entry.name}: {test.metric} must not be worse by more than {margin:g}, got {seen} with the 95 % interval "
-        f"{within}.{remedy}"
+        f"{entry.name}: {test.metric} must not be worse by more than {margin:g}, got {seen} {within}.{remedy}"
     )
 
 
@@ -125,8 +145,10 @@ def check_speedup(entry: Entry, found: Speedup, factor: float) -> None:
     """Refuse a candidate that is not proven `factor` times as fast: the lower end of the interval counts.
 
     Raises:
+        ConfigError: `factor` is not a number above 0.
         ClaimError: it is not; the message has the numbers.
     """
+    _check_factor(factor)
     if found.low < factor:
         raise ClaimError(
             f"{entry.name}: must be at least {factor}x as fast as the base at {found.batch_size}x{found.tokens} "
@@ -138,14 +160,26 @@ def check_smaller(entry: Entry, factor: float) -> None:
     """Refuse a candidate whose files are not `factor` times smaller than the base's.
 
     Raises:
+        ConfigError: `factor` is not a number above 0.
         ClaimError: they are not.
     """
     assert entry.change is not None
+    _check_factor(factor)
     if entry.change.smaller_on_disk < factor:
         raise ClaimError(
             f"{entry.name}: must be at least {factor}x smaller on disk than the base, got "
             f"{ratio_text(entry.change.smaller_on_disk)}."
         )
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether `value` is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_factor(factor: float) -> None:
+    if not _is_positive(factor):
+        raise ConfigError(f"factor must be a number above 0, got {factor!r}; 1.5 is one and a half times the base's.")
 
 
 def chosen(comparison: Comparison, candidate: str | None) -> Iterable[Entry]:

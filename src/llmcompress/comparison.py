@@ -115,7 +115,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
         Raises:
             ClaimError: (an `AssertionError`) with the numbers.
-            ConfigError: no such metric or candidate, or a margin that is not positive.
+            ConfigError: no such metric or candidate, or a margin that is not a number above 0.
         """
         for entry in chosen(self, candidate):
             kinds = {name: kind for score in reversed(entry.evaluation.scores) for name, kind in score.kinds.items()}
@@ -132,13 +132,15 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
         Raises:
             ClaimError: (an `AssertionError`) with the numbers.
-            ConfigError: latency was not measured at this shape.
+            ConfigError: latency was not measured at this shape, or `factor` is not a number above 0.
         """
         for entry in chosen(self, candidate):
             assert entry.change is not None
             found = {(one.batch_size, one.tokens): one for one in entry.change.faster}
-            wanted = shape if shape is not None else next(iter(found), None)
-            if wanted not in found:
+            # A list is what JSON and YAML make of a pair.
+            asked = tuple(shape) if isinstance(shape, list) else shape
+            wanted = asked if asked is not None else next(iter(found), None)
+            if wanted is None or wanted not in list(found):
                 raise ConfigError(
                     f"shape must be one at which latency was measured, got {shape}; there is: "
                     f"{', '.join(map(str, found)) or 'none, compare with latency=True'}."
@@ -150,6 +152,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
         Raises:
             ClaimError: (an `AssertionError`) with the numbers.
+            ConfigError: `factor` is not a number above 0.
         """
         for entry in chosen(self, candidate):
             check_smaller(entry, factor)
@@ -301,7 +304,8 @@ def compare(
 
     Raises:
         MissingInputError: there is no model, no data, or no tokenizer.
-        ConfigError: `base` is no name in `models`, or a setting is out of range.
+        ConfigError: `models` is no dict or two of its names are one, `base` is no name in it, or a setting is out of
+            range.
         UnsupportedModelError: a model's head does not fit a task, or it cannot generate.
 
     Example:
@@ -313,8 +317,19 @@ def compare(
         >>> found.base.name, [entry.name for entry in found.candidates], found["other seed"].change.smaller_on_disk
         ('base', ['other seed'], 1.0)
     """
-    if not isinstance(models, Mapping) or not models:
+    if not isinstance(models, Mapping):
+        raise ConfigError(
+            f"models must be a dict of models by name, got {models!r:.80}; pass {{'base': model, 'int8': result}}."
+        )
+    if not models:
         raise MissingInputError("compare() must have at least one model; pass {'base': model, 'int8': result}.")
+    called: dict[str, Any] = {}
+    for name in models:
+        if str(name) in called:
+            raise ConfigError(
+                f"models must have names that differ as texts, got {called[str(name)]!r} and {name!r}; rename one."
+            )
+        called[str(name)] = name
     if base is not None and base not in models:
         raise ConfigError(f"base must be one of {', '.join(map(repr, models))}, got {base!r}.")
     first = base if base is not None else next(iter(models))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from .compressor import Settings
 from .errors import ConfigError, did_you_mean
 from .evaluation.fidelity import Fidelity
-from .evaluation.scoring import paired_tests
+from .evaluation.scoring import in_classes_of, paired_tests
 from .evaluation.statistics import PairedTest, wilson
 from .evaluation.tasks import ForwardTask, Task, TaskScore
 from .registry import gates as known
@@ -21,6 +21,7 @@ from .registry import gates as known
 OnFail = Literal["rollback", "stop", "warn"]
 """What a run does with a stage that failed a gate: undo it and end, raise `GateError`, or go on and tell."""
 
+_Ends = tuple[float | None, float | None]
 _INCOMPARABLE = "the stage was not asked the very same as the base (other tokens), so the two cannot be compared"
 
 
@@ -95,12 +96,9 @@ class Gate(Settings, ABC):
     def __str__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self)})"
 
-    def _verdict(
-        self, bound: float, value: float | None, ends: tuple[float | None, float | None], passed: bool, told: str
-    ) -> Verdict:
+    def _verdict(self, bound: float, value: float | None, ends: _Ends, passed: bool, told: str) -> Verdict:
         low, high = ends
-        interval = f" (95 % interval {low:.4g} to {high:.4g})" if low is not None and high is not None else ""
-        told = f"{self}: {told.format(interval=interval)}"
+        told = f"{self}: {told}"
         return Verdict(gate=self.to_dict(), passed=passed, value=value, bound=bound, low=low, high=high, told=told)
 
 
@@ -147,7 +145,8 @@ class MaxDrop(Gate):
         seen, *ends = test.losses(lower_is_better=evidence.base.kinds[self.metric].lower_is_better)
         counted = ends[1] if self.proven else seen
         unit = " of the base's" if test.scale == "ratio" else ""
-        told = f"{self.metric} is worse by {seen:.4g}{unit}{{interval}}, {self.drop:g} is allowed"
+        within = _within((ends[0], ends[1]), self.proven)
+        told = f"{self.metric} is worse by {seen:.4g}{unit}{within}, {self.drop:g} is allowed"
         return self._verdict(self.drop, seen, (ends[0], ends[1]), counted is not None and counted <= self.drop, told)
 
 
@@ -188,7 +187,8 @@ class MaxPerplexityRatio(Gate):
         if test is None:
             return self._verdict(self.ratio, None, (None, None), False, _INCOMPARABLE)
         counted = test.high if self.proven else test.change
-        told = f"{name} is {test.change:.4g} times the base's{{interval}}, {self.ratio:g} is allowed"
+        within = _within((test.low, test.high), self.proven)
+        told = f"{name} is {test.change:.4g} times the base's{within}, {self.ratio:g} is allowed"
         passed = counted is not None and counted <= self.ratio
         return self._verdict(self.ratio, test.change, (test.low, test.high), passed, told)
 
@@ -232,16 +232,17 @@ class MinAgreement(Gate):
     def judge(self, evidence: Evidence) -> Verdict:
         """Count the equal answers."""
         value: float | None = None
-        ends: tuple[float | None, float | None] = (None, None)
-        if _predicts(evidence.base) and len(evidence.base.examples) == len(evidence.stage.examples):
-            pairs = zip(evidence.base.examples, evidence.stage.examples, strict=True)
+        ends: _Ends = (None, None)
+        stage = in_classes_of(evidence.task, evidence.base, evidence.stage)
+        if _predicts(evidence.base) and len(evidence.base.examples) == len(stage.examples):
+            pairs = zip(evidence.base.examples, stage.examples, strict=True)
             same = [ours.prediction == theirs.prediction for ours, theirs in pairs]
             value, ends = sum(same) / len(same), wilson(sum(same), len(same))
         elif evidence.fidelity is not None:
             value = evidence.fidelity.top1_agreement
         if value is None:
             return self._verdict(self.share, None, ends, False, _INCOMPARABLE)
-        told = f"{value:.4g} of the answers are the base's{{interval}}, {self.share:g} is needed"
+        told = f"{value:.4g} of the answers are the base's{_within(ends)}, {self.share:g} is needed"
         return self._verdict(self.share, value, ends, value >= self.share, told)
 
 
@@ -289,6 +290,14 @@ def check_gates(gates: Sequence[Gate], task: Task | None, base: TaskScore | None
 def failures(verdicts: Iterable[Verdict]) -> str:
     """Say which gates were failed, and by how much; an empty text where none was."""
     return "; ".join(verdict.told for verdict in verdicts if not verdict.passed)
+
+
+def _within(ends: _Ends, proven: bool = False) -> str:
+    """Write the 95 % interval of what was seen; where there is none, say so if a proof was asked for."""
+    low, high = ends
+    if low is None or high is None:
+        return " (the sample tells no 95 % interval, use more examples)" if proven else ""
+    return f" (95 % interval {low:.4g} to {high:.4g})"
 
 
 def _perplexity(score: TaskScore) -> str | None:

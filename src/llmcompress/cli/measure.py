@@ -113,7 +113,7 @@ def compare(
         if place is not None and place != PRINTED:
             typer.echo(f"wrote {found.save(place)}", err=json == PRINTED)
     failed = [
-        f"{entry.name}: {condition} holds, it is {condition.value(found, entry):.4g}"
+        condition.told(found, entry)
         for entry in found.candidates
         for condition in conditions
         if condition.holds(found, entry)

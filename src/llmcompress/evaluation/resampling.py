@@ -27,6 +27,8 @@ CONFIDENCE = 0.95
 _MOST_COUNTS = 2**23
 # Leaving out each of very many units in turn would cost more than the bootstrap: they are left out in blocks.
 _MOST_JACKKNIVES = 400
+# Values nearer to each other than this part of themselves differ by rounding.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,14 @@ class Resampled:
     units: int
 
     @property
+    def varies(self) -> bool:
+        """Whether the draws differ. If not, they say nothing of how far the metric could be off."""
+        return _differ(self.draws)
+
+    @property
     def standard_error(self) -> float:
         """Of the metric, from the spread of the draws; NaN where it cannot be told."""
-        if self.units < 2 or len(self.draws) < 2:
+        if self.units < 2 or not self.varies:
             return math.nan
         return float(self.draws.std(ddof=1)) * self._inflation
 
@@ -70,7 +77,7 @@ class Resampled:
         return float(min(max(found, 1.0), self.units - 1))
 
     def interval(self, *, corrected: bool = True) -> tuple[float, float] | None:
-        """Return the 95 % interval, or None where the sample cannot tell one.
+        """Return the 95 % interval, or None where the sample cannot tell one: one unit, or draws that are all alike.
 
         It is a bootstrap percentile interval, widened for small samples as Student's t is wider than the normal
         distribution (Hesterberg 2015, https://arxiv.org/abs/1411.5279, section 3.2 of the supplement), with
@@ -81,10 +88,8 @@ class Resampled:
                 model. Not for the change between two that agree on most examples: there the skewness is estimated from
                 the few that differ, and correcting for it makes the interval too short.
         """
-        if self.units < 2 or len(self.draws) < 2 or not math.isfinite(self.value):
+        if self.units < 2 or not self.varies or not math.isfinite(self.value):
             return None
-        if np.ptp(self.draws) == 0:
-            return self.value, self.value
         tail = float(scipy.stats.t.ppf((1 - CONFIDENCE) / 2, self.degrees_of_freedom)) * self._inflation
         reach = np.array([tail, -tail])
         if corrected:
@@ -136,6 +141,24 @@ def _level_of(value: float, draws: Floats) -> float:
     return float((at - 1 + step) / (len(ordered) - 1))
 
 
+def _differ(values: Floats) -> bool:
+    """Whether `values` differ by more than rounding."""
+    return len(values) > 1 and bool(np.ptp(values) > _ROUNDING * np.abs(values).max())
+
+
+def _units(examples: int, groups: Sequence[int] | None) -> tuple[NDArray[np.intp], int]:
+    """Return the unit of each example, and how many there are."""
+    unit_of = np.arange(examples) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    return unit_of, int(unit_of.max()) + 1
+
+
+def _in_slices(metrics: Metrics, draw: Callable[[int], Floats], number: int, width: int) -> dict[str, Floats]:
+    """Compute metrics on `number` rows of counts of `width`, a slice of memory at a time."""
+    rows = max(1, _MOST_COUNTS // width)
+    parts = [metrics(draw(min(rows, number - start))) for start in range(0, number, rows)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def resample(
     metrics: Metrics,
     examples: int,
@@ -162,18 +185,12 @@ def resample(
         >>> low < heights.mean() == found.value < high
         True
     """
-    unit_of = np.arange(examples) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    units = int(unit_of.max()) + 1
+    unit_of, units = _units(examples, groups)
     random = np.random.default_rng(seed)
     value = metrics(np.ones((1, examples)))
-    rows = max(1, _MOST_COUNTS // max(examples, units))
 
     def counted(draw: Callable[[int], Floats], number: int) -> dict[str, Floats]:
-        found: dict[str, list[Floats]] = {name: [] for name in value}
-        for start in range(0, number, rows):
-            for name, values in metrics(draw(min(rows, number - start))[:, unit_of]).items():
-                found[name].append(values)
-        return {name: np.concatenate(values) for name, values in found.items()}
+        return _in_slices(metrics, lambda rows: draw(rows)[:, unit_of], number, max(examples, units))
 
     def drawn(number: int) -> Floats:
         picked = random.integers(0, units, (number, units)) + np.arange(number)[:, None] * units
@@ -198,3 +215,39 @@ def resample(
         )
         for name in value
     }
+
+
+def unseen_changes(
+    metrics: Metrics, examples: int, *, groups: Sequence[int] | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Bound how far each metric could change between two models, though on no unit of the sample it does.
+
+    No difference among n units proves with 95 % confidence that at most a share of 1 - 0.05^(1/n) of all units differ,
+    about 3 / n: the rule of three (Hanley and Lippman-Hand 1983, JAMA 249, 1743-1745). Each that does is taken to move
+    the metric by what it moves where the unit that speaks most for it gives its place to the one that speaks most
+    against it. For a mean of right and wrong the bound is the rule of three itself. Left out is a metric to which all
+    units are alike: what moves it was not seen.
+
+    Args:
+        metrics: the base's, as a function of counts.
+        examples: how many there are.
+        groups: as for `resample`.
+        seed: of the draw of the units that are looked at, where there are very many.
+
+    Example:
+        >>> right = np.array([1.0] * 15 + [0.0] * 5)
+        >>> found = unseen_changes(lambda counts: {"accuracy": counts @ right / counts.sum(1)}, 20)
+        >>> round(found["accuracy"], 4), round((1 - 0.05 ** (1 / 20)) * 20 / 19, 4)
+        (0.1464, 0.1464)
+    """
+    unit_of, units = _units(examples, groups)
+    picked = iter(np.random.default_rng(seed).permutation(units)[:_MOST_JACKKNIVES])
+
+    def without(rows: int) -> Floats:
+        return np.stack([(unit_of != next(picked)).astype(float) for _ in range(rows)])
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = _in_slices(metrics, without, min(units, _MOST_JACKKNIVES), examples) if units > 1 else {}
+    share = 1 - (1 - CONFIDENCE) ** (1 / units)
+    finite = {name: values[np.isfinite(values)] for name, values in left.items()}
+    return {name: share * units * float(np.ptp(values)) for name, values in finite.items() if _differ(values)}

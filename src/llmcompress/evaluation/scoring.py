@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from .fidelity import Fidelity, FidelityMeter, embeddings_of, text_embeddings
 from .statistics import PairedTest, holm, paired_metrics, paired_proportions
 from .tasks import Batch, ForwardTask, Task, TaskScore
 from .tasks.forward import advance
-from .tasks.task import check_positive
+from .tasks.task import Answer, check_positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,12 +68,14 @@ def score_models(
         for name, model in models.items():
             scores[name] = task.evaluate(model, own[name], batch_size=batch_size, progress=progress)
     base, *others = scores
+    scores |= {name: in_classes_of(task, scores[base], scores[name]) for name in others}
     tests = {name: paired_tests(task, scores[base], scores[name]) for name in others}
     return Scored(scores, fidelity, _corrected(tests))
 
 
 def paired_tests(task: Task, base: TaskScore, candidate: TaskScore) -> list[PairedTest]:
     """Test every metric that both scores have; none where they are not about the same examples."""
+    candidate = in_classes_of(task, base, candidate)
     if not base.examples or len(base.examples) != len(candidate.examples) or base.groups != candidate.groups:
         return []
     # Equally many windows hold other text where it falls into other tokens.
@@ -90,6 +93,42 @@ def paired_tests(task: Task, base: TaskScore, candidate: TaskScore) -> list[Pair
         tests = paired_metrics(ours, theirs, len(base.examples), rest, groups=base.groups)
         found.update({test.metric: test for test in tests})
     return [found[name] for name in base.metrics if name in found]
+
+
+def in_classes_of(task: Task, base: TaskScore, score: TaskScore) -> TaskScore:
+    """Return `score` with its classes numbered as the base's, where both have the same ones in another order.
+
+    Answers are then compared by what they mean. Other names are taken to mean the same by their places, since a model
+    that was never told names has LABEL_0, LABEL_1, ...
+    """
+    order = _order(base.classes, score.classes)
+    if order is None:
+        return score
+    number = {theirs: ours for ours, theirs in enumerate(order)}
+
+    def renumbered(answer: Answer | None) -> Answer | None:
+        if isinstance(answer, int):
+            return number[answer]
+        if isinstance(answer, tuple) and not any(isinstance(one, str) for one in answer):
+            return tuple(sorted(number[int(one)] for one in answer))
+        return answer
+
+    examples = [
+        one.model_copy(update={"label": renumbered(one.label), "prediction": renumbered(one.prediction)})
+        for one in score.examples
+    ]
+    warnings = list(score.warnings)
+    if [one.label for one in examples] != [one.label for one in base.examples]:
+        warnings.append("has its classes in another order than the base, so that labels given as numbers mean others")
+    # F1 of "the" class is of another one now.
+    return task.score(examples, primary=score.primary, protocol=score.protocol, classes=base.classes, warnings=warnings)
+
+
+def _order(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> list[int] | None:
+    """Return where in `theirs` each of our classes stands; None where they are not the same in another order."""
+    if ours is None or theirs is None or tuple(ours) == tuple(theirs) or sorted(ours) != sorted(theirs):
+        return None
+    return [theirs.index(name) for name in ours] if len(set(ours)) == len(ours) else None
 
 
 def _corrected(tests: Mapping[str, Sequence[PairedTest]]) -> dict[str, tuple[PairedTest, ...]]:
@@ -124,6 +163,7 @@ def _side_by_side(
         and same_tokens(runs[base].batches, runs[name].batches, tokenizers[base], tokenizers[name])
     ]
     meters = {name: FidelityMeter(runs[base], runs[name]) for name in alike}
+    orders = {name: _order(_classes(models[base]), _classes(models[name])) for name in alike}
     with embeddings_of({name: models[name] for name in (base, *alike)} if alike else {}) as hidden:
         latest: dict[str, Any] = {}
 
@@ -131,6 +171,9 @@ def _side_by_side(
             if name == base:
                 latest[base] = outputs
             elif name in meters:
+                order = orders[name]
+                if order is not None:
+                    outputs = SimpleNamespace(logits=outputs.logits[..., order])
                 meters[name].update(batch, latest[base], outputs, _embeddings(batch, hidden, base, name))
 
         advance(runs, title=task.name, unit=task.unit, progress=progress, observer=observe if alike else None)
@@ -194,6 +237,13 @@ def _choices(model: PreTrainedModel) -> int | None:
     """Return among how many tokens a language model chooses; None for what answers otherwise."""
     head = model.get_output_embeddings()
     return None if head is None else int(model.config.get_text_config().vocab_size)
+
+
+def _classes(model: PreTrainedModel) -> tuple[str, ...] | None:
+    """Return the names of a classifier's classes, in the order of its logits; None for what is none."""
+    if _choices(model) is not None or not any("Classification" in cls.__name__ for cls in type(model).__mro__):
+        return None
+    return tuple(str(model.config.id2label.get(index, index)) for index in range(model.config.num_labels))
 
 
 def _embeddings(

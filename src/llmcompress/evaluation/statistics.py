@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Literal
@@ -11,13 +12,17 @@ import numpy as np
 import scipy  # its parts are imported when they are first used, for more than a second
 from pydantic import BaseModel, Field
 
-from .resampling import CONFIDENCE, RESAMPLES, Floats, Metrics, resample
+from .resampling import CONFIDENCE, RESAMPLES, Floats, Metrics, Resampled, resample, unseen_changes
 
 Scale = Literal["points", "difference", "ratio"]
 """How two values of a metric are compared: shares of [0, 1] in points, other numbers by difference, or by ratio."""
 
 _Z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2)
 _POWER = 0.8
+# Of the ratios that a float holds.
+_LARGEST_LOG = math.log(sys.float_info.max)
+# A sample that finds no change smaller than a thousandfold ratio finds none that anyone asks for.
+_LARGEST_DETECTABLE_LOG = math.log(1000)
 
 
 class Flips(BaseModel, frozen=True, extra="forbid"):
@@ -44,7 +49,9 @@ class PairedTest(BaseModel, frozen=True, extra="forbid"):
     high: float | None = Field(description="upper end of its 95 % interval")
     p_value: float = Field(description="how likely so large a change is by chance alone, two-sided")
     p_holm: float = Field(description="the same, corrected for the number of candidates (Holm 1979)")
-    method: Literal["exact McNemar", "paired bootstrap"]
+    method: Literal["exact McNemar", "paired bootstrap", "rule of three"] = Field(
+        description="what p-value and interval are from; the rule of three bounds what no example of the sample showed"
+    )
     detectable: float | None = Field(
         description="smallest true change that a sample like this finds at the 5 % level in 80 of 100 cases"
     )
@@ -57,8 +64,9 @@ class PairedTest(BaseModel, frozen=True, extra="forbid"):
         """
         unit, sign = (1.0 if self.scale == "ratio" else 0.0), (1 if lower_is_better else -1)
         ends = (self.low, self.high) if lower_is_better else (self.high, self.low)
-        low, high = (None if end is None else (end - unit) * sign for end in ends)
-        return (self.change - unit) * sign, low, high
+        # No loss is 0, not -0.
+        low, high = (None if end is None else (end - unit) * sign + 0.0 for end in ends)
+        return (self.change - unit) * sign + 0.0, low, high
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -150,6 +158,10 @@ def paired_metrics(
 ) -> list[PairedTest]:
     """Test the change of every metric in `scales` by the paired bootstrap: both models meet the same drawn examples.
 
+    Where a metric is the same on all draws, as it is of equal answers, the bootstrap would call the change certain,
+    however few examples there are. Its interval is then what the rule of three leaves room for (`unseen_changes`), and
+    none where that cannot be told either.
+
     Args:
         base: the base's metrics as functions of the examples' counts.
         candidate: the candidate's.
@@ -167,28 +179,51 @@ def paired_metrics(
             for name, scale in scales.items()
         }
 
+    def logarithms(counts: Floats) -> dict[str, Floats]:
+        values = base(counts)
+        return {name: np.log(values[name]) if scale == "ratio" else values[name] for name, scale in scales.items()}
+
+    resampled = resample(changes, examples, groups=groups, resamples=resamples, seed=seed)
+    alike = any(math.isfinite(found.value) and not found.varies for found in resampled.values())
+    unseen = unseen_changes(logarithms, examples, groups=groups, seed=seed) if alike else {}
     tests = []
-    for name, found in resample(changes, examples, groups=groups, resamples=resamples, seed=seed).items():
-        ratio = scales[name] == "ratio"
-        told = math.exp if ratio else float
+    for name, found in resampled.items():
+        scale = scales[name]
         ends = found.interval(corrected=False)
-        error = found.standard_error
+        bounded = name in unseen and not found.varies and math.isfinite(found.value)
+        if bounded:
+            ends = found.value - unseen[name], found.value + unseen[name]
         p_value = found.p_value() if found.units > 1 and math.isfinite(found.value) else 1.0
         tests.append(
             PairedTest(
                 metric=name,
-                scale=scales[name],
-                change=told(found.value),
-                low=told(ends[0]) if ends else None,
-                high=told(ends[1]) if ends else None,
+                scale=scale,
+                change=_told(found.value, scale),
+                low=_told(ends[0], scale) if ends else None,
+                high=_told(ends[1], scale) if ends else None,
                 p_value=p_value,
                 p_holm=p_value,
-                method="paired bootstrap",
-                detectable=told(_reach(found.degrees_of_freedom) * error) if math.isfinite(error) else None,
+                method="rule of three" if bounded else "paired bootstrap",
+                detectable=_detectable(found, scale),
                 units=found.units,
             )
         )
     return tests
+
+
+def _told(value: float, scale: Scale) -> float:
+    """Return a change as a `PairedTest` tells it: ratios are tested as logarithms, and points lie in [-1, 1]."""
+    if scale == "ratio":
+        return math.exp(value) if not value > _LARGEST_LOG else math.inf
+    return min(max(value, -1.0), 1.0) if scale == "points" else value
+
+
+def _detectable(found: Resampled, scale: Scale) -> float | None:
+    """Return the smallest change that a test of such a sample finds in 80 of 100 cases, or None."""
+    reach = _reach(found.degrees_of_freedom) * found.standard_error
+    if not math.isfinite(reach) or (scale == "ratio" and reach > _LARGEST_DETECTABLE_LOG):
+        return None
+    return math.exp(reach) if scale == "ratio" else reach
 
 
 def _detectable_share(rest: float, examples: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..evaluation.units import change_text, count_text, ratio_text
@@ -23,6 +24,7 @@ SIGNIFICANT = 0.05
 # A 95 % interval wider than this (in points, to one side) cannot tell good from bad compression.
 _WIDE_INTERVAL = 0.03
 _COLLAPSE = "collapse"
+_INCOMPARABLE = "cannot be compared"
 
 
 def headline(comparison: Comparison, entry: Entry) -> str:
@@ -76,6 +78,8 @@ def quality_text(comparison: Comparison, entry: Entry, task: int) -> str:
     test = primary_test(entry, task)
     if test is None:
         return f"{metric} {_unpaired(comparison, entry, task)}"
+    if not math.isfinite(test.change):
+        return f"{metric} {_INCOMPARABLE}, {_values(comparison, entry, task)}"
     return f"{metric} {effect_text(test)} {verdict(test)}"
 
 
@@ -127,7 +131,12 @@ def change_number(test: PairedTest, value: float, *, digits: int = 4) -> str:
 
 
 def verdict(test: PairedTest) -> str:
-    """Say whether a change is more than chance, by the p-value corrected for the number of candidates."""
+    """Say whether a change is more than chance, by the p-value corrected for the number of candidates.
+
+    What is no number (a correlation where all answers are alike, a ratio to 0) is neither.
+    """
+    if not math.isfinite(test.change):
+        return _INCOMPARABLE
     if test.p_holm < SIGNIFICANT:
         return "more than chance"
     return "within chance"
@@ -190,6 +199,9 @@ def evidence(comparison: Comparison) -> list[str]:
             test = primary_test(entry, task)
             if test is None or (flip is not None and flip.right_to_wrong + flip.wrong_to_right == 0):
                 continue
+            if not math.isfinite(test.change):
+                found.append(f"{entry.name}: {quality_text(comparison, entry, task)}.")
+                continue
             basis = (
                 f"{flip.right_to_wrong} answers lost, {flip.wrong_to_right} won of {flip.examples}"
                 if flip is not None
@@ -215,6 +227,11 @@ def p_text(value: float) -> str:
 def _unpaired(comparison: Comparison, entry: Entry, task: int) -> str:
     ours, theirs = comparison.base.evaluation.scores[task], entry.evaluation.scores[task]
     return f"{change_text(theirs.value, ours.value, fraction=theirs.fraction)} (not paired)"
+
+
+def _values(comparison: Comparison, entry: Entry, task: int) -> str:
+    ours, theirs = comparison.base.evaluation.scores[task].value, entry.evaluation.scores[task].value
+    return f"it is {theirs:.4g}, the base's {ours:.4g}"
 
 
 def _in_words(ratio: float, more: str, same: str, less: str) -> str:

@@ -79,8 +79,8 @@ def _stage(
     moved, better = "", None
     if score is not None and score_before is not None and score.primary == score_before.primary:
         moved = _moved(score, score_before)
-        low, high = score_before.intervals.get(score.primary, (score_before.value, score_before.value))
-        if not low <= score.value <= high:
+        interval = score_before.intervals.get(score.primary)
+        if interval is not None and not interval[0] <= score.value <= interval[1]:
             better = (score.value > score_before.value) == score.higher_is_better
     grown_zeros = size.zeros - before.zeros if before else 0.0
     return Stage(
