@@ -71,6 +71,7 @@ def test_a_condition_that_holds_gives_status_1_and_the_number(place: Path, capsy
         (["--task", "text_classification", "--data", "DATA", "--set", "max_lenght=3"], "did you mean 'max_length'"),
         (["--task", "text_classification", "--data", "DATA", "--set", "max_length=-3"], "max_length must be"),
         (["--task", "text_classification", "--data", "DATA", "--html", "report.pdf"], "must end in .html"),
+        (["--task", "text_classification", "--data", "DATA", "--csv", "/dev/null/a.csv"], "a.csv cannot be written"),
         (["--task", "text_classification", "--data", "DATA", "--fail-if", "accuracy drop"], "NAME SIGN NUMBER"),
         (["--task", "text_classification", "--data", "DATA", "--tokenizer", "nowhere/at/all"], "cannot be loaded"),
         (["--task", "text_classification", "--data", "nofile"], "no file and no hub data set 'nofile'"),
@@ -84,6 +85,19 @@ def test_bad_input_is_one_line_and_status_2(place: Path, capsys, arguments: list
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_model_is_read(place: Path, tmp_path, capsys) -> None:
+    (tmp_path / "folder.json").mkdir()
+    for json_file in ("/dev/null/deep/x.json", str(tmp_path / "folder.json")):
+        for verb in (["evaluate", "absent"], ["compare", "absent", "none"]):
+            assert main([*verb, *on_films(place), "--json", json_file]) == 2
+            error = capsys.readouterr().err
+            assert "cannot be written" in error
+            assert "choose another place" in error
+    assert main(["evaluate", "absent", *on_films(place), "--json", str(tmp_path / "new" / "x.json")]) == 2
+    assert "absent" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()  # looking leaves nothing behind
 
 
 def test_only_tasks_that_the_command_line_can_build_are_named(capsys) -> None:
@@ -198,10 +212,71 @@ def test_claims_about_what_is_not_there(compared: lc.Comparison) -> None:
         compared.assert_non_inferior("acuracy", margin=0.1)
     with pytest.raises(lc.ConfigError, match="is the base"):
         compared.assert_smaller(1, candidate="base")
-    with pytest.raises(lc.ConfigError, match="margin must be above 0"):
+    with pytest.raises(lc.ConfigError, match="margin must be a number above 0"):
         compared.assert_non_inferior("accuracy", margin=0)
     with pytest.raises(lc.ConfigError, match="did you mean 'accuracy_drop'"):
         Condition.parse("acuracy_drop>0.1").holds(compared, compared["same"])
+
+
+@pytest.mark.parametrize("factor", ["2", -1, 0, float("nan"), float("inf"), True, None])
+def test_a_bound_that_is_no_number_above_0_proves_nothing(compared: lc.Comparison, factor: object) -> None:
+    with pytest.raises(lc.ConfigError, match="factor must be a number above 0, got"):
+        compared.assert_smaller(factor)
+    with pytest.raises(lc.ConfigError, match="factor must be a number above 0, got"):
+        compared.assert_speedup(factor)
+    with pytest.raises(lc.ConfigError, match="margin must be a number above 0, got"):
+        compared.assert_non_inferior("accuracy", margin=factor)
+
+
+def test_a_shape_may_be_a_list(compared: lc.Comparison) -> None:
+    compared.assert_speedup(1e-6, shape=[1, 8])
+    for shape in ([2, 8], [1, [8]], 8):
+        with pytest.raises(lc.ConfigError, match="shape must be one at which latency was measured"):
+            compared.assert_speedup(1e-6, shape=shape)
+
+
+def test_equal_answers_to_few_examples_prove_nothing(tokenizer) -> None:
+    base = tiny_model("bert")
+    texts = [f"text number {i}" for i in range(5)]
+    first = lc.evaluate(base, lc.TextClassification([(text, 0) for text in texts]), tokenizer=tokenizer, latency=False)
+    for right in (5, 4):
+        given = [example.prediction for example in first.score.examples]
+        labels = [one if index < right else 1 - one for index, one in enumerate(given)]
+        task = lc.TextClassification(list(zip(texts, labels, strict=True)))
+        found = lc.compare({"a": base, "b": base}, task, tokenizer=tokenizer, latency=False, progress=False)
+        for metric in ("accuracy", "precision", "recall", "f1"):
+            test = found.test("b", metric)
+            assert (test.change, test.detectable) == (0, None)
+            assert test.high is None or test.high > 0.3
+            with pytest.raises(lc.ClaimError, match=rf"b: {metric} must not be worse .* sample of 5 .* use more"):
+                found.assert_non_inferior(metric, margin=0.001)
+        assert all(low < high for low, high in found.base.evaluation.score.intervals.values())
+
+
+def test_what_is_no_number_passes_no_condition(tokenizer) -> None:
+    from transformers import BertForSequenceClassification
+
+    config = tiny_model("bert").config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    base, dead = BertForSequenceClassification(config), BertForSequenceClassification(config)
+    with torch.no_grad():
+        dead.classifier.weight.zero_()
+    task = lc.TextClassification([(f"text number {i} " * (1 + i % 4), i % 5 / 4) for i in range(12)])
+    found = lc.compare({"base": base, "dead": dead}, task, tokenizer=tokenizer, latency=False, progress=False)
+    entry = found["dead"]
+    for condition in ("pearson_drop>0.01", "pearson<0.5", "pearson>0.5"):
+        assert Condition.parse(condition).holds(found, entry)
+    told = Condition.parse("pearson<0.5").told(found, entry)
+    assert told == "dead: pearson < 0.5 cannot be ruled out, it is no number (nan)"
+    for page in (str(found), found.to_markdown(), found.to_html()):
+        assert "cannot be compared" in page
+        assert "nan is within chance" not in page
+        assert "nan within chance" not in page
+    with pytest.raises(lc.ClaimError, match="cannot be compared by it"):
+        found.assert_non_inferior("pearson", margin=0.1)
+    evaluation = lc.evaluate(dead, task, tokenizer=tokenizer, latency=False, progress=False)
+    assert lc.Evaluation.model_validate_json(evaluation.to_json()).to_json() == evaluation.to_json()
 
 
 def test_conditions_know_which_way_is_worse(compared: lc.Comparison) -> None:

@@ -45,6 +45,35 @@ def test_pairs_are_counted_example_by_example(tokenizer) -> None:
     assert found.test("opposite", "accuracy").change == pytest.approx((len(ROWS) - 2 * right) / len(ROWS))
 
 
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_classes_in_another_order_are_compared_by_name(tokenizer, problem) -> None:
+    base = tiny_model("bert")
+    base.config.id2label, base.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    base.config.problem_type = problem
+    turned = copy.deepcopy(base)
+    turned.config.id2label, turned.config.label2id = {0: "good", 1: "bad"}, {"good": 0, "bad": 1}
+    with torch.no_grad():
+        for parameter in (turned.classifier.weight, turned.classifier.bias):
+            parameter.copy_(parameter.flip(0))
+    single = problem.startswith("single")
+    rows = [(text, ["bad", "good"][label] if single else ["bad", "good"][: label + 1]) for text, label in ROWS]
+    task = lc.TextClassification(rows, average="binary" if single else "macro")
+    found = compare({"base": base, "turned": turned}, task, tokenizer=tokenizer)
+    score, change = found["turned"].evaluation.score, found["turned"].change
+    assert score.metrics == found.base.evaluation.score.metrics
+    assert score.classes == ("bad", "good")
+    assert [one.prediction for one in score.examples] == [
+        one.prediction for one in found.base.evaluation.score.examples
+    ]
+    assert change.fidelity[0].top1_agreement == 1
+    assert change.fidelity[0].kl_mean == pytest.approx(0, abs=1e-6)
+    if single:
+        assert change.flips[0].agreement == 1
+        assert "another order" not in str(found)
+        numbers = lc.TextClassification(ROWS)
+        assert "another order" in str(compare({"base": base, "turned": turned}, numbers, tokenizer=tokenizer))
+
+
 def test_sizes_are_ratios_to_the_base(tokenizer) -> None:
     base = tiny_model("bert")
     half = copy.deepcopy(base)
@@ -108,7 +137,7 @@ def test_latency_is_measured_for_all_in_the_same_turns(tokenizer) -> None:
 def test_memory_is_measured_when_asked_for(tokenizer, monkeypatch) -> None:
     sizes = {"baseline_bytes": 10, "load_peak_bytes": 30, "inference_peak_bytes": 40, "cuda_peak_bytes": None}
     memory = Memory(**sizes, batch_size=1, tokens=8)
-    monkeypatch.setattr(cost, "measure_memory", lambda model, device: memory)  # its own tests start the process
+    monkeypatch.setattr(cost, "measure_memory", lambda model, **_: memory)  # its own tests start the process
     found = compare({"only": tiny_model("bert")}, lc.TextClassification(ROWS[:4]), tokenizer=tokenizer, memory=True)
     assert found.base.evaluation.memory == memory
     assert "peak memory" in str(found)
@@ -127,6 +156,10 @@ def test_everything_is_refused_before_any_work(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(lc.TextClassification, "evaluate", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(MissingInputError, match="at least one model"):
         compare({}, task, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"models must be a dict of models by name, got \["):
+        compare([tiny_model("bert")], task, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="names that differ as texts, got 1 and '1'"):
+        compare({1: tiny_model("bert"), "1": tiny_model("bert", seed=1)}, task, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"models\['b'\]: model must be a transformers model"):
         compare({"a": tiny_model("bert"), "b": 3}, task, tokenizer=tokenizer)
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
@@ -135,6 +168,8 @@ def test_everything_is_refused_before_any_work(tokenizer, monkeypatch) -> None:
         compare({"a": tiny_model("bert")}, task)
     with pytest.raises(ConfigError, match="at most 512 tokens"):
         compare({"a": tiny_model("bert")}, task, tokenizer=tokenizer, latency=[(1, 4096)])
+    with pytest.raises(ConfigError, match="task must be a Task or a list of them, got 'text_classification'"):
+        compare({"a": tiny_model("bert")}, "text_classification", tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format_version": 2}'])

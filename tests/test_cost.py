@@ -85,6 +85,21 @@ def test_size_has_five_numbers_and_pruning_moves_only_two() -> None:
     assert after.zeros == pytest.approx(1 - after.nonzero / after.parameters)
 
 
+def test_only_the_files_that_a_model_is_loaded_from_count(tmp_path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    for folder in (tmp_path / "one", tmp_path / "shards"):
+        size = measure_size(model, folder)
+        assert size.from_files
+        # Mistral's own layout, an adapter, a shard of an earlier save.
+        for name in ("consolidated", "adapter_model", "model-00001-of-00099"):
+            (folder / f"{name}.safetensors").write_bytes(bytes(1000))
+        assert measure_size(model, folder) == size
+    (tmp_path / "one" / "model.safetensors").unlink()
+    assert not measure_size(model, tmp_path / "one").from_files
+
+
 # Operations
 
 
@@ -228,6 +243,13 @@ def test_what_is_measured_by_default() -> None:
         plan_costs(llama, latency=(8, 128))
     with pytest.raises(ConfigError, match="threads must be an integer"):
         plan_costs(llama, threads=0)
+    with pytest.raises(ConfigError, match="memory must be True or False, got 'no'"):
+        plan_costs(llama, memory="no")
+    for seconds in ("1", -1, math.nan, None):
+        with pytest.raises(ConfigError, match=r"seconds must be a number in \[0, inf\), got"):
+            measure_latency(bert["a"], seconds=seconds)
+        with pytest.raises(ConfigError, match=r"seconds must be a number in \[0, inf\), got"):
+            measure_generation(llama, prompt_tokens=8, new_tokens=4, seconds=seconds)
 
 
 def test_compare_carries_generation_threads_and_flops(tokenizer) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from llmcompress.errors import CheckpointError, CompressionError, ConfigError, MissingInputError
 from llmcompress.evaluation import latency as latency_module
+from llmcompress.evaluation.cost import measure_costs, plan_costs
 from llmcompress.evaluation.latency import Latency, measure_latencies, measure_latency, speedup
 from llmcompress.evaluation.machine import Machine, machine
 from llmcompress.evaluation.memory import Memory, measure_memory
@@ -110,6 +111,28 @@ def test_memory_is_measured_in_a_fresh_process_and_sees_the_model_and_the_activa
     inner = 80 * 16 * 24_000 * 4
     assert inner < many.inference_peak_bytes - found.inference_peak_bytes < 4 * inner
     assert abs(many.load_peak_bytes - found.load_peak_bytes) < inner
+
+
+def test_memory_of_a_model_for_short_texts(monkeypatch) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+    from transformers.utils import logging
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=64, **sizes))
+    with pytest.raises(ConfigError, match="tokens must be at most 64 for BertForSequenceClassification, got 128"):
+        measure_memory(model)
+    shown = []
+    save = model.save_pretrained
+    logging.enable_progress_bar()
+    monkeypatch.setattr(
+        model, "save_pretrained", lambda folder: shown.append(logging.is_progress_bar_enabled()) or save(folder)
+    )
+    plan = plan_costs({"short": model}, latency=False, memory=True)
+    found = measure_costs({"short": model}, {"short": model}, plan, progress=False)["short"].memory
+    assert found is not None
+    assert found.tokens == 64
+    assert shown == [False]
+    assert logging.is_progress_bar_enabled()
 
 
 def test_memory_refuses_what_is_no_folder_and_reports_a_broken_one(tmp_path) -> None:

@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +65,8 @@ def save(
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, draft: Path) -> None:
+    from .evaluation.inference import bars_hidden  # which needs torch
+
     draft.mkdir(parents=True)
     # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
     plain = getattr(model, "quantization_method", None) == "bitsandbytes"
@@ -101,20 +102,6 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     except TypeError as error:
         raise CheckpointError(f"metadata must hold JSON values only: {error}.") from error
     return found
-
-
-@contextmanager
-def bars_hidden() -> Iterator[None]:
-    """Keep transformers' bar over the files off the terminal: whoever saves did not ask for it."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:

@@ -21,8 +21,29 @@ from .errors import CheckpointError
 from .places import told_if_unwritable
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _OWN_PAGES = 1 << 16  # from so many bytes on a tensor has pages of its own
 _LONGEST_HEADER = 100 << 20  # what the format allows
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a model folder that `from_pretrained` reads: one, or the shards of an index.
+
+    Others may lie beside them: an adapter, a shard of an earlier save, the same weights in another layout. Whether the
+    files are there is not looked at.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    index = folder / _INDEX
+    if (folder / _SINGLE).is_file() or not index.is_file():
+        return (folder / _SINGLE,)
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); download or save it again.") from error
+    return tuple(folder / name for name in names)
 
 
 @dataclass(frozen=True)

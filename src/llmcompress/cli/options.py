@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CheckpointError, ConfigError, UnknownNameError, did_you_mean
+from ..places import check_place, told_if_unwritable
 
 if TYPE_CHECKING:
     from ..data import Example
@@ -56,19 +57,24 @@ def tell(text: str, document: str, json: Path | None) -> None:
         return
     typer.echo(text)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(document, encoding="utf-8")
+        with told_if_unwritable(json):
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.write_text(document, encoding="utf-8")
 
 
 def check_endings(places: Mapping[str, Path | None]) -> None:
-    """Refuse a file whose name does not end as its content does; `-` is no file.
+    """Refuse a file whose name does not end as its content does, or that cannot be written; `-` is no file.
 
     Raises:
         ConfigError: naming the file.
+        CheckpointError: naming the file.
     """
     for ending, place in places.items():
-        if place is not None and place != PRINTED and place.suffix.lower() != ending:
+        if place is None or place == PRINTED:
+            continue
+        if place.suffix.lower() != ending:
             raise ConfigError(f"the file must end in {ending}, got {str(place)!r}.")
+        check_place(place)
 
 
 def make_task(name: str, data: str, split: str, settings: Sequence[str] | None) -> Any:

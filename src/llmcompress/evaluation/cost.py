@@ -25,6 +25,9 @@ Shape = tuple[int, int]
 LATENCY_GRID: tuple[Shape, ...] = ((1, 128), (8, 128))
 """Where latency is measured if nothing else is asked for: a single text, and a batch."""
 
+MEMORY_TOKENS = 128
+"""Tokens of the one row at which peak memory is measured."""
+
 GENERATION_GRID: tuple[Shape, ...] = ((128, 16),)
 """Where generation is measured if nothing else is asked for."""
 
@@ -68,10 +71,12 @@ def plan_costs(
     """Check what is asked for against what the models can take; arguments as `evaluate`.
 
     Raises:
-        ConfigError: a shape is not a pair of positive integers, or longer than a model can take.
+        ConfigError: `memory` is no bool, or a shape is not a pair of positive integers or longer than a model can take.
         UnsupportedModelError: generation is asked for, and a model does not generate.
     """
     check_positive("threads", threads)
+    if not isinstance(memory, bool):
+        raise ConfigError(f"memory must be True or False, got {memory!r}.")
     shapes = _latency_grid(latency, models)
     if generation is None:
         generation = bool(shapes) and all(generates(model) for model in models.values())
@@ -113,7 +118,9 @@ def measure_costs(
 
 def _memory(model: PreTrainedModel, source: object) -> Memory:
     is_folder = isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file()
-    return measure_memory(str(source) if is_folder else model, device=str(model.device))
+    # As many tokens as latency is timed at by default, and as few where the model takes no more.
+    tokens = min(MEMORY_TOKENS, longest_input(model) or MEMORY_TOKENS)
+    return measure_memory(str(source) if is_folder else model, tokens=tokens, device=str(model.device))
 
 
 def _latency_grid(asked: bool | Sequence[Shape], models: Mapping[str, PreTrainedModel]) -> tuple[Shape, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from .scoring import score_models
 from .size import Size
 from .table import Table
 from .tasks.task import Task, TaskScore
-from .units import bytes_text, count_text, milliseconds_text, score_text
+from .units import bytes_text, count_text, json_numbers, milliseconds_text, score_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +85,7 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
 
     def to_json(self) -> str:
         """Return it as JSON, which `Evaluation.model_validate_json` reads back."""
-        return self.model_dump_json(indent=1)
+        return json.dumps(json_numbers(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
 
     def to_markdown(self) -> str:
         """Return the table in Markdown."""
@@ -158,7 +159,8 @@ def as_tasks(task: Task | Sequence[Task]) -> tuple[Task, ...]:
         MissingInputError: there is none.
         ConfigError: something else than a task was passed.
     """
-    found = (task,) if isinstance(task, Task) else tuple(task) if isinstance(task, Sequence) else (task,)
+    # A text is a sequence too, of its letters.
+    found: tuple[Any, ...] = tuple(task) if isinstance(task, Sequence) and not isinstance(task, str) else (task,)
     if not found:
         raise MissingInputError("task is empty; pass at least one, for instance TextClassification(data).")
     for one in found:

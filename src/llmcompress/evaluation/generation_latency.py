@@ -20,7 +20,7 @@ from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 from .inference import evaluating, threads_set_to
 from .latency import QUICK_MS, synchronize
 from .tasks.task import check_positive
-from .turns import Ratio, ratio_of, take_turns
+from .turns import Ratio, check_seconds, ratio_of, take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +102,7 @@ def measure_generation(
     check_positive("batch_size", batch_size)
     check_positive("warmup", warmup, least=0)
     check_positive("threads", threads)
+    check_seconds(seconds)
     for model in models.values():
         check_generates(model)
         check_length(model, prompt_tokens, new_tokens)

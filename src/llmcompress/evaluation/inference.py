@@ -1,4 +1,4 @@
-"""The state in which a model is measured: eval mode, no gradients, and everything as it was afterwards."""
+"""The state in which a model is measured: eval mode, no gradients, no bars, and everything as it was afterwards."""
 
 from __future__ import annotations
 
@@ -42,3 +42,17 @@ def threads_set_to(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def bars_hidden() -> Iterator[None]:
+    """Keep transformers' bar over the files off the terminal: whoever loads or saves by the way did not ask for it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -19,7 +19,7 @@ from ..errors import ConfigError, MissingInputError
 from .energy import Energy, find_counters, measure_energy
 from .inference import evaluating, threads_set_to
 from .tasks.task import check_positive
-from .turns import Ratio, ratio_of, take_turns
+from .turns import Ratio, check_seconds, ratio_of, take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,6 +119,7 @@ def measure_latencies(
     check_positive("tokens", tokens)
     check_positive("warmup", warmup, least=0)
     check_positive("threads", threads)
+    check_seconds(seconds)
     for model in models.values():
         most = longest_input(model)
         if most is not None and tokens > most:

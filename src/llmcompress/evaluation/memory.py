@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from ..errors import CheckpointError, CompressionError
+from ..data import longest_input
+from ..errors import CheckpointError, CompressionError, ConfigError
+from .inference import bars_hidden
 from .tasks.task import check_positive
 
 if TYPE_CHECKING:
@@ -51,11 +53,16 @@ def measure_memory(
         device: where the fresh process runs the model.
 
     Raises:
+        ConfigError: a number is out of range, or the model cannot take so many tokens.
         CheckpointError: there is no such folder.
         CompressionError: the fresh process failed; the message holds its last words.
     """
     check_positive("batch_size", batch_size)
     check_positive("tokens", tokens)
+    if not isinstance(model, (str, Path)):
+        most = longest_input(model)
+        if most is not None and tokens > most:
+            raise ConfigError(f"tokens must be at most {most} for {type(model).__name__}, got {tokens}.")
     with ExitStack() as stack:
         if isinstance(model, (str, Path)):
             folder = Path(model)
@@ -63,6 +70,7 @@ def measure_memory(
                 raise CheckpointError(f"measure_memory.model must be a model or its folder, got {str(model)!r}.")
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmcompress-")))
+            stack.enter_context(bars_hidden())
             model.save_pretrained(folder)
         command = [sys.executable, "-m", "llmcompress.evaluation.memory_probe", str(folder.resolve())]
         process = subprocess.run(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field
 
 from ..anatomy.footprint import footprint, sparse_bytes
+from ..tensor_files import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ class Size(BaseModel, frozen=True, extra="forbid"):
     parameters: int = Field(description="weights, whatever their encoding")
     nonzero: int = Field(description="weights that are not zero")
     memory_bytes: int = Field(description="bytes of all tensors in memory")
-    disk_bytes: int = Field(description="bytes of the safetensors files")
+    disk_bytes: int = Field(description="bytes of the safetensors files that from_pretrained reads")
     from_files: bool = Field(description="whether disk_bytes was read off the folder, or predicted from the tensors")
     sparse_bytes: int | None = Field(
         default=None,
@@ -43,12 +44,13 @@ def measure_size(model: PreTrainedModel, source: object = None) -> Size:
         (112450, True, True)
     """
     found = footprint(model)
-    files = list(Path(source).glob("*.safetensors")) if isinstance(source, (str, Path)) else []
+    files = weight_files(Path(source)) if isinstance(source, (str, Path)) else ()
+    from_files = bool(files) and all(file.is_file() for file in files)
     return Size(
         parameters=found.parameters,
         nonzero=found.nonzero,
         memory_bytes=found.memory_bytes,
-        disk_bytes=sum(file.stat().st_size for file in files) if files else found.disk_bytes,
-        from_files=bool(files),
+        disk_bytes=sum(file.stat().st_size for file in files) if from_files else found.disk_bytes,
+        from_files=from_files,
         sparse_bytes=sparse_bytes(model),
     )

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -24,6 +25,17 @@ class Ratio(BaseModel, frozen=True, extra="forbid"):
     ratio: float = Field(description="time of the base over time of the candidate, the median over all rounds")
     low: float = Field(description="lower end of its 95 % interval")
     high: float = Field(description="upper end of its 95 % interval")
+
+
+def check_seconds(seconds: Any) -> None:
+    """Refuse what is no time.
+
+    Raises:
+        ConfigError: naming what it is.
+    """
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not 0 <= seconds < float("inf"):
+        raise ConfigError(f"seconds must be a number in [0, inf), got {seconds!r}.")
 
 
 def take_turns(

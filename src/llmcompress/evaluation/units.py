@@ -1,8 +1,9 @@
-"""Numbers as people read them: bytes, counts, ratios, scores."""
+"""Numbers as people read them: bytes, counts, ratios, scores; and as JSON can hold them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def bytes_text(count: float) -> str:
@@ -91,6 +92,24 @@ def change_text(value: float, base: float, *, fraction: bool) -> str:
     if fraction:
         return f"{100 * (value - base):+.1f} points".replace("-0.0", "+0.0")
     return f"{100 * (value / base - 1):+.1f} %".replace("-0.0 ", "+0.0 ") if base else "-"
+
+
+def json_numbers(value: Any) -> Any:
+    """Return plain dicts and lists with words for the numbers that JSON has not; pydantic reads them as floats again.
+
+    Example:
+        >>> json_numbers({"pearson": math.nan, "ends": [0.5, -math.inf]})
+        {'pearson': 'NaN', 'ends': [0.5, '-Infinity']}
+    """
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: json_numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [json_numbers(one) for one in value]
+    return value
 
 
 def _scaled(count: float, units: tuple[str, ...], space: str) -> str:

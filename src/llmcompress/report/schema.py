@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from ..evaluation.units import json_numbers
+
 if TYPE_CHECKING:
     from ..comparison import Comparison
 
-# JSON has no numbers for these; pydantic reads the words back as floats.
+# What `json_numbers` writes for the numbers that JSON has not.
 _WORDS = ("NaN", "Infinity", "-Infinity")
 
 
@@ -28,7 +29,7 @@ class _Generator(GenerateJsonSchema):
 
 def document(comparison: Comparison) -> dict[str, Any]:
     """Return `comparison` as dicts, lists and what JSON can hold; a number that is none becomes a word: `"NaN"`."""
-    found: dict[str, Any] = _finite(comparison.model_dump(mode="json"))
+    found: dict[str, Any] = json_numbers(comparison.model_dump(mode="json"))
     return found
 
 
@@ -43,18 +44,6 @@ def json_schema() -> dict[str, Any]:
 
     schema = Comparison.model_json_schema(schema_generator=_Generator, mode="serialization")
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "llmcompress comparison"}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return value
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import bars_hidden, seal
+from ..checkpoint import seal
+from ..evaluation.inference import bars_hidden
 from ..kept_blocks import KeptBlocks
 from ..places import told_if_unwritable
 from ..tensor_files import stored_in, write_tensors

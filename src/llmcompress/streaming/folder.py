@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..tensor_files import Stored, stored_in
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+from ..tensor_files import Stored, stored_in, weight_files
 
 
 @dataclass(frozen=True)
@@ -38,14 +34,7 @@ def open_folder(path: str | Path) -> Folder:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} must be a folder with config.json and safetensors files; save the model there.")
-    if (path / _INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path / _INDEX} is damaged ({error!r}); download or save it again.") from error
-    else:
-        names = [_SINGLE]
-    files = tuple(path / name for name in names)
+    files = weight_files(path)
     for file in files:
         if not file.is_file():
             other = next(iter(sorted(path.glob("*.bin"))), None)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import bars_hidden
 from ..errors import CheckpointError, UnsupportedModelError
+from ..evaluation.inference import bars_hidden
 from ..tensor_files import Stored
 from .folder import Folder
 from .reading import Reading
