@@ -139,6 +139,34 @@ def test_places_that_cannot_be_written_are_told(bert, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_adapters_are_to_be_merged_first(bert):
+    peft = pytest.importorskip("peft")
+    bert.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    for work in (lc.compress, lc.plan):
+        with pytest.raises(lc.UnsupportedModelError, match=r"adapters of peft \(default\).*merge them first"):
+            work(bert, lc.DynamicQuantization())
+
+
+def test_a_head_that_the_config_does_not_tell_is_told_before_and_after(bert):
+    bert.classifier = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    planned = lc.plan(bert, lc.MagnitudePruning())
+    done = lc.compress(bert, lc.MagnitudePruning(), progress=False).report
+    for step in (planned.steps[0], done.steps[0]):
+        [told] = [action.reason for action in step.left if "will not load" in (action.reason or "")]
+        assert "classifier.0 is a module of only one of the two" in told
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_that_need_gradients_work_in_any_mode_of_the_caller(mode):
+    data = tiny_data(tiny_model("bert"))
+    with mode():
+        model = tiny_model("bert")
+        steps = [lc.StructuredPruning(ffn=0.5, importance="taylor"), lc.KnowledgeDistillation(steps=1)]
+        result = lc.compress(model, steps, data=data, tokenizer=tiny_tokenizer(), progress=False)
+        assert not torch.is_grad_enabled()
+    assert result.model.config.intermediate_size < model.config.intermediate_size
+
+
 def test_inplace_changes_the_model_itself(bert):
     assert _compress(bert, lc.MagnitudePruning(), inplace=True).model is bert
     assert float((bert.bert.encoder.layer[0].output.dense.weight == 0).float().mean()) == 0.5

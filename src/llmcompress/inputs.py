@@ -51,12 +51,17 @@ def check_seed(seed: Any, field: str = "seed") -> None:
         raise ConfigError(f"{field} must be an integer of at least 0, got {seed!r:.80}.")
 
 
-def refuse_quantized(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are no longer float.
+def refuse_unready(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are no longer float, or are not all in it.
 
     Raises:
-        UnsupportedModelError: naming the method that it is quantized by.
+        UnsupportedModelError: naming the method that it is quantized by, or its adapters.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has adapters of peft ({', '.join(model.peft_config)}), and save_pretrained "
+            f"writes them alone; merge them first: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+        )
     method = quantized_by(model)
     if method is not None:
         raise UnsupportedModelError(

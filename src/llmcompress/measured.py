@@ -16,6 +16,7 @@ import torch
 from .anatomy.empty import weightless
 from .anatomy.footprint import Footprint, footprint
 from .anatomy.kept import modes_kept, random_state_kept
+from .anatomy.module_sizes import module_sizes
 from .anatomy.probe import probe_inputs, probe_outputs
 from .compressor import Action, Compressor, Context, Outline
 from .data import longest_input
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # Tokens of the row on which a finished chain is timed against its base.
 SPEED_TOKENS = 64
+_UNLOADABLE = "a folder of this model will not load by from_pretrained"
 
 
 def plan_step(step: Compressor, model: PreTrainedModel, context: Context) -> list[Action]:
@@ -77,7 +79,16 @@ def check_chain(steps: Sequence[Compressor], model: PreTrainedModel, context: Co
                 plan_step(later, model, context)
             else:
                 plan_step(later, current, ahead)
-    return first
+    return [*first, *unloadable(model)]
+
+
+def unloadable(model: PreTrainedModel) -> list[Action]:
+    """Say why no folder of a float model will load, where its modules are not those that its config builds."""
+    try:
+        module_sizes(model)
+    except UnsupportedModelError as error:
+        return [Action(path="", reason=f"{_UNLOADABLE}: {error}")]
+    return []
 
 
 def run_step(
@@ -141,7 +152,7 @@ def mark_sizes(model: PreTrainedModel, context: Context) -> None:
     try:
         mark(model)
     except UnsupportedModelError as error:
-        context.tell(Action(path="", reason=f"a folder of this model will not load by from_pretrained: {error}"))
+        context.tell(Action(path="", reason=f"{_UNLOADABLE}: {error}"))
 
 
 def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
 from .anatomy.footprint import footprint
@@ -15,7 +16,7 @@ from .compressor import Action, Compressor, Context, Need
 from .distillation.distillation import KnowledgeDistillation
 from .errors import ConfigError, PipelineOrderError
 from .gates import Gate, OnFail, read_gates
-from .inputs import check_inputs, check_model, check_seed, check_task, refuse_quantized
+from .inputs import check_inputs, check_model, check_seed, check_task, refuse_unready
 from .measured import check_chain
 from .recipe import read_recipe, write_recipe
 from .recovery import read_recovery, unrecovered, with_recovery
@@ -219,7 +220,7 @@ def compress(
     flat = chain.flatten()
     if not flat:
         raise ConfigError("compress() must have at least one step, got none; pass steps=[lc.DynamicQuantization()].")
-    refuse_quantized(model)
+    refuse_unready(model)
     if resume_dir is not None and inplace:
         raise ConfigError("compress() must have resume_dir or inplace=True, not both: a resumed stage is a new model.")
     asked = read_gates(gates, on_fail, task, inplace=inplace)
@@ -248,6 +249,8 @@ def compress(
     stages = Stages(resume_dir, model, examples, seed, tokenizer) if resume_dir is not None else None
     training = model.training
     run = Run(model, flat, plan, chain._remarks, context, Judging(task, asked, on_fail), stages, report)
-    compressed = run.go()
+    # Whatever the caller's mode is: training and gradients of importances need a graph.
+    with torch.inference_mode(False), torch.enable_grad():
+        compressed = run.go()
     compressed.train(training)
     return Result(model=compressed, report=report, tokenizer=context.tokenizer)

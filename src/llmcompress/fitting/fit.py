@@ -17,7 +17,7 @@ from ..errors import ConfigError, MissingInputError, NothingToCompressError
 from ..evaluation.latency import measure_latency
 from ..evaluation.tasks import Task
 from ..evaluation.units import bytes_text, milliseconds_text
-from ..inputs import check_model, check_seed, check_task, refuse_quantized
+from ..inputs import check_model, check_seed, check_task, refuse_unready
 from ..pipeline import Pipeline
 from .bench import Bench, noise_of
 from .budget import Budget
@@ -119,7 +119,7 @@ mib, gib, got '12 megabytes'.
     if isinstance(model, (str, Path)):
         model = load(model)
     check_shape(targets.shape, model)
-    refuse_quantized(model)
+    refuse_unready(model)
     task.check(model)
     examples = load_examples(data)
     tokenizer = find_tokenizer(model, tokenizer or task.tokenizer, who="fit")

@@ -14,8 +14,8 @@ from ..anatomy.empty import weightless
 from ..anatomy.footprint import footprint
 from ..compressor import Context, Outline
 from ..errors import ConfigError
-from ..inputs import check_inputs, refuse_quantized
-from ..measured import outline_step, plan_step, seeded
+from ..inputs import check_inputs, refuse_unready
+from ..measured import outline_step, plan_step, seeded, unloadable
 from ..pipeline import Pipeline, Step
 from ..quantization.kernels.dispatch import kernels
 from ..quantization.modules import QuantizedModule
@@ -71,7 +71,7 @@ def plan(
     if not flat:
         raise ConfigError("plan() must have at least one step, got none; pass steps=[lc.DynamicQuantization()].")
     original = open_weightless(model)
-    refuse_quantized(original)
+    refuse_unready(original)
     examples, tokenizer = check_inputs(original, flat, data, tokenizer, None, False)
     # What is in memory may be asked more than what is not: which weights its code reads itself, for instance.
     known = model if isinstance(model, transformers.PreTrainedModel) else original
@@ -91,6 +91,7 @@ def plan(
         for index, step in enumerate(flat):
             if index == 0 or current is None:
                 actions = plan_step(step, known, replace(context, history=[], told=[], corrected=set()))
+                actions += unloadable(known)
             else:
                 actions = plan_step(step, current, context)
             before = planned[-1].size if planned else base

@@ -15,7 +15,7 @@ from ..compressor import Context
 from ..distillation.cache import TeacherCache
 from ..errors import CompressionError, ConfigError, did_you_mean
 from ..evaluation.cost import Shape, plan_costs
-from ..inputs import check_inputs, check_model, refuse_quantized
+from ..inputs import check_inputs, check_model, refuse_unready
 from ..measured import check_chain
 from ..pipeline import Pipeline, Step
 from ..processes import launched
@@ -196,7 +196,7 @@ def sweep(
     place = Path(temporary.name if temporary is not None else str(folder)).absolute()
     read = with_answers(read, model, answers, place / "answers")
     flat = [step for chain in read.values() for step in chain.flatten()]
-    refuse_quantized(model)
+    refuse_unready(model)
     examples, tokenizer = check_inputs(model, flat, data, tokenizer, None, inplace=False)
     context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
     here = workers == 1 and on == "processes" and not launched()
