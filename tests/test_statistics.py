@@ -186,6 +186,14 @@ def test_rare_classes_leave_more_room_than_common_ones() -> None:
     assert (found.low, found.high, found.detectable, found.p_value) == (None, None, None, 1)
 
 
+def test_a_share_has_never_less_room_than_the_examples_that_may_differ() -> None:
+    # One answer to everything: the F1 of the other class, which no example shows, may yet move by more.
+    collapsed = classification([0, 1] * 15, [1] * 30)
+    same = (lambda counts: {"precision": collapsed(counts)["precision"]},) * 2
+    (found,) = paired_metrics(*same, 30, {"precision": "points"})
+    assert found.high == pytest.approx(1 - 0.05 ** (1 / 30))
+
+
 def test_equal_texts_are_drawn_as_groups_and_very_many_units_are_sampled() -> None:
     values, groups = np.random.default_rng(0).random(3000), np.repeat(np.arange(1500), 2)
     alone, grouped = (

@@ -217,16 +217,27 @@ def resample(
     }
 
 
+def unseen_share(units: int) -> float:
+    """Return the largest share of all units that can differ, at 95 % confidence, if none of a sample of `units` does.
+
+    The rule of three (Hanley and Lippman-Hand 1983, JAMA 249, 1743-1745): about 3 / units.
+
+    Example:
+        >>> round(unseen_share(5), 3), round(unseen_share(1000), 5)
+        (0.451, 0.00299)
+    """
+    return float(1 - (1 - CONFIDENCE) ** (1 / units))
+
+
 def unseen_changes(
     metrics: Metrics, examples: int, *, groups: Sequence[int] | None = None, seed: int = 0
 ) -> dict[str, float]:
     """Bound how far each metric could change between two models, though on no unit of the sample it does.
 
-    No difference among n units proves with 95 % confidence that at most a share of 1 - 0.05^(1/n) of all units differ,
-    about 3 / n: the rule of three (Hanley and Lippman-Hand 1983, JAMA 249, 1743-1745). Each that does is taken to move
-    the metric by what it moves where the unit that speaks most for it gives its place to the one that speaks most
-    against it. For a mean of right and wrong the bound is the rule of three itself. Left out is a metric to which all
-    units are alike: what moves it was not seen.
+    At most `unseen_share` of all units differ. Each that does is taken to move the metric by what it moves where the
+    unit of the sample that speaks most for it gives its place to the one that speaks most against it: for a mean of
+    right and wrong the bound is that share itself. Left out is a metric to which all units are alike: what moves it was
+    not seen.
 
     Args:
         metrics: the base's, as a function of counts.
@@ -237,8 +248,8 @@ def unseen_changes(
     Example:
         >>> right = np.array([1.0] * 15 + [0.0] * 5)
         >>> found = unseen_changes(lambda counts: {"accuracy": counts @ right / counts.sum(1)}, 20)
-        >>> round(found["accuracy"], 4), round((1 - 0.05 ** (1 / 20)) * 20 / 19, 4)
-        (0.1464, 0.1464)
+        >>> round(found["accuracy"], 3), round(unseen_share(20), 3)
+        (0.146, 0.139)
     """
     unit_of, units = _units(examples, groups)
     picked = iter(np.random.default_rng(seed).permutation(units)[:_MOST_JACKKNIVES])
@@ -248,6 +259,6 @@ def unseen_changes(
 
     with np.errstate(divide="ignore", invalid="ignore"):
         left = _in_slices(metrics, without, min(units, _MOST_JACKKNIVES), examples) if units > 1 else {}
-    share = 1 - (1 - CONFIDENCE) ** (1 / units)
     finite = {name: values[np.isfinite(values)] for name, values in left.items()}
-    return {name: share * units * float(np.ptp(values)) for name, values in finite.items() if _differ(values)}
+    weight = unseen_share(units) * units
+    return {name: weight * float(np.ptp(values)) for name, values in finite.items() if _differ(values)}

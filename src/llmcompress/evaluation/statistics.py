@@ -12,7 +12,7 @@ import numpy as np
 import scipy  # its parts are imported when they are first used, for more than a second
 from pydantic import BaseModel, Field
 
-from .resampling import CONFIDENCE, RESAMPLES, Floats, Metrics, Resampled, resample, unseen_changes
+from .resampling import CONFIDENCE, RESAMPLES, Floats, Metrics, Resampled, resample, unseen_changes, unseen_share
 
 Scale = Literal["points", "difference", "ratio"]
 """How two values of a metric are compared: shares of [0, 1] in points, other numbers by difference, or by ratio."""
@@ -192,7 +192,9 @@ def paired_metrics(
         ends = found.interval(corrected=False)
         bounded = name in unseen and not found.varies and math.isfinite(found.value)
         if bounded:
-            ends = found.value - unseen[name], found.value + unseen[name]
+            # A share of [0, 1] may move by as much as all of the examples that may differ, whatever these few show.
+            room = max(unseen[name], unseen_share(found.units) if scale == "points" else 0.0)
+            ends = found.value - room, found.value + room
         p_value = found.p_value() if found.units > 1 and math.isfinite(found.value) else 1.0
         tests.append(
             PairedTest(

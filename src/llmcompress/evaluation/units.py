@@ -20,9 +20,11 @@ def count_text(count: float) -> str:
     """Write a count with three digits.
 
     Example:
-        >>> count_text(22_713_216)
-        '22.7 M'
+        >>> count_text(22_713_216), count_text(7e159), count_text(math.inf)
+        ('22.7 M', '7e+159', 'inf')
     """
+    if abs(count) >= 999.5e12:
+        return f"{count:.3g}"
     return _scaled(count, ("", "k", "M", "B", "T"), " ").rstrip()
 
 

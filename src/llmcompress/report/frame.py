@@ -22,8 +22,9 @@ def rows(comparison: Comparison) -> list[dict[str, Value]]:
     """Return one dict a model, all with the same keys; None where a number was not measured.
 
     Metrics are named by themselves (`accuracy`, `accuracy_low`, `accuracy_change`, `accuracy_p_holm`), and with
-    several tasks after `task/`. Shares are in [0, 1], times in milliseconds, sizes in bytes; ratios are the base's over
-    the model's.
+    several tasks after `task/`. Shares are in [0, 1], times in milliseconds, sizes in bytes. A change is the model's
+    value minus the base's, or over it where the metric is compared by ratio (a perplexity: above 1 is higher than the
+    base's); `smaller_...` and `speedup...` are the base's over the model's.
     """
     found = [_row(comparison, entry) for entry in comparison.entries]
     keys = dict.fromkeys(key for row in found for key in row)
