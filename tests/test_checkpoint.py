@@ -143,3 +143,117 @@ def test_what_is_no_folder_is_refused(tmp_path):
         load(tmp_path)
     with pytest.raises(lc.CheckpointError, match=r"has no llmcompress\.json"):
         verify(tmp_path)
+
+
+# -- places and what lies beside the weights ------------------------------------------------------------------------
+
+
+def test_a_link_stays_one_and_its_target_is_written(model, tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):
+        assert save(model, link, metadata={}) == link
+        assert link.is_symlink()
+        assert torch.equal(logits(load(target)), logits(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_the_folder_that_the_process_works_in_is_not_replaced(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lc.CheckpointError, match="name a folder in it"):
+        save(model, ".", metadata={})
+    assert list(tmp_path.iterdir()) == []
+    save(model, "small", metadata={})
+    verify("small")
+
+
+def test_several_chat_templates_come_back(model, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    folder = save(model, tmp_path / "small", tokenizer=tokenizer, metadata={})
+    assert load(folder).training is False
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    save(model, folder, tokenizer=tokenizer, metadata={})
+
+
+def test_what_makes_inputs_of_images_goes_along(tmp_path):
+    source = tmp_path / "in"
+    tiny_model("llama").save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"size": 8}')
+    result = lc.compress(source, lc.MagnitudePruning(), progress=False)
+    result.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 8}'
+    verify(tmp_path / "out")
+
+
+def test_what_transformers_refuses_to_save_is_told(tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.temperature = 0.5
+    with pytest.raises(lc.CheckpointError, match=r"(?s)cannot be saved, and is as it was.*model\.generation_config"):
+        save(model, tmp_path / "small", metadata={})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "edit", [{"files": 5}, {"files": None}, {"files": [5]}, {"weights": {"..": None}}, {"weights": {"a": 5}}]
+)
+def test_edited_metadata_is_damage(folder, model, edit):
+    file = folder / "llmcompress.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
+    for work in (load, lambda where: save(model, where, metadata={})):
+        with pytest.raises(lc.CheckpointError, match="must list files and weights; it is damaged"):
+            work(folder)
+
+
+def test_parts_in_a_wider_dtype_keep_it(tmp_path):
+    model = tiny_model("bert").half()
+    model.classifier.float()
+    exact = model.classifier.weight.detach().clone()
+    model.save_pretrained(tmp_path / "plain")
+    again = load(tmp_path / "plain")
+    assert again.bert.pooler.dense.weight.dtype == torch.float16
+    assert torch.equal(again.classifier.weight, exact)
+
+
+def test_a_class_that_the_folder_fills_nothing_of_is_refused(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    with pytest.raises(lc.CheckpointError, match="has no weights for any part of GPT2"):
+        load(tmp_path / "bert", model_class=type(tiny_model("gpt2")))
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_is_no_place_is_refused(model, given):
+    for work in (load, lambda where: save(model, where, metadata={})):
+        with pytest.raises(lc.ConfigError, match=f"folder must be .*, got {given}"):
+            work(given)
+    with pytest.raises(lc.ConfigError, match="model_class must be a class of transformers, got 'BertModel'"):
+        load("folder", model_class="BertModel")
+
+
+def test_a_plain_folder_with_cut_weights_is_told(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(lc.CheckpointError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "step", [lc.DynamicQuantization(), lc.StructuredPruning(ffn=0.5, scope="global", uniform=False)]
+)
+def test_the_base_of_a_compressed_model_can_be_saved_alone(step, tmp_path):
+    model = lc.compress(tiny_model("bert"), step, progress=False).model
+    model.base_model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        found, expected = (one(**tiny_inputs(model)).last_hidden_state for one in (again, model.base_model))
+    assert torch.equal(found, expected)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "tokenizer.json").write_text("{")
+    with pytest.raises(lc.CheckpointError, match=r"the tokenizer in \S+ cannot be read: .*; pass tokenizer="):
+        lc.compress(tmp_path / "bert", lc.MagnitudePruning(), progress=False)

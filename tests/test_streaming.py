@@ -265,7 +265,7 @@ def test_steps_that_need_the_whole_model_are_refused_before_work(tmp_path):
     for step in (lc.MagnitudePruning(scope="global"), lc.StructuredPruning(ffn=0.5)):
         with pytest.raises(UnsupportedModelError, match=r"does not work one block at a time.*lc\.compress"):
             run(source, tmp_path / "out", step)
-    with pytest.raises(ConfigError, match=r"folder_in must be a folder, got LlamaForCausalLM.*lc\.compress"):
+    with pytest.raises(ConfigError, match=r"folder_in must be a folder, got LlamaForCausalLM[^;]*; lc\.compress"):
         run(tiny_model("llama"), tmp_path / "out", "magnitude_pruning")
     with pytest.raises(ConfigError, match="another folder than folder_in"):
         run(source, source, "magnitude_pruning")

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from safetensors import SafetensorError
+
+from .errors import CheckpointError, ConfigError
 from .places import told_if_unwritable
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ METADATA_FILE = "llmcompress.json"
 FORMAT_VERSION = 1
 _OWN_KEYS = ("format_version", "files", "weights")
 _CHUNK = 1 << 20
+# How images and sounds become inputs; nothing here changes it, and without it a folder cannot be used.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def save(
@@ -47,9 +51,16 @@ def save(
 
     Raises:
         CheckpointError: the folder holds files that no checkpoint wrote, or `metadata` is no JSON or uses the names
-            `format_version`, `files`, `weights`; or the place cannot be written. Nothing is changed then.
+            `format_version`, `files`, `weights`; or the model or the place cannot be written. Nothing is changed then.
+        ConfigError: `folder` is no path.
     """
-    folder = Path(folder)
+    if not isinstance(folder, (str, Path)):
+        raise ConfigError(f"folder must be a path, got {folder!r:.80}.")
+    asked, folder = Path(folder), Path(folder).resolve()
+    if folder == Path.cwd():
+        raise CheckpointError(
+            f"{asked} is the folder that this process works in, and would be replaced under it; name a folder in it."
+        )
     extra = _checked(metadata)
     refuse_foreign(folder)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
@@ -61,7 +72,7 @@ def save(
     finally:
         if draft.exists():
             shutil.rmtree(draft)
-    return folder
+    return asked
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, draft: Path) -> None:
@@ -71,9 +82,19 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dr
     # transformers (5.23) cannot undo what it did to read bitsandbytes' tensors, and needs not: they are as on disk.
     plain = getattr(model, "quantization_method", None) == "bitsandbytes"
     with bars_hidden():
-        model.save_pretrained(draft, save_original_format=not plain)
+        try:
+            model.save_pretrained(draft, save_original_format=not plain)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{type(model).__name__} cannot be saved, and is as it was: {error}; mend it (a setting of "
+                f"model.generation_config, for instance) and save again."
+            ) from error
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
+    for name in _PROCESSORS:
+        source = Path(model.name_or_path) / name
+        if source.is_file():
+            shutil.copyfile(source, draft / name)
 
 
 def seal(folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -140,14 +161,12 @@ def verify(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     content = read_metadata(folder)
-    weights, files = content.get("weights"), content.get("files")
-    if not isinstance(weights, dict) or not isinstance(files, list):
-        raise CheckpointError(f"{folder / METADATA_FILE} must list files and weights; it is damaged: save again.")
+    weights, files = _listed(content, folder)
     odd = next((name for name in (*files, *weights) if name != Path(name).name), None)
     if odd is not None:
         raise CheckpointError(f"{folder / METADATA_FILE} must name files of the folder, got {odd!r}; save again.")
     for name in (*files, *weights):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise CheckpointError(f"{folder / name} is missing; copy the folder again, or save the model again.")
     for name, known in weights.items():
         found = fingerprint(folder / name)
@@ -160,21 +179,40 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return content
 
 
+def _listed(content: Mapping[str, Any], folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the weights and the files that the metadata of a checkpoint names."""
+    weights, files = content.get("weights"), content.get("files")
+    if (
+        not isinstance(weights, dict)
+        or not isinstance(files, list)
+        or not all(isinstance(name, str) for name in files)
+        or not all(isinstance(known, dict) for known in weights.values())
+    ):
+        raise CheckpointError(f"{folder / METADATA_FILE} must list files and weights; it is damaged: save again.")
+    return weights, files
+
+
 def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """Read a checkpoint after checking it; plain `from_pretrained` reads the same folder without the check.
 
     Args:
         folder: a folder that `save` wrote, any other Hugging Face folder (unchecked, for want of hashes), or the name
             of a model on the hub.
-        model_class: a model or auto class; None takes the class the model had when it was saved.
+        model_class: a model or auto class; None takes the class the model had when it was saved. Parts that the folder
+            has no weights for, a head for instance, are new then.
 
     Returns:
-        The model in eval mode, in the dtype it was saved in, on the CPU.
+        The model in eval mode, in the dtypes it was saved in, on the CPU.
 
     Raises:
-        CheckpointError: it is no folder of a model, fails `verify`, or its weights do not fill the model.
+        CheckpointError: it is no folder of a model, fails `verify`, or its weights do not fill the model; with
+            `model_class`, fill nothing of it.
+        ConfigError: `folder` is no path or name, or `model_class` no class.
     """
-
+    if not isinstance(folder, (str, Path)):
+        raise ConfigError(f"folder must be a folder or the name of a model on the hub, got {folder!r:.80}.")
+    if model_class is not None and not isinstance(model_class, type):
+        raise ConfigError(f"model_class must be a class of transformers, got {model_class!r:.80}.")
     from .quantization import hf  # noqa: F401 - makes the method known, however this file came to be imported
     from .quantization.bitsandbytes import keep_exact
 
@@ -190,7 +228,7 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
         )
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
     for name, found, told in sorted(info["mismatched_keys"]):
         raise CheckpointError(
@@ -200,8 +238,28 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     missing = sorted(info["missing_keys"])
     if missing and model_class is None:
         raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; save the model again.")
+    if missing and missing == sorted(model.state_dict()):
+        raise CheckpointError(
+            f"{folder} has no weights for any part of {type(model).__name__}; it holds a "
+            f"{', '.join(model.config.architectures or ['model of another class'])}: pass another model_class."
+        )
+    _restore_wider(model, Path(folder))
     keep_exact(model)
     return model
+
+
+def _restore_wider(model: PreTrainedModel, folder: Path) -> None:
+    """Give parts that were saved in a wider dtype than the rest theirs back: transformers reads all in one."""
+    from .tensor_files import stored_in, weight_files  # which need torch
+
+    parameters = dict(model.named_parameters())
+    for file in weight_files(folder) if folder.is_dir() else ():
+        for name, stored in (stored_in(file) if file.is_file() else {}).items():
+            known = parameters.get(name)
+            if known is None or not stored.dtype.is_floating_point or stored.shape != known.shape:
+                continue
+            if known.is_floating_point() and stored.dtype.itemsize > known.dtype.itemsize:
+                known.data = stored.read().to(known.device)
 
 
 def saved_class(folder: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -252,7 +310,7 @@ def refuse_foreign(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} is not empty and not a checkpoint of llmcompress (it holds {found[0]!r}); choose another folder."
         )
-    known = {METADATA_FILE, *read_metadata(folder).get("files", ())}
+    known = {METADATA_FILE, *_listed(read_metadata(folder), folder)[1]}
     foreign = [name for name in found if name not in known]
     if foreign:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, MissingInputError
+from .errors import CheckpointError, ConfigError, MissingInputError
 from .questions import read_questions, unfold
 from .sentences import Sentence, class_names, read_sentence
 
@@ -329,6 +329,7 @@ def find_tokenizer(
     Raises:
         MissingInputError: there is neither; the message names `who` needs it.
         ConfigError: `tokenizer` is none, but for instance the name of one.
+        CheckpointError: the one in the model's folder cannot be read.
     """
     if tokenizer is not None:
         if not callable(tokenizer):
@@ -341,7 +342,13 @@ def find_tokenizer(
     if (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # each tokenizer's own code reads its files
+            raise CheckpointError(
+                f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}; pass tokenizer=, or copy "
+                f"the folder again."
+            ) from error
     raise MissingInputError(
         f"{who} needs a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...) "
         f"(the model does not come from a local folder that holds one)."

@@ -60,13 +60,15 @@ class Kept:
     replaced: bool
     frozen: tuple[str, ...]
 
-    def model(self) -> PreTrainedModel:
-        """Load the model, on the CPU and in eval mode.
+    def model(self, like: PreTrainedModel) -> PreTrainedModel:
+        """Load the model, on the CPU and in eval mode, with the attention implementation of `like`.
 
         Raises:
             CheckpointError: it has been damaged meanwhile.
         """
         model = load(self.folder).eval()
+        if model.config._attn_implementation != like.config._attn_implementation:
+            model.set_attn_implementation(like.config._attn_implementation)
         for name in self.frozen:
             model.get_parameter(name).requires_grad_(False)
         return model

@@ -112,7 +112,7 @@ class Run:
         """Return the model as it stands."""
         if self._model is None:
             if self._kept is not None:
-                self._model = self._kept.model().to(self._context.device)
+                self._model = self._kept.model(self._base).to(self._context.device)
             else:
                 self._model = self._base if self._inplace else copy.deepcopy(self._base)
         return self._model

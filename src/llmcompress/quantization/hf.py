@@ -170,7 +170,8 @@ class LLMCompressQuantizer(HfQuantizer):
                     if not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(
                             f"model.safetensors has no {path}.{name} of the shape {tuple(tensor.shape)} that "
-                            "config.json tells; the folder is damaged: save the model again."
+                            "config.json tells; load it without other sizes (num_labels, ignore_mismatched_sizes) or "
+                            "offloading, or else the folder is damaged: save the model again."
                         )
                 elif isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
                     raise CheckpointError(
@@ -250,6 +251,7 @@ class _Paths:
         written = model.config.architectures or ()
         self._who = type(model).__name__
         self._same = self._who in written
+        self._is_base = model.base_model is model
         self._of_base = type(model.base_model).__name__ in written
         self._prefix = model.base_model_prefix
         self._known = {path for path, _ in model.named_modules(remove_duplicate=False)}
@@ -258,11 +260,12 @@ class _Paths:
         """Return the path in the model, or None where it lacks a head's module.
 
         Raises:
-            CheckpointError: the model is of the folder's very class and has no such module.
+            CheckpointError: the model is of the folder's very class, which is no base, and has no such module.
         """
         inside = f"{self._prefix}.{path}".removesuffix(".")
         if self._same:
-            candidates = [path]
+            # `model.base_model.save_pretrained` writes paths of the whole model, and the class of its base.
+            candidates = [path, path.removeprefix(f"{self._prefix}.")]
         elif self._of_base:
             candidates = [inside]
         elif path == self._prefix:
@@ -270,7 +273,7 @@ class _Paths:
         else:
             candidates = [path, path.removeprefix(f"{self._prefix}."), inside] if path else []
         found = next((candidate for candidate in candidates if candidate in self._known), None)
-        if found is None and self._same:
+        if found is None and self._same and not self._is_base:
             raise CheckpointError(
                 f"config.json: quantization_config names the module {path!r}, which {self._who} does not have; the "
                 "file is damaged: save the model again."
