@@ -192,7 +192,7 @@ def test_the_corpus_may_be_a_file(tmp_path):
 def test_nothing_unseen_is_refused():
     model = tiny_model("bert")
     first = pruned(model)
-    with pytest.raises(lc.NothingToCompressError, match="all 32 tokens stay: 26 are seen in the texts, others cannot go"):
+    with pytest.raises(lc.NothingToCompressError, match="all 32 tokens stay: 26 are seen in the texts"):
         pruned(first.model, tokenizer=first.tokenizer)
 
 
