@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -21,7 +20,7 @@ from .expert_modules import Int8Experts
 from .hf import mark_quantized
 from .kernels import rounded_activations
 from .modules import Int8Embedding, Int8Linear, QuantizedModule
-from .remarks import FOLDED, of_copies
+from .remarks import int8_remarks
 from .row_wise import row_wise
 from .smoothing import smooth
 
@@ -96,9 +95,11 @@ class DynamicQuantization(Compressor):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that becomes int8, and why each other one is left."""
         chosen, left = self._choose(model)
-        folded = [FOLDED] if self.smooth is not None else []
-        device = torch.device(context.device) if model.device.type == "meta" else model.device
-        return [*(self._action(layer) for layer in chosen), *left, *folded, *of_copies(chosen, device)]
+        return [
+            *(self._action(layer) for layer in chosen),
+            *left,
+            *int8_remarks(model, context, chosen, smoothed=self.smooth is not None),
+        ]
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Replace the layers by int8 ones.

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..compressor import Action
+from ..compressor import Action, Context
 from . import kernels
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..anatomy.layers import WeightLayer
 
 
@@ -31,18 +33,23 @@ def joined(*remarks: str | None) -> str | None:
     return "; ".join(filter(None, remarks)) or None
 
 
-def of_copies(layers: Iterable[WeightLayer], device: torch.device) -> list[Action]:
-    """Say what products with int8 codes take in memory beside the codes, which no size of a model that never ran has.
+def int8_remarks(
+    model: PreTrainedModel, context: Context, layers: Iterable[WeightLayer], *, smoothed: bool
+) -> list[Action]:
+    """Say what int8 changes beside its layers, and what products take in memory, which no size has before they ran.
 
     Args:
+        model: as it is.
+        context: its device is where a model without weights will be.
         layers: that become int8.
-        device: where the products will be computed.
+        smoothed: whether activations are smoothed first.
     """
-    if not kernels.copies_codes(device):
-        return []
-    multiplied = {id(layer.weight): layer.weight.numel() for layer in layers if layer.kind != "embedding"}
-    reason = (
-        f"when a layer is first used its product makes a copy of the codes, about {sum(multiplied.values()) / 1e6:.3g} "
-        f"MB in all, which is memory and never saved"
-    )
-    return [Action(path="", reason=reason)]
+    remarks = [FOLDED] if smoothed else []
+    if kernels.copies_codes(torch.device(context.device) if model.device.type == "meta" else model.device):
+        multiplied = {id(layer.weight): layer.weight.numel() for layer in layers if layer.kind != "embedding"}
+        reason = (
+            f"when a layer is first used its product makes a copy of the codes, about "
+            f"{sum(multiplied.values()) / 1e6:.3g} MB in all, which is memory and never saved"
+        )
+        remarks.append(Action(path="", reason=reason))
+    return remarks

@@ -23,7 +23,7 @@ from .hf import mark_quantized
 from .kernels import Stored, rounded_activations
 from .modules import Int8Embedding, QuantizedModule
 from .ranges import InputHistogram, choose_range, coding_of
-from .remarks import FOLDED, of_copies
+from .remarks import int8_remarks
 from .row_wise import row_wise
 from .smoothing import smooth
 from .static_modules import Int8StaticLinear
@@ -106,9 +106,11 @@ class StaticQuantization(Compressor):
     def plan(self, model: PreTrainedModel, context: Context) -> list[Action]:
         """Name each layer that becomes int8, and why each other one is left; outliers are found in the work itself."""
         chosen, left = self._choose(model, {})
-        folded = [FOLDED] if self.smooth is not None else []
-        device = torch.device(context.device) if model.device.type == "meta" else model.device
-        return [*(self._action(layer) for layer in chosen), *left, *folded, *of_copies(chosen, device)]
+        return [
+            *(self._action(layer) for layer in chosen),
+            *left,
+            *int8_remarks(model, context, chosen, smoothed=self.smooth is not None),
+        ]
 
     def compress(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """Calibrate the ranges and replace the layers by int8 ones.
