@@ -236,6 +236,22 @@ def test_the_test_and_the_interval_say_the_same() -> None:
     assert 50 < rejected < 150
 
 
+@pytest.mark.parametrize("units", [2, 3, 4])
+def test_changes_of_very_few_units_have_students_interval(units: int) -> None:
+    # Draws of three units lie between the least and the largest: a range that holds the mean in three of four samples.
+    random, held, alarms = np.random.default_rng(0), 0, 0
+    for seed in range(400):
+        found = one(mean_of(random.normal(size=units)), units, resamples=RESAMPLES, seed=seed)
+        low, high = found.interval(corrected=False)
+        held += low <= 0 <= high
+        alarms += found.p_value() <= 0.05
+    assert held / 400 > 0.9
+    assert alarms / 400 < 0.1
+    far = one(mean_of(np.array([30.0, 31, 32])), 3)
+    assert far.interval(corrected=False)[0] > 0
+    assert far.p_value() < 0.01
+
+
 # --- by simulation: do intervals hold the truth as often as they say? ------------------------------------------------
 
 

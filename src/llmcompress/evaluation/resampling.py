@@ -86,7 +86,8 @@ class Resampled:
         Args:
             corrected: whether bias and skewness are corrected (BCa, Efron 1987). It is right for the score of one
                 model. Not for the change between two that agree on most examples: there the skewness is estimated from
-                the few that differ, and correcting for it makes the interval too short.
+                the few that differ, and correcting for it makes the interval too short. A change has no bounds of its
+                own, and where its interval ends beyond all draws, as of two or three units, the end is Student's.
         """
         if self.units < 2 or not self.varies or not math.isfinite(self.value):
             return None
@@ -95,8 +96,11 @@ class Resampled:
         if corrected:
             bias, acceleration = self._bias_and_acceleration()
             reach = bias + (bias + reach) / np.maximum(1 - acceleration * (bias + reach), 1e-3)
-        low, high = np.quantile(self.draws, scipy.stats.norm.cdf(reach))
-        return float(low), float(high)
+        low, high = map(float, np.quantile(self.draws, scipy.stats.norm.cdf(reach)))
+        if not corrected and scipy.stats.norm.cdf(tail) < 1 / (len(self.draws) + 1):
+            spread = float(self.draws.std(ddof=1))
+            low, high = min(low, self.value + tail * spread), max(high, self.value - tail * spread)
+        return low, high
 
     def p_value(self, null: float = 0.0) -> float:
         """Return how likely a value so far from `null` is by chance alone, two-sided.
@@ -104,9 +108,11 @@ class Resampled:
         The level at which the uncorrected interval just reaches `null`: below 5 % where that of 95 % leaves it out.
         """
         beyond = min(_level_of(null, self.draws), _level_of(-null, -self.draws))
-        # So many draws cannot tell less.
+        # So many draws cannot tell less; beyond all of them Student's t goes on.
         share = max(beyond, 1 / (len(self.draws) + 1))
         distance = max(-float(scipy.stats.norm.ppf(share)) / self._inflation, 0.0)
+        if not beyond and self.varies:
+            distance = max(distance, abs(self.value - null) / self.standard_error)
         return 2 * float(scipy.stats.t.sf(distance, self.degrees_of_freedom))
 
     @property
