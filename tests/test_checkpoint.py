@@ -185,6 +185,14 @@ def test_what_makes_inputs_of_images_goes_along(tmp_path):
     result.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 8}'
     verify(tmp_path / "out")
+    lc.compress_checkpoint(source, tmp_path / "streamed", lc.MagnitudePruning(), progress=False)
+    assert (tmp_path / "streamed" / "preprocessor_config.json").is_file()
+
+
+def test_no_file_of_the_working_folder_goes_along(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert not (save(model, "small", metadata={}) / "preprocessor_config.json").exists()
 
 
 def test_what_transformers_refuses_to_save_is_told(tmp_path):
@@ -210,8 +218,7 @@ def test_parts_in_a_wider_dtype_keep_it(tmp_path):
     model = tiny_model("bert").half()
     model.classifier.float()
     exact = model.classifier.weight.detach().clone()
-    model.save_pretrained(tmp_path / "plain")
-    again = load(tmp_path / "plain")
+    again = load(save(model, tmp_path / "small", metadata={}))
     assert again.bert.pooler.dense.weight.dtype == torch.float16
     assert torch.equal(again.classifier.weight, exact)
 

@@ -191,3 +191,17 @@ def test_help_has_an_example(verb: str) -> None:
     told = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "160", "TERM": "dumb"})
     assert told.exit_code == 0
     assert f"llmcompress {verb} " in told.output.replace("Usage: ", "").split("\n", 2)[-1]
+
+
+@pytest.mark.parametrize("option", ["--resume", "--json"])
+def test_nothing_may_be_inside_of_the_folder_that_is_written(option: str, place: Path, tmp_path: Path) -> None:
+    arguments = [
+        "compress",
+        str(place / "base"),
+        "--recipe",
+        str(place / "recipe.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, option, str(tmp_path / "out" / "inside")]) == 2
+    assert list(tmp_path.iterdir()) == []

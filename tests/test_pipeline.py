@@ -139,6 +139,11 @@ def test_places_that_cannot_be_written_are_told(bert, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_tokenizer_by_name_is_refused_though_no_step_needs_one(bert):
+    with pytest.raises(lc.ConfigError, match="tokenizer must be a tokenizer of transformers, got 'bert'"):
+        lc.compress(bert, lc.MagnitudePruning(), tokenizer="bert", progress=False)
+
+
 def test_adapters_are_to_be_merged_first(bert):
     peft = pytest.importorskip("peft")
     bert.add_adapter(peft.LoraConfig(target_modules=["query"]))

@@ -279,3 +279,13 @@ def test_a_roll_back_comes_from_the_folder(llama, tmp_path):
         found = compress(llama, steps, tmp_path, task=task, gates=lc.MinAgreement(0.9))
         assert found.report.rolled_back.step["sparsity"] == 0.99
         same(found, compress(llama, steps[:1]))
+
+
+def test_a_stage_with_folders_in_it_is_kept(llama, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    step = lc.VocabularyPruning(round_to=1)
+    first = compress(llama, step, tmp_path, tokenizer=tokenizer)
+    again = compress(llama, step, tmp_path, tokenizer=tokenizer)
+    same(first, again)
+    assert again.tokenizer.chat_template == tokenizer.chat_template

@@ -269,6 +269,10 @@ def test_steps_that_need_the_whole_model_are_refused_before_work(tmp_path):
         run(tiny_model("llama"), tmp_path / "out", "magnitude_pruning")
     with pytest.raises(ConfigError, match="another folder than folder_in"):
         run(source, source, "magnitude_pruning")
+    with pytest.raises(ConfigError, match="another folder than the working folder"):
+        run(source, ".", "magnitude_pruning")
+    with pytest.raises(ConfigError, match=r"compress_checkpoint\.seed must be an integer in .*, got -1"):
+        run(source, tmp_path / "out", "magnitude_pruning", seed=-1)
     with pytest.raises(CheckpointError, match=r"folder with config\.json"):
         run(tmp_path / "nothing", tmp_path / "out", "magnitude_pruning")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
@@ -374,3 +378,24 @@ def test_in_memory_there_is_no_keeper():
     groups = dict(in_turns(model, layers))
     assert list(groups) == ["model.layers.0", "model.layers.1", ""]
     assert sum(map(len, groups.values())) == len(layers)
+
+
+def test_a_folder_of_the_users_own_is_not_taken_for_the_beginnings_of_a_run(tmp_path):
+    source = folder_of("llama", tmp_path / "in")
+    own = tmp_path / "out.partial"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years")
+    with pytest.raises(
+        CheckpointError, match=r"out\.partial is where the unfinished run would be, and holds something else"
+    ):
+        run(source, tmp_path / "out", "magnitude_pruning")
+    assert (own / "thesis.txt").read_text() == "years"
+
+
+def test_a_link_as_the_place_of_the_result(tmp_path):
+    source, target, link = folder_of("llama", tmp_path / "in"), tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    run(source, link, "magnitude_pruning")
+    assert link.is_symlink()
+    assert lc.load(target).config.model_type == "llama"

@@ -204,7 +204,7 @@ def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(tmp_path, monkeyp
         ({"workers": 0}, lc.ConfigError, "workers must be an integer of at least 1, got 0"),
         ({"workers": "2"}, lc.ConfigError, "workers must be an integer of at least 1, got '2'"),
         ({"threads": "2"}, lc.ConfigError, "threads must be"),
-        ({"seed": "x"}, lc.ConfigError, "seed must be an integer of at least 0, got 'x'"),
+        ({"seed": "x"}, lc.ConfigError, r"seed must be an integer in \[0, 2\*\*32\), got 'x'"),
         ({"latency": [(0, 8)]}, lc.ConfigError, "latency"),
         ({"task": "test.csv"}, lc.ConfigError, "task must be a Task.*got 'test.csv'"),
         ({"on": "spark"}, lc.ConfigError, "'processes' or 'ray', got 'spark'"),

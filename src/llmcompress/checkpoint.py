@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 METADATA_FILE = "llmcompress.json"
 FORMAT_VERSION = 1
-_OWN_KEYS = ("format_version", "files", "weights")
+_OWN_KEYS = ("format_version", "files", "weights", "wider")
 _CHUNK = 1 << 20
 # How images and sounds become inputs; nothing here changes it, and without it a folder cannot be used.
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -51,23 +51,20 @@ def save(
 
     Raises:
         CheckpointError: the folder holds files that no checkpoint wrote, or `metadata` is no JSON or uses the names
-            `format_version`, `files`, `weights`; or the model or the place cannot be written. Nothing is changed then.
+            `format_version`, `files`, `weights`, `wider`; or the model or the place cannot be written. Nothing is
+            changed then.
         ConfigError: `folder` is no path.
     """
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"folder must be a path, got {folder!r:.80}.")
     asked, folder = Path(folder), Path(folder).resolve()
-    if folder == Path.cwd():
-        raise CheckpointError(
-            f"{asked} is the folder that this process works in, and would be replaced under it; name a folder in it."
-        )
     extra = _checked(metadata)
     refuse_foreign(folder)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
     try:
         with told_if_unwritable(folder):
             _write(model, tokenizer, draft)
-            seal(draft, extra)
+            seal(draft, extra, wider=_wider(model))
             put_in_place(draft, folder)
     finally:
         if draft.exists():
@@ -89,28 +86,35 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dr
                 f"{type(model).__name__} cannot be saved, and is as it was: {error}; mend it (a setting of "
                 f"model.generation_config, for instance) and save again."
             ) from error
+    write_beside(draft, tokenizer, Path(model.name_or_path) if model.name_or_path else None)
+
+
+def write_beside(folder: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path | None) -> None:
+    """Write what makes inputs: the tokenizer, and what the model's own folder `source` has for images and sounds."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(draft)
+        tokenizer.save_pretrained(folder)
     for name in _PROCESSORS:
-        source = Path(model.name_or_path) / name
-        if source.is_file():
-            shutil.copyfile(source, draft / name)
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
-def seal(folder: Path, metadata: Mapping[str, Any]) -> None:
+def seal(folder: Path, metadata: Mapping[str, Any], *, wider: Sequence[str] = ()) -> None:
     """Write `llmcompress.json` into a folder in which all other files are: their names, and the weights' hashes.
 
     Args:
         folder: as it is to stay.
         metadata: JSON values to write beside.
+        wider: names of weights that are in a wider dtype than the model's own, in which plain transformers reads all.
 
     Raises:
-        CheckpointError: `metadata` is no JSON, or uses the names `format_version`, `files`, `weights`.
+        CheckpointError: `metadata` is no JSON, or uses the names `format_version`, `files`, `weights`, `wider`.
     """
     extra = _checked(metadata)
     weights = {path.name: fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
     files = sorted(path.name for path in folder.iterdir())
     content = {"format_version": FORMAT_VERSION, "files": files, "weights": weights, **extra}
+    if wider:
+        content["wider"] = list(wider)
     (folder / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -216,8 +220,9 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
     from .quantization import hf  # noqa: F401 - makes the method known, however this file came to be imported
     from .quantization.bitsandbytes import keep_exact
 
+    wider: Any = ()
     if (Path(folder) / METADATA_FILE).is_file():
-        verify(folder)
+        wider = verify(folder).get("wider", ())
     else:
         _refuse_absent(folder)
     chosen: Any = model_class or saved_class(folder)[0]
@@ -243,23 +248,29 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
             f"{folder} has no weights for any part of {type(model).__name__}; it holds a "
             f"{', '.join(model.config.architectures or ['model of another class'])}: pass another model_class."
         )
-    _restore_wider(model, Path(folder))
+    _restore(model, Path(folder), wider)
     keep_exact(model)
     return model
 
 
-def _restore_wider(model: PreTrainedModel, folder: Path) -> None:
-    """Give parts that were saved in a wider dtype than the rest theirs back: transformers reads all in one."""
+def _wider(model: PreTrainedModel) -> list[str]:
+    """Return the names of the float weights that are in a wider dtype than the model."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.dtype.itemsize > model.dtype.itemsize
+    ]
+
+
+def _restore(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> None:
+    """Read weights in the dtype that they have in the files of `folder`, where transformers read all in one."""
     from .tensor_files import stored_in, weight_files  # which need torch
 
-    parameters = dict(model.named_parameters())
-    for file in weight_files(folder) if folder.is_dir() else ():
-        for name, stored in (stored_in(file) if file.is_file() else {}).items():
-            known = parameters.get(name)
-            if known is None or not stored.dtype.is_floating_point or stored.shape != known.shape:
-                continue
-            if known.is_floating_point() and stored.dtype.itemsize > known.dtype.itemsize:
-                known.data = stored.read().to(known.device)
+    wanted = {name: weight for name, weight in model.named_parameters() if name in set(names)}
+    for file in weight_files(folder) if wanted else ():
+        for name, stored in stored_in(file).items():
+            if name in wanted and stored.shape == wanted[name].shape:
+                wanted[name].data = stored.read().to(wanted[name].device)
 
 
 def saved_class(folder: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -299,6 +310,10 @@ def _refuse_absent(folder: str | Path) -> None:
 
 def refuse_foreign(folder: Path) -> None:
     """Raise unless `folder` is absent, empty, or holds nothing but what an earlier `save` wrote."""
+    if folder.resolve() == Path.cwd():
+        raise CheckpointError(
+            f"{folder} is the folder that this process works in, and would be replaced under it; name a folder in it."
+        )
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -47,8 +47,9 @@ def check_seed(seed: Any, field: str = "seed") -> None:
     Raises:
         ConfigError: naming what it is.
     """
-    if type(seed) is not int or seed < 0:
-        raise ConfigError(f"{field} must be an integer of at least 0, got {seed!r:.80}.")
+    # numpy takes no more than 32 bits.
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ConfigError(f"{field} must be an integer in [0, 2**32), got {seed!r:.80}.")
 
 
 def refuse_unready(model: PreTrainedModel) -> None:
@@ -84,6 +85,8 @@ def check_inputs(
         MissingInputError: data, labels, the teacher or a tokenizer is needed and missing.
         ConfigError: the data's names of classes are only in part the model's.
     """
+    if tokenizer is not None:
+        tokenizer = find_tokenizer(model, tokenizer, who="tokenizer")
     examples = by_class_names(load_examples(data), model) if data is not None else None
     for step in steps:
         who = type(step).__name__

@@ -95,7 +95,7 @@ class Report(BaseModel):
             for action in record.left:
                 reasons.setdefault(action.reason or "", []).append(action.path)
             for reason, paths in reasons.items():
-                if paths == [""]:
+                if set(paths) == {""}:
                     lines.append(f"{record.step['name']}: {reason}")
                 else:
                     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""

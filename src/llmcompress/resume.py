@@ -214,9 +214,10 @@ class Stages:
         try:
             with _room_told(self._stage):
                 save(model, draft, tokenizer=tokenizer, metadata=metadata)
-                files = {path.name: fingerprint(path) for path in sorted(draft.iterdir())}
+                paths = sorted(path for path in draft.rglob("*") if path.is_file())
+                files = {path.relative_to(draft).as_posix(): fingerprint(path) for path in paths}
                 write_sealed({"files": files}, draft / _MANIFEST)
-                for path in (*draft.iterdir(), draft):
+                for path in (*draft.rglob("*"), draft):
                     sync(path)
                 put_in_place(draft, self._stage)
                 sync(self.folder)

@@ -107,6 +107,9 @@ def compress(
         )
     chain = Pipeline.from_yaml(recipe)
     refuse_foreign(out)  # now, and not when hours of work are to be written
+    for name, place in (("--resume", resume), ("--json", json)):
+        if place is not None and place.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{name} {place} must not be inside of --out {out}, which is written as a whole.")
     asked = None if task is None or task_data is None else make_task(task, task_data, split, settings)
     examples = read_data(data, data_split)
     with threads_set_to(threads):

@@ -97,10 +97,10 @@ def measure_generation(
     """
     if not models:
         raise MissingInputError("measure_generation.models is empty; pass at least one model.")
-    check_positive("prompt_tokens", prompt_tokens)
-    check_positive("new_tokens", new_tokens, least=2)
-    check_positive("batch_size", batch_size)
-    check_positive("warmup", warmup, least=0)
+    check_positive("prompt_tokens", prompt_tokens, optional=False)
+    check_positive("new_tokens", new_tokens, least=2, optional=False)
+    check_positive("batch_size", batch_size, optional=False)
+    check_positive("warmup", warmup, least=0, optional=False)
     check_positive("threads", threads)
     check_seconds(seconds)
     for model in models.values():

@@ -115,9 +115,9 @@ def measure_latencies(
     """
     if not models:
         raise MissingInputError("measure_latencies.models is empty; pass at least one model.")
-    check_positive("batch_size", batch_size)
-    check_positive("tokens", tokens)
-    check_positive("warmup", warmup, least=0)
+    check_positive("batch_size", batch_size, optional=False)
+    check_positive("tokens", tokens, optional=False)
+    check_positive("warmup", warmup, least=0, optional=False)
     check_positive("threads", threads)
     check_seconds(seconds)
     for model in models.values():

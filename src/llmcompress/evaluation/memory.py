@@ -57,8 +57,8 @@ def measure_memory(
         CheckpointError: there is no such folder.
         CompressionError: the fresh process failed; the message holds its last words.
     """
-    check_positive("batch_size", batch_size)
-    check_positive("tokens", tokens)
+    check_positive("batch_size", batch_size, optional=False)
+    check_positive("tokens", tokens, optional=False)
     if not isinstance(model, (str, Path)):
         most = longest_input(model)
         if most is not None and tokens > most:

@@ -56,7 +56,7 @@ def score_models(
         MissingInputError: a model has no tokenizer.
         CompressionError: what `Task.evaluate` raises.
     """
-    check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size, optional=False)
     own = {
         name: find_tokenizer(model, tokenizers[name] or task.tokenizer, who=type(task).__name__)
         for name, model in models.items()

@@ -14,7 +14,7 @@ from ..anatomy.empty import weightless
 from ..anatomy.footprint import footprint
 from ..compressor import Context, Outline
 from ..errors import ConfigError
-from ..inputs import check_inputs, refuse_unready
+from ..inputs import check_inputs, check_seed, refuse_unready
 from ..measured import outline_step, plan_step, seeded, unloadable
 from ..pipeline import Pipeline, Step
 from ..quantization.kernels.dispatch import kernels
@@ -66,6 +66,7 @@ def plan(
         >>> [(step.name, step.size.parameters, step.size.disk_bytes) for step in found.steps]
         [('structured_pruning', 57664, 232704), ('dynamic_quantization', 57664, 65608)]
     """
+    check_seed(seed, "plan.seed")
     chain = Pipeline(steps=steps, recover=recover)
     flat = chain.flatten()
     if not flat:

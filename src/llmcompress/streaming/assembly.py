@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import seal
+from ..checkpoint import seal, write_beside
 from ..evaluation.inference import bars_hidden
 from ..kept_blocks import KeptBlocks
 from ..places import told_if_unwritable
@@ -27,6 +27,7 @@ def assemble(
     stage: KeptBlocks,
     folder: Path,
     *,
+    source: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     metadata: Mapping[str, Any],
 ) -> None:
@@ -36,6 +37,7 @@ def assemble(
         residence: the model as the last step left it.
         stage: the last step's, closed.
         folder: where to; what is there is deleted.
+        source: the folder that the float model lies in.
         tokenizer: written beside, if there is one.
         metadata: JSON values for `llmcompress.json`.
 
@@ -53,8 +55,7 @@ def assemble(
         with bars_hidden():
             # Config, generation config and whatever else belongs to the folder of a model, without its weights.
             model.save_pretrained(folder, state_dict={})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_beside(folder, tokenizer, source)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     state = model.state_dict()

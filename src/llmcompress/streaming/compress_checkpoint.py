@@ -16,7 +16,7 @@ from ..anatomy.turns import set_keeper
 from ..checkpoint import read_metadata
 from ..compressor import Action, Compressor, Context
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..inputs import check_inputs
+from ..inputs import check_inputs, check_seed
 from ..kept_blocks import KeptBlocks
 from ..measured import account, is_finite, plan_step, refuse_broken, seeded, shapes
 from ..pipeline import Pipeline, Step
@@ -26,7 +26,7 @@ from .assembly import assemble
 from .folder import open_folder
 from .opening import open_empty, open_model
 from .residence import Residence
-from .run import describe, enter, identity, is_done, known_run, locked
+from .run import describe, enter, identity, is_done, known_run, locked, refuse_foreign_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,10 +90,13 @@ def compress_checkpoint(
     chain = Pipeline(steps=steps)
     flat = chain.flatten()
     _refuse_steps(flat)
-    out = Path(folder_out)
+    check_seed(seed, "compress_checkpoint.seed")
+    out = Path(folder_out).resolve()
     work = out.with_name(f"{out.name}.partial")
-    if out.resolve() == Path(folder_in).resolve():
-        raise ConfigError(f"folder_out must be another folder than folder_in, got {str(out)!r} for both.")
+    for field, other in (("folder_in", Path(folder_in).resolve()), ("the working folder", Path.cwd())):
+        if out == other:
+            raise ConfigError(f"folder_out must be another folder than {field}, got {str(folder_out)!r}.")
+    refuse_foreign_work(work)
     folder = open_folder(folder_in)
     empty = open_empty(folder)
     examples, tokenizer = check_inputs(empty, flat, data, tokenizer, None, True)
@@ -118,6 +121,7 @@ def compress_checkpoint(
                     residence,
                     KeptBlocks(_folder_of(work, flat, len(flat) - 1), residence, context),
                     final,
+                    source=folder.path,
                     tokenizer=tokenizer,
                     metadata=metadata,
                 )

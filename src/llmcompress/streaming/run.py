@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..data import Example
 
 _RUN_FILE = "run.json"
+_LOCK = "lock"
 _CONFIGS = ("config.json", "generation_config.json")
 # What a message calls the parts of a run.
 _PARTS = {
@@ -101,6 +102,19 @@ def known_run(work: Path) -> dict[str, Any]:
     return found
 
 
+def refuse_foreign_work(work: Path) -> None:
+    """Refuse a folder that no run began, and that would be deleted behind this one.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if work.is_dir() and not (work / _RUN_FILE).is_file() and any(path.name != _LOCK for path in work.iterdir()):
+        raise CheckpointError(
+            f"{work} is where the unfinished run would be, and holds something else; move it away, or choose another "
+            f"folder_out."
+        )
+
+
 def enter(work: Path, run: dict[str, Any]) -> None:
     """Begin a run in `work`, or go on with the one that was begun there.
 
@@ -139,7 +153,7 @@ def locked(work: Path) -> Iterator[None]:
         BusyError: another one works there.
     """
     with one_at_a_time(
-        work / "lock", f"another process is at work in {work}; wait for it, or choose another folder_out."
+        work / _LOCK, f"another process is at work in {work}; wait for it, or choose another folder_out."
     ):
         yield
 
