@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import llmcompress as lc
-from llmcompress.data import ClassIndex, Example, by_class_names, encode, load_examples, load_rows, read_labels
+from llmcompress.class_labels import ClassIndex, by_class_names, read_labels
+from llmcompress.data import Example, encode, load_examples, load_rows
 from llmcompress.errors import ConfigError, MissingInputError
 from llmcompress.testing import tiny_model
 

@@ -6,16 +6,13 @@ files, and names of data sets on the Hugging Face hub.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .class_labels import ClassIndex
+from .data_files import ASKED, LABEL, PAIR, TEXT, read_file
 from .errors import CheckpointError, ConfigError, MissingInputError
 from .questions import read_questions, unfold
 from .sentences import Sentence, class_names, read_sentence
@@ -32,37 +29,7 @@ class Span:
     end: int
 
 
-class ClassIndex(int):
-    """A class index that the data also has a name for: that of a `datasets` column, or the digits in a table's cell.
-
-    It is read by its name where the model has a class of this name, since the model may count its classes otherwise.
-
-    Example:
-        >>> ClassIndex(1, "spam") == 1, ClassIndex(1, "spam").name
-        (True, 'spam')
-    """
-
-    name: str
-
-    def __new__(cls, index: int, name: str) -> ClassIndex:
-        """Put a name to an index."""
-        found = super().__new__(cls, index)
-        found.name = name
-        return found
-
-    def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]
-        return int(self), self.name  # so that it can be copied
-
-
 Label = int | float | str | tuple[int | str, ...] | Span
-
-_TEXT = ("text", "sentence", "sentence1", "question1", "premise", "content", "review")
-_PAIR = ("pair", "text_pair", "sentence2", "question2", "hypothesis")
-_LABEL = ("label", "labels", "score", "class", "target")
-# A question and a sentence that may answer it (GLUE's QNLI): the question is read first.
-_ASKED = ("question", "sentence")
-# Columns of other tasks: a table that names one of them has a header.
-_OTHER = ("question", "context", "prompt", "reference", "tokens", "choices", "answer", "answers", "source", "summary")
 
 
 @dataclass(frozen=True)
@@ -109,7 +76,7 @@ def load_examples(source: Any, *, split: str = "train", name: str = "data") -> l
         {"question", "context"} <= set(rows[0]) or {"paragraphs", "data"} & set(rows[0])
     ):
         return _questions(rows, name)
-    tags, classes = class_names(features), class_names(features, _LABEL)
+    tags, classes = class_names(features), class_names(features, LABEL)
     return [_example(row, index, name, tags, classes) for index, row in enumerate(rows)]
 
 
@@ -184,143 +151,6 @@ def token_stream(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def class_indices(model: PreTrainedModel) -> dict[str, int]:
-    """Return the index of each class by its name, as the model's config has them."""
-    return {str(name): int(index) for name, index in (getattr(model.config, "label2id", None) or {}).items()}
-
-
-def by_class_names(examples: Sequence[Example], model: PreTrainedModel) -> list[Example]:
-    """Return `examples` with every `ClassIndex` as the model counts its classes, where it has classes of these names.
-
-    Upper and lower case are one. Where the model knows none of the names, or counts those it knows as the data does,
-    the indices stay as they are.
-
-    Raises:
-        ConfigError: the model knows some of the names and counts them otherwise, and others it does not know.
-
-    Example:
-        >>> from llmcompress.testing import tiny_model
-        >>> model = tiny_model("bert")
-        >>> model.config.label2id = {"SPAM": 0, "HAM": 1}
-        >>> by_class_names([Example("Dear sir", label=ClassIndex(1, "spam"))], model)[0].label
-        0
-    """
-    used, known = _used_names(examples, model)
-    if all(known[name] == used[name] for name in known):
-        return [_mapped(one, int) for one in examples]
-    if unknown := [name for name in used if name not in known]:
-        raise ConfigError(
-            f"data must name its classes as {type(model).__name__} does, got {', '.join(map(repr, unknown))} beside "
-            f"{', '.join(map(repr, known))}, which config.label2id knows: {', '.join(class_indices(model))}; rename "
-            "the classes in one of the two."
-        )
-
-    return [_mapped(one, lambda label: known[label.name]) for one in examples]
-
-
-def _mapped(example: Example, index: Callable[[ClassIndex], int]) -> Example:
-    """Put plain indices in place of an example's `ClassIndex`, if it has any."""
-
-    def of(label: Any) -> Any:
-        return index(label) if isinstance(label, ClassIndex) else label
-
-    label = example.label
-    return replace(example, label=tuple(map(of, label)) if isinstance(label, tuple) else of(label))
-
-
-def foreign_names(examples: Sequence[Example], model: PreTrainedModel) -> str | None:
-    """Return what a reader should know of labels that are read by their index though both sides name their classes."""
-    used, known = _used_names(examples, model)
-    theirs = class_indices(model)
-    if known or all(name.isdecimal() for name in used) or all(_is_generic(*one) for one in theirs.items()):
-        return None
-    return (
-        f"the data calls its classes {', '.join(used)} and the model {', '.join(theirs)}: labels were read by their "
-        "index"
-    )
-
-
-def _is_generic(name: str, index: int) -> bool:
-    return name in (f"LABEL_{index}", str(index))
-
-
-def _used_names(examples: Iterable[Example], model: PreTrainedModel) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the names that labels come with, and those of them that the model knows, with the indices of each."""
-    labels = (one for row in examples for one in (row.label if isinstance(row.label, tuple) else (row.label,)))
-    used = {label.name: int(label) for label in labels if isinstance(label, ClassIndex)}
-    exact = class_indices(model) if used else {}
-    folded = {name.casefold(): index for name, index in exact.items()}
-    if len(folded) < len(exact):
-        folded = exact  # two classes that differ by their case alone
-    found = {name: exact.get(name, folded.get(name.casefold())) for name in used}
-    return used, {name: index for name, index in found.items() if index is not None}
-
-
-def labels_are_flags(labels: Mapping[int, Sequence[Any]], classes: int) -> bool:
-    """Tell whether sets of classes are given as 0 or 1 of every class; else they list the classes. All, or none.
-
-    Read row by row, (0, 1) of two classes would be the second one also where all other rows list classes.
-
-    Args:
-        labels: of each row of the data that has one.
-        classes: how many the model has.
-
-    Raises:
-        ConfigError: some rows can only be of the one form, and others only of the other.
-
-    Example:
-        >>> labels_are_flags({0: (0, 1), 1: (1, 1)}, 2), labels_are_flags({0: (0, 1), 1: (1,)}, 2)
-        (True, False)
-    """
-    flags = {row for row, one in labels.items() if len(one) == classes and all(flag in (0, 1) for flag in one)}
-    listed = next((row for row in labels if row not in flags), None)
-    if listed is None:
-        return True
-    for row in sorted(flags):
-        if len(set(labels[row])) < len(labels[row]):
-            raise ConfigError(
-                f"data[{row}].label must be a list of classes as that of data[{listed}], {labels[listed]!r}, got "
-                f"{labels[row]!r}, a 0 or 1 of each class; write all rows in one of the two forms."
-            )
-    return False
-
-
-def read_labels(model: PreTrainedModel, examples: Sequence[Example], *, regression: bool = False) -> list[int | float]:
-    """Return the label of each example as a classifier wants it: a class index, or for regression a real number.
-
-    Args:
-        model: its config names the classes.
-        examples: each has a label.
-        regression: whether the head puts out a real number.
-
-    Raises:
-        ConfigError: a label is not one of the model's classes, or for regression no number.
-
-    Example:
-        >>> from llmcompress.testing import tiny_model
-        >>> read_labels(tiny_model("bert"), [Example("good", label="LABEL_1"), Example("bad", label=0)])
-        [1, 0]
-    """
-    names = class_indices(model)
-    labels: list[int | float] = []
-    for index, example in enumerate(by_class_names(examples, model)):
-        label = example.label
-        if regression:
-            if not isinstance(label, (int, float)) or not math.isfinite(label):
-                raise ConfigError(f"data[{index}].label must be a finite number for a regression head, got {label!r}.")
-            labels.append(float(label))
-            continue
-        number = names.get(label) if isinstance(label, str) else label
-        # The range first: what is in it is finite, and can be made an integer.
-        if not isinstance(number, (int, float)) or not 0 <= number < model.config.num_labels or int(number) != number:
-            raise ConfigError(
-                f"data[{index}].label must be a class of {type(model).__name__} (0 to {model.config.num_labels - 1}, "
-                f"or one of {', '.join(list(names)[:8])}), got {label!r}."
-            )
-        labels.append(int(number))
-    return labels
-
-
 def find_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, who: str
 ) -> PreTrainedTokenizerBase:
@@ -376,8 +206,8 @@ def _example(row: Any, index: int, name: str, tags: tuple[str, ...] | None, clas
     if isinstance(row, str):
         return Example(row)
     if isinstance(row, Mapping):
-        text, pair, label = (_first(row, columns) for columns in (_TEXT, _PAIR, _LABEL))
-        asked, sentence = (_first(row, [column]) for column in _ASKED)
+        text, pair, label = (_first(row, columns) for columns in (TEXT, PAIR, LABEL))
+        asked, sentence = (_first(row, [column]) for column in ASKED)
         if pair is None and isinstance(asked, str) and isinstance(sentence, str):
             text, pair = asked, sentence
         if isinstance(text, str):
@@ -388,7 +218,7 @@ def _example(row: Any, index: int, name: str, tags: tuple[str, ...] | None, clas
         if words is not None:
             return _tagged(read_sentence(row, f"{name}[{index}]", tags))
         raise ConfigError(
-            f"{name}[{index}] must have a text in one of the columns {', '.join(_TEXT)}, got {sorted(row)}."
+            f"{name}[{index}] must have a text in one of the columns {', '.join(TEXT)}, got {sorted(row)}."
         )
     if isinstance(row, Sequence) and row and isinstance(row[0], str):
         if len(row) == 2:
@@ -451,14 +281,7 @@ def _read(source: str | Path, split: str, name: str) -> Iterable[Any]:
     except (OSError, ValueError):  # too long for the name of a file, or with a byte that none has
         is_file = is_place = False
     if is_file:
-        kind = path.suffix.lower()
-        if kind in {".csv", ".tsv"}:
-            return _read_table(path, "\t" if kind == ".tsv" else ",", name)
-        if kind in {".jsonl", ".json"}:
-            return _read_json(path, name)
-        if kind == ".txt":
-            return [text for text in _decoded(path, name).replace("\r\n", "\n").split("\n\n") if text.strip()]
-        raise ConfigError(f"{name} must be a .csv, .tsv, .jsonl, .json or .txt file, got {path.name!r}.")
+        return read_file(path, name)
     if path.suffix.lower() in {".csv", ".tsv", ".jsonl", ".json", ".txt"}:
         raise MissingInputError(f"{name}: there is no file {str(path)!r}.")
     if not is_place and (len(str(source).split()) > 1 or len(str(source)) > _LONGEST_NAME):
@@ -480,134 +303,3 @@ def _read(source: str | Path, split: str, name: str) -> Iterable[Any]:
 
 # Of a folder or a data set of the hub; what is longer is a text.
 _LONGEST_NAME = 255
-
-
-def _decoded(path: Path, name: str) -> str:
-    """Return what stands in a file of UTF-8, without the byte order mark that Excel writes; line ends as they are."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{name}: {path.name} must be UTF-8, got the byte 0x{error.object[error.start]:02x} in line {line}; "
-            "save the file as UTF-8."
-        ) from error
-
-
-def _read_json(path: Path, name: str) -> list[Any]:
-    text = _decoded(path, name)
-    if path.suffix.lower() == ".json":
-        rows = _parsed(text, 1, path, name)
-        return rows if isinstance(rows, list) else [rows]
-    # Not `splitlines`: a text may hold U+2028, which JSON does not escape.
-    return [_parsed(line, number, path, name) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _parsed(text: str, line: int, path: Path, name: str) -> Any:
-    """Read JSON that begins in `line` of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise ConfigError(f"{name}: {path.name} is not valid JSON at line {line}: {error.msg}.") from error
-
-
-class _BareTabs(csv.excel_tab):
-    """Tab-separated fields without quoting: sentences of the GLUE tables hold bare quotation marks."""
-
-    quoting = csv.QUOTE_NONE
-
-
-def _read_table(path: Path, delimiter: str, name: str) -> list[Any]:
-    rows = _split_rows(path, delimiter, name)
-    if not rows:
-        return []
-    _, first = rows[0]
-    header = [cell.strip().lower() for cell in first]
-    named = _names_columns(header)
-    other = next((one for one in ";,\t" if len(first) == 1 and _names_columns(header[0].split(one))), None)
-    if not named and other is not None:
-        raise ConfigError(
-            f"{name}: {path.name} must have {delimiter!r} between its columns, got {other!r} in its header "
-            f"{first[0]!r:.80}; save it with commas as .csv, or with tabs as .tsv."
-        )
-    for line, row in rows:
-        if len(row) != len(first):
-            raise ConfigError(
-                f"{name}: {path.name}, line {line} must have {len(first)} columns as the first line has, got "
-                f"{len(row)}; {_REMEDY[delimiter]}."
-            )
-    if named:
-        if twice := next((column for column in header if column and header.count(column) > 1), None):
-            raise ConfigError(
-                f"{name}: {path.name} must have one column of each name, got {twice!r} twice; rename one."
-            )
-        return [
-            {key: _number(value) if key in _LABEL else value for key, value in zip(header, row, strict=True)}
-            for _, row in rows[1:]
-        ]
-    _check_bare([row for _, row in rows], path, name)
-    return [row[0] if len(row) == 1 else (*row[:-1], _number(row[-1])) for _, row in rows]
-
-
-def _check_bare(rows: Sequence[Sequence[str]], path: Path, name: str) -> None:
-    """Refuse a table without a header that seems to have one, or whose first column seems to hold no texts."""
-    first, *rest = rows
-    for number, cell in enumerate(first):
-        if rest and all(_is_number(row[number]) for row in rest) and not _is_number(cell):
-            raise ConfigError(
-                f"{name}: {path.name} must name the column of its texts {' or '.join(_TEXT[:2])}, got {first!r:.80} "
-                "as its first line, which names none though numbers follow; rename it, or take the line out."
-            )
-    if all(_is_number(row[0]) for row in rows):
-        raise ConfigError(
-            f"{name}: {path.name} must have texts in its first column where no header says otherwise, got numbers, "
-            f"{first[0]!r} in its first line; begin it with a line such as id,text,label."
-        )
-
-
-_REMEDY = {
-    ",": 'put a text that holds commas, quotes or line ends in "quotes", and double each quote in it',
-    "\t": "take tabs out of the texts, or save it as .csv",
-}
-
-
-def _split_rows(path: Path, delimiter: str, name: str) -> list[tuple[int, list[str]]]:
-    """Return the rows of a table that are not empty, each with the line it begins in."""
-    text = _decoded(path, name)
-    rows = []
-    line = 1
-    most = csv.field_size_limit()
-    reader = csv.reader(io.StringIO(text, newline=""), "excel" if delimiter == "," else _BareTabs, strict=True)
-    try:
-        csv.field_size_limit(max(most, len(text)))  # a document may be longer than csv's 128 KiB; the limit is global
-        for row in reader:
-            if row:
-                rows.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ConfigError(
-            f"{name}: {path.name} is no valid table in the row of line {line}: {error}; {_REMEDY[delimiter]}."
-        ) from error
-    finally:
-        csv.field_size_limit(most)
-    return rows
-
-
-def _names_columns(cells: Iterable[str]) -> bool:
-    return any(cell.strip() in (*_TEXT, *_LABEL, *_OTHER) for cell in cells)
-
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-def _is_number(text: str) -> bool:
-    return _NUMBER.fullmatch(text.strip()) is not None
-
-
-def _number(text: str) -> Label:
-    """Read the label of a table's row: a number where it is one, of which the text is kept if it may name a class."""
-    if not _is_number(text):
-        return text
-    return ClassIndex(int(text), text.strip()) if text.strip().lstrip("+-").isdecimal() else float(text)

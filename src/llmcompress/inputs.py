@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .anatomy.module_sizes import quantized_by
+from .class_labels import by_class_names
 from .compressor import Compressor
-from .data import Example, by_class_names, find_tokenizer, load_examples
+from .data import Example, find_tokenizer, load_examples
 from .errors import ConfigError, MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:

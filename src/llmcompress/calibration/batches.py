@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..class_labels import read_labels
 from ..compressor import Action
-from ..data import Example, encode, find_tokenizer, longest_input, read_labels
+from ..data import Example, encode, find_tokenizer, longest_input
 from ..errors import ConfigError, MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:

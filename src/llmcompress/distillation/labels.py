@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ..data import Example, Span, class_indices, labels_are_flags, read_labels
+from ..class_labels import class_indices, labels_are_flags, read_labels
+from ..data import Example, Span
 from ..errors import ConfigError, MissingInputError, did_you_mean
 from .heads import IGNORED, Head
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ...data import by_class_names, class_indices, encode, foreign_names, labels_are_flags
+from ...class_labels import by_class_names, class_indices, foreign_names, labels_are_flags
+from ...data import encode
 from ...errors import ConfigError, MissingInputError, UnsupportedModelError, did_you_mean
 from ...registry import tasks
 from ..resampling import Metrics
