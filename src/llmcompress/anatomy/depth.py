@@ -251,8 +251,7 @@ def _compare(
         place = next((index for stack, indices in kept.items() for index in _place(path, stack, indices)), None)
         for name, value in _plain(module):
             new = vars(other[path]).get(name)
-            if new == value or (place is None and name not in vars(other[path])):
-                # What the shallow model does not have at all belonged to a kind of block that is gone.
+            if new == value:
                 continue
             # Outside of the blocks numbers and flags are derived (`has_sliding_layers`); inside only the place is.
             if isinstance(new, int) and type(value) is type(new) and (place is None or (value, new) == place):
