@@ -581,7 +581,7 @@ def test_auto_goes_through_a_recipe_and_nonsense_is_refused():
     step = lc.StructuredPruning(ffn=0.5, round_to="auto")
     assert lc.compressors.create(yaml.safe_load(yaml.safe_dump(step.to_dict()))) == step
     for wrong in (0, 1025, "fast", 2.5, True):
-        with pytest.raises(lc.ConfigError, match=r"round_to must be ('auto' or a whole number in \[1, 1024\]|a number), got"):
+        with pytest.raises(lc.ConfigError, match=r"round_to must be .*number.*, got"):
             lc.StructuredPruning(ffn=0.5, round_to=wrong)
 
 
