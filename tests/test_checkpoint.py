@@ -264,3 +264,36 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "bert" / "tokenizer.json").write_text("{")
     with pytest.raises(lc.CheckpointError, match=r"the tokenizer in \S+ cannot be read: .*; pass tokenizer="):
         lc.compress(tmp_path / "bert", lc.MagnitudePruning(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": None}, "names no class under architectures; pass model_class"),
+        ({"hidden_size": "wide"}, r"config\.json cannot be read|is no folder of a model"),
+    ],
+)
+def test_configs_that_cannot_be_read_are_told(tmp_path, change, words):
+    tiny_model("bert").save_pretrained(tmp_path)
+    edit("config.json", **change)(tmp_path)
+    with pytest.raises(lc.CheckpointError, match=words):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [5, {"a": 5}, {"a": "../elsewhere.safetensors"}])
+def test_an_index_names_files_of_its_folder(tmp_path, weight_map):
+    model = tiny_model("bert")
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(lc.CheckpointError, match=r"index\.json (is damaged|must name files of its folder)"):
+        lc.compress_checkpoint(tmp_path, tmp_path / "out", "magnitude_pruning", progress=False)
+
+
+def test_modules_of_ones_own_are_told_when_they_are_read(tmp_path):
+    model = tiny_model("bert")
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(64, 2))
+    save(model, tmp_path / "own", metadata={})
+    with pytest.raises(
+        lc.CheckpointError, match=r"no weights for classifier\.bias, .*; it holds classifier\.0\.bias instead"
+    ):
+        load(tmp_path / "own")

@@ -144,6 +144,18 @@ def test_a_tokenizer_by_name_is_refused_though_no_step_needs_one(bert):
         lc.compress(bert, lc.MagnitudePruning(), tokenizer="bert", progress=False)
 
 
+def test_wrapped_models_are_refused_with_the_way_out(bert):
+    peft = pytest.importorskip("peft")
+    wrapped = {
+        "pass model._orig_mod": torch.compile(bert),
+        "pass model.module": torch.nn.DataParallel(bert),
+        "merge_and_unload": peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(target_modules=["query"])),
+    }
+    for way, model in wrapped.items():
+        with pytest.raises(lc.ConfigError, match=rf"compress\.model must be .*, got a \w+; .*{way}"):
+            lc.compress(model, lc.DynamicQuantization())
+
+
 def test_adapters_are_to_be_merged_first(bert):
     peft = pytest.importorskip("peft")
     bert.add_adapter(peft.LoraConfig(target_modules=["query"]))

@@ -242,7 +242,9 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
         )
     missing = sorted(info["missing_keys"])
     if missing and model_class is None:
-        raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; save the model again.")
+        own = sorted(info["unexpected_keys"])
+        why = f"it holds {own[0]} instead, of a module that no config tells" if own else "save the model again"
+        raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:4])}; {why}.")
     if missing and missing == sorted(model.state_dict()):
         raise CheckpointError(
             f"{folder} has no weights for any part of {type(model).__name__}; it holds a "
@@ -289,7 +291,11 @@ def saved_class(folder: str | Path) -> tuple[type[PreTrainedModel], PreTrainedCo
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no folder of a model, and no model on the hub: {error}") from error
-    names = config.architectures or [None]
+    except Exception as error:  # each config's own code reads its fields
+        raise CheckpointError(f"{folder}: config.json cannot be read: {type(error).__name__}: {error}") from error
+    names = config.architectures
+    if not names:
+        raise CheckpointError(f"{folder}: config.json names no class under architectures; pass model_class.")
     found = getattr(transformers, str(names[0]), None)
     if found is None:
         raise CheckpointError(

@@ -26,8 +26,17 @@ def check_model(model: Any, field: str = "model") -> None:
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, (PreTrainedModel, str, Path)):
-        raise ConfigError(f"{field} must be a transformers model, a folder or a hub name, got {model!r:.80}.")
+    if isinstance(model, (PreTrainedModel, str, Path)):
+        return
+    # What torch and peft wrap models in, and where these are inside.
+    inside = next(
+        (name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), PreTrainedModel)), ""
+    )
+    way = f"pass model.{inside}" if inside else ""
+    if hasattr(model, "merge_and_unload"):
+        way = "pass model.merge_and_unload()"
+    what = f"a {type(model).__name__}; {way}" if way else f"{model!r:.80}"
+    raise ConfigError(f"{field} must be a transformers model, a folder or a hub name, got {what}.")
 
 
 def check_task(task: Any, field: str) -> None:

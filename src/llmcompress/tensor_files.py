@@ -41,8 +41,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / _SINGLE,)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}); download or save it again.") from error
+    odd = next((name for name in names if not isinstance(name, str) or name != Path(name).name), None)
+    if odd is not None:
+        raise CheckpointError(f"{index} must name files of its folder, got {odd!r}; download or save it again.")
     return tuple(folder / name for name in names)
 
 
