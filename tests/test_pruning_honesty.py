@@ -191,3 +191,11 @@ def test_a_tied_zero_is_none_that_training_could_lose():
     assert zeros_of(result.model.lm_head.weight) == 0
     assert isinstance(result.model.lm_head, nn.Linear)
     assert zeros_of(result.model.model.layers[0].mlp.up_proj.weight) == 64 * 128 // 2
+
+
+def test_steps_behind_zeros_that_may_overlap_are_checked_on_what_they_will_get(monkeypatch):
+    """The sizes are exact all the same: what the last step cannot take is refused before the first one works."""
+    monkeypatch.setattr(lc.MagnitudePruning, "compress", lambda *_: pytest.fail("this worked already"))
+    steps = [lc.MagnitudePruning(), lc.WandaPruning(), lc.DepthPruning(layers=1), lc.DepthPruning(layers=(0, 1))]
+    with pytest.raises(lc.CompressionError, match=r"blocks that are there|all are to stay"):
+        compressed(tiny_model("llama"), *steps)

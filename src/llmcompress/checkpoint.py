@@ -268,7 +268,8 @@ def _restore(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> None
     """Read weights in the dtype that they have in the files of `folder`, where transformers read all in one."""
     from .tensor_files import stored_in, weight_files  # which need torch
 
-    wanted = {name: weight for name, weight in model.named_parameters() if name in set(names)}
+    wider = set(names)
+    wanted = {name: weight for name, weight in model.named_parameters() if name in wider}
     for file in weight_files(folder) if wanted else ():
         for name, stored in stored_in(file).items():
             if name in wanted and stored.shape == wanted[name].shape:

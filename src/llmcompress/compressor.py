@@ -203,6 +203,7 @@ class Outline:
         scratch: bytes that the work takes at most beside the untouched original and the model it works on.
         flops: of all its matrix products, a multiplication and an addition being two.
         swept: how many numbers are read or written one by one elsewhere.
+        overlap: why there may be more zeros than noted, though all sizes are exact; or None.
     """
 
     model: PreTrainedModel
@@ -210,6 +211,7 @@ class Outline:
     scratch: int = 0
     flops: float = 0.0
     swept: float = 0.0
+    overlap: str | None = None
 
 
 def _leaves(annotation: Any) -> set[Any]:

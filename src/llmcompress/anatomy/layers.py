@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -142,6 +143,21 @@ def select(
             f"{_examples(names) or 'no float weight matrix at all (is the model already quantized?)'}."
         )
     return chosen, left
+
+
+def by_weight(layers: Iterable[WeightLayer]) -> dict[int, list[WeightLayer]]:
+    """Return the layers that share a weight together, by its id.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> found = by_weight(weight_layers(tiny_model("llama")))
+        >>> [[layer.name for layer in together] for together in found.values() if len(together) > 1]
+        [['model.embed_tokens', 'lm_head']]
+    """
+    together: dict[int, list[WeightLayer]] = defaultdict(list)
+    for layer in layers:
+        together[id(layer.weight)].append(layer)
+    return together
 
 
 def refuse_nonfinite(layers: Iterable[WeightLayer]) -> None:

@@ -107,7 +107,7 @@ def plan(
                     size=after,
                     peak_bytes=None if outline is None else standing + outline.scratch,
                     rough_seconds=None if outline is None else _rough_seconds(outline, str(context.device)),
-                    estimated=None if outline is None else outline.estimated or _inherited(planned),
+                    estimated=None if outline is None else outline.estimated or outline.overlap or _inherited(planned),
                     touched=[action for action in found if action.touched],
                     left=[action for action in found if not action.touched],
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..anatomy.empty import note_zeros, noted_zeros
-from ..anatomy.layers import WeightLayer, select, weight_layers
+from ..anatomy.layers import WeightLayer, by_weight, select, weight_layers
 from ..compressor import Action, Compressor, Context, Outline
 from ..errors import ConfigError, NothingToCompressError
 
@@ -105,7 +104,8 @@ class UnstructuredPruning(Compressor):
                 overlap = "how many of the new zeros are among those of an earlier step depends on the weights"
             note_zeros(weight, max(self._zeros(quota), before))
         weights = [quota.layer.weight.numel() for quota in quotas]
-        return Outline(model, overlap, scratch=_CHUNK_BYTES * min(max(weights), _CHUNK), swept=_SWEEPS * sum(weights))
+        scratch = _CHUNK_BYTES * min(max(weights), _CHUNK)
+        return Outline(model, scratch=scratch, swept=_SWEEPS * sum(weights), overlap=overlap)
 
     def _zeros(self, quota: Quota) -> int:
         """Return how many of a layer's weights become zero: its share of each matrix, where it has several."""
@@ -163,14 +163,12 @@ class UnstructuredPruning(Compressor):
 
 def _one_of_each(model: PreTrainedModel, layers: Sequence[WeightLayer]) -> tuple[list[WeightLayer], list[Action]]:
     """Take a weight that several layers share once, and not at all where one of these is to stay as it is."""
-    holders = defaultdict(list)
-    for layer in weight_layers(model):
-        holders[id(layer.weight)].append(layer.name)
+    holders = by_weight(weight_layers(model))
     chosen = {layer.name for layer in layers}
     kept: list[WeightLayer] = []
     shared = []
     for layer in layers:
-        together = holders[id(layer.weight)]
+        together = [holder.name for holder in holders[id(layer.weight)]]
         outside = next((name for name in together if name not in chosen), None)
         if outside is not None:
             why = f"shares its weight with {outside}, which this step does not change"

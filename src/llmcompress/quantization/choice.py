@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer, refusal, select, weight_layers
+from ..anatomy.layers import Kind, WeightLayer, by_weight, refusal, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import in_turns
 from ..compressor import Action
@@ -102,13 +102,11 @@ def all_or_none(
     Raises:
         NothingToCompressError: none of those that were asked for can be coded.
     """
-    partners = defaultdict(list)
-    for layer in layers:
-        partners[id(layer.weight)].append(layer.name)
+    partners = by_weight(layers)
     kept: list[WeightLayer] = []
     floats, others = [], []
     for layer in layers:
-        together = partners[id(layer.weight)]
+        together = [partner.name for partner in partners[id(layer.weight)]]
         if not any(name in asked for name in together):
             others.append(Action(path=layer.name, reason=left.get(layer.name) or "not asked for"))
             continue

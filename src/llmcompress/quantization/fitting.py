@@ -98,8 +98,8 @@ def _half_quadratic(weight: torch.Tensor, grid: Grid, importance: torch.Tensor |
     """Minimise sum |w - w_q|^0.7 by half-quadratic splitting (HQQ, Badri & Shaji 2023).
 
     An auxiliary error takes up the outliers by a shrinkage step, and the zero point is then refitted to the rest in
-    closed form; on a grid without zero points, or with whole ones, it is the scale. The best of all
-    rounds is kept, group by group.
+    closed form; on a grid without zero points, or with whole ones, it is the scale. The best of all rounds is kept,
+    group by group.
     """
     best = current = min_max(weight, grid)
     least = torch.full(best[0].shape, torch.inf, dtype=torch.float32, device=weight.device)

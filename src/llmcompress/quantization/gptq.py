@@ -42,8 +42,8 @@ class GPTQ(CalibratedGrouping):
 
     Rounded to nearest instead, and told: embeddings that are named, and layers and experts that no calibration
     token reached. Zeros of a pruned layer (more than one weight in a hundred) stay exactly zero, and only the others
-    make up for errors. Left in float, and told: embeddings and heads unless `targets`, or
-    `overrides` without `targets`, name them; layers whose weight the model's code reads itself.
+    make up for errors. Left in float, and told: embeddings and heads unless `targets`, or `overrides` without
+    `targets`, name them; layers whose weight the model's code reads itself.
 
     Args:
         samples: how many texts of the data to calibrate on at most.

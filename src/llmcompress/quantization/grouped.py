@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from ..anatomy.layers import Kind, WeightLayer, refusal, refuse_nonfinite, select, weight_layers
+from ..anatomy.layers import Kind, WeightLayer, by_weight, refusal, refuse_nonfinite, select, weight_layers
 from ..anatomy.reads import read_directly
 from ..anatomy.turns import let_go
 from ..compressor import Action, Compressor, Context, Need, Outline
@@ -199,8 +198,8 @@ class GroupedQuantization(Compressor):
             return list(map(str, targets))
         widths = (", ".join(map(str, self.auto_bits[:-1])) + f" or {self.auto_bits[-1]}").removeprefix(" or ")
         chosen = f"int{widths}, chosen for {self.target_bits:g} stored bits a weight on average"
-        free = free_targets(self, targets)
-        return [chosen if target in free else str(target) for target in targets]
+        free = set(map(id, free_targets(self, targets)))
+        return [chosen if id(target) in free else str(target) for target in targets]
 
     def _grid_for(self, layer: WeightLayer, bits: int) -> Grid:
         """Return the grid of a layer with so many bits."""
@@ -247,9 +246,7 @@ class GroupedQuantization(Compressor):
         reasons = {action.path: action.reason for action in left}
         self._refuse_idle(model, layers, asked, reasons)
         kept, stay = all_or_none(model, layers, who=who, asked=asked, refused=refused, left=reasons)
-        partners = defaultdict(list)
-        for layer in kept:
-            partners[id(layer.weight)].append(layer)
+        partners = by_weight(kept)
         targets = []
         for layer in kept:
             shared = f"shared with {layer.tied_to}" if layer.tied_to else None
