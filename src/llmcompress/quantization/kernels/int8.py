@@ -33,6 +33,8 @@ def activation_bits() -> int:
     That is so on x86 CPUs without VNNI, in fbgemm as in the native kernels: 8 bits would overflow there.
     """
     kernels = native()
+    if kernels is not None and kernels.name == "avx2":  # asked for by name, perhaps, where the CPU has VNNI
+        return 7
     exact = kernels is not None and kernels.name in {"avx_vnni", "avx512_vnni", "neon_dot"}
     return 8 if exact or torch.cpu._is_vnni_supported() else 7
 
