@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "unrolled.hpp"
+
 namespace llmc {
 namespace {
 
@@ -26,7 +28,7 @@ struct Avx2 {
   static Floats splat(float x) { return _mm256_set1_ps(x); }
   static Floats load(const float* x) { return _mm256_loadu_ps(x); }
   static Ints load(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
-  static void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
+  LLMC_INLINED static void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
   static void store(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
   static void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
@@ -35,8 +37,10 @@ struct Avx2 {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
   static Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-  static Floats bytes_to_floats(const uint8_t* x) {
-    return to_floats(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+  // Writes eight bytes, the lowest first, as floats times `unit`, less `bias`.
+  static void store_eight(float* to, uint64_t bytes, float unit, float bias) {
+    const Floats codes = to_floats(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes))));
+    store(to, sub(mul(codes, splat(unit)), splat(bias)));
   }
   static Floats load_halves(const uint16_t* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));

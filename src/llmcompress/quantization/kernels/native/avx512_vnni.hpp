@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "unrolled.hpp"
+
 namespace llmc {
 namespace {
 
@@ -20,7 +22,7 @@ struct Avx512Vnni {
   static Floats splat(float x) { return _mm512_set1_ps(x); }
   static Floats load(const float* x) { return _mm512_loadu_ps(x); }
   static Ints load(const void* x) { return _mm512_loadu_si512(x); }
-  static void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
+  LLMC_INLINED static void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
   static void store(void* to, Ints v) { _mm512_storeu_si512(to, v); }
   static void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
@@ -29,8 +31,9 @@ struct Avx512Vnni {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
   static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-  static Floats bytes_to_floats(const uint8_t* x) {
-    return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  static void store_eight(float* to, uint64_t bytes, float unit, float bias) {
+    const __m256 codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes))));
+    _mm256_storeu_ps(to, _mm256_sub_ps(_mm256_mul_ps(codes, _mm256_set1_ps(unit)), _mm256_set1_ps(bias)));
   }
   static Floats load_halves(const uint16_t* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 

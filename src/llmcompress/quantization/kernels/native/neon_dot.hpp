@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "unrolled.hpp"
+
 namespace llmc {
 namespace {
 
@@ -24,7 +26,7 @@ struct NeonDot {
   static Floats splat(float x) { return vdupq_n_f32(x); }
   static Floats load(const float* x) { return vld1q_f32(x); }
   static Ints load(const void* x) { return ints(vld1q_u8(static_cast<const uint8_t*>(x))); }
-  static void prefetch(const void* x) {
+  LLMC_INLINED static void prefetch(const void* x) {
 #if !defined(_MSC_VER)
     __builtin_prefetch(x);
 #endif
@@ -37,11 +39,12 @@ struct NeonDot {
   static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats fnma(Floats a, Floats b, Floats c) { return vfmsq_f32(c, a, b); }
   static Floats to_floats(Ints v) { return vcvtq_f32_s32(v); }
-  static Floats bytes_to_floats(const uint8_t* x) {
-    uint32_t four;
-    memcpy(&four, x, sizeof four);
-    const uint16x8_t words = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
-    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
+  static void store_eight(float* to, uint64_t bytes, float unit, float bias) {
+    const uint16x8_t words = vmovl_u8(vcreate_u8(bytes));
+    const Floats low = vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
+    const Floats high = vcvtq_f32_u32(vmovl_u16(vget_high_u16(words)));
+    store(to, sub(mul(low, splat(unit)), splat(bias)));
+    store(to + 4, sub(mul(high, splat(unit)), splat(bias)));
   }
   static Floats load_halves(const uint16_t* x) {
     return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(x)));

@@ -10,12 +10,15 @@
 #include "packed_matrix.hpp"
 #include "scales.hpp"
 #include "scratch.hpp"
+#include "unrolled.hpp"
 
 namespace llmc {
 namespace {
 
 template <class Set>
 constexpr int64_t kBytes = 4 * Set::lanes;
+// So many rows of codes are fetched beforehand: the next outputs' ones.
+constexpr int64_t kRowsAhead = 4;
 
 template <class Set>
 int64_t codes_a_vector(int64_t bits) {
@@ -96,57 +99,54 @@ struct WholeSums {
   }
 
   // What vectors [v, end) give each output and row of activations.
-  // `ahead` is how far behind these codes those of the next outputs lie: a row is too short for the processor to see
-  // where reading goes on.
+  // `ahead` is how far behind these codes those lie that are fetched beforehand: a row is too short for the processor to
+  // see where reading goes on.
   template <int outputs, int rows>
-  void add(const uint8_t* const (&codes)[outputs], const int8_t* const (&x)[rows], int64_t ahead, int64_t v,
+  LLMC_INLINED void add(const uint8_t* const (&codes)[outputs], const int8_t* const (&x)[rows], int64_t ahead, int64_t v,
            int64_t end, Ints (&sums)[outputs][rows]) const {
     Partial parts[outputs][rows];
-    for (int r = 0; r < outputs; ++r)
-      for (int m = 0; m < rows; ++m) parts[r][m] = Set::zero_partial();
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { parts[r][m] = Set::zero_partial(); });
     for (; v < end; ++v) {
-      for (int r = 0; r < outputs; ++r) {
+      unrolled<outputs>([&](auto r) LLMC_INLINE {
         const uint8_t* at = codes[r] + v * kBytes<Set>;
         const Ints packed = Set::load(static_cast<const void*>(at));
-        if constexpr (rows == 1) Set::prefetch(at + ahead);
-        for (int f = 0; f < fields; ++f) {
+        Set::prefetch(at + ahead);
+        unrolled<fields>([&](auto f) LLMC_INLINE {
           Ints own = Set::template byte_field<width>(packed, f);
           if constexpr (lookup) own = Set::look_up(table, own);
-          for (int m = 0; m < rows; ++m) {
+          unrolled<rows>([&](auto m) LLMC_INLINE {
             const Ints other = Set::load(static_cast<const void*>(x[m] + (v * fields + f) * kBytes<Set>));
             if constexpr (singly)
               sums[r][m] = Set::fold(sums[r][m], Set::template mac<large>(Set::zero_partial(), own, other));
             else
               parts[r][m] = Set::template mac<large>(parts[r][m], own, other);
-          }
-        }
-      }
+          });
+        });
+      });
     }
     if constexpr (!singly)
-      for (int r = 0; r < outputs; ++r)
-        for (int m = 0; m < rows; ++m) sums[r][m] = Set::fold(sums[r][m], parts[r][m]);
+      unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { sums[r][m] = Set::fold(sums[r][m], parts[r][m]); });
   }
 
   template <bool within, int outputs, int rows>
-  void run(const PackedMatrix& a, const Walk& walk, const uint8_t* const (&codes)[outputs],
+  LLMC_INLINED void run(const PackedMatrix& a, const Walk& walk, const uint8_t* const (&codes)[outputs],
            const RowGrid<Set>& grid, Ints places, const Input<rows>& input,
            typename Set::Floats (&totals)[outputs][rows]) const {
     const float *scale[outputs], *middle[outputs];
-    for (int r = 0; r < outputs; ++r) scale[r] = grid.scale_of(r), middle[r] = grid.middle_of(r);
+    unrolled<outputs>([&](auto r) LLMC_INLINE { scale[r] = grid.scale_of(r), middle[r] = grid.middle_of(r); });
     const int8_t* x[rows];
-    for (int m = 0; m < rows; ++m) x[m] = input.codes[m];
+    unrolled<rows>([&](auto m) LLMC_INLINE { x[m] = input.codes[m]; });
     // Of its own, so that it stays in registers.
     typename Set::Floats all[outputs][rows];
-    for (int r = 0; r < outputs; ++r)
-      for (int m = 0; m < rows; ++m) all[r][m] = Set::zero_floats();
-    const auto scaled = [&](int64_t g, Ints (&sums)[outputs][rows]) {
-      for (int r = 0; r < outputs; ++r) {
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { all[r][m] = Set::zero_floats(); });
+    const auto scaled = [&](int64_t g, const Ints(&sums)[outputs][rows]) LLMC_INLINE {
+      unrolled<outputs>([&](auto r) LLMC_INLINE {
         const auto own = within ? Set::gather(scale[r] + g, places) : Set::splat(scale[r][g]);
-        for (int m = 0; m < rows; ++m) all[r][m] = Set::fma(Set::to_floats(sums[r][m]), own, all[r][m]);
-      }
+        unrolled<rows>([&](auto m) LLMC_INLINE { all[r][m] = Set::fma(Set::to_floats(sums[r][m]), own, all[r][m]); });
+      });
     };
     const int64_t vectors = walk.vectors, in_group = walk.group, in_vector = walk.groups;
-    const int64_t ahead = outputs * a.code_bytes;
+    const int64_t ahead = kRowsAhead * a.code_bytes;
     if (within || in_group == 1) {
       for (int64_t v = 0; v < vectors; ++v) {
         Ints sums[outputs][rows];
@@ -165,20 +165,20 @@ struct WholeSums {
       }
     }
     for (int64_t g = 0; g < a.groups; g += Set::lanes) {
-      for (int r = 0; r < outputs; ++r) {
+      unrolled<outputs>([&](auto r) LLMC_INLINE {
         const auto own = Set::mul(Set::load(scale[r] + g), Set::load(middle[r] + g));
-        for (int m = 0; m < rows; ++m) all[r][m] = Set::fnma(own, Set::load(input.sums[m] + g), all[r][m]);
-      }
+        unrolled<rows>([&](auto m) LLMC_INLINE {
+          all[r][m] = Set::fnma(own, Set::load(input.sums[m] + g), all[r][m]);
+        });
+      });
     }
-    for (int r = 0; r < outputs; ++r)
-      for (int m = 0; m < rows; ++m) totals[r][m] = all[r][m];
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { totals[r][m] = all[r][m]; });
   }
 
  private:
   template <int outputs, int rows>
-  static void nothing(Ints (&sums)[outputs][rows]) {
-    for (int r = 0; r < outputs; ++r)
-      for (int m = 0; m < rows; ++m) sums[r][m] = Set::zero_ints();
+  LLMC_INLINED static void nothing(Ints (&sums)[outputs][rows]) {
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { sums[r][m] = Set::zero_ints(); });
   }
 };
 
@@ -195,36 +195,43 @@ struct FloatSums {
   explicit FloatSums(const PackedMatrix&) {}
 
   template <bool within, int outputs, int rows>
-  void run(const PackedMatrix&, const Walk& walk, const uint8_t* const (&codes)[outputs],
-           const RowGrid<Set>& grid, Ints places, const Input<rows>& input,
-           Floats (&totals)[outputs][rows]) const {
+  LLMC_INLINED void run(const PackedMatrix& a, const Walk& walk, const uint8_t* const (&codes)[outputs],
+                        const RowGrid<Set>& grid, Ints places, const Input<rows>& input,
+                        Floats (&totals)[outputs][rows]) const {
     const float *scale[outputs], *middle[outputs];
-    for (int r = 0; r < outputs; ++r) scale[r] = grid.scale_of(r), middle[r] = grid.middle_of(r);
+    unrolled<outputs>([&](auto r) LLMC_INLINE { scale[r] = grid.scale_of(r), middle[r] = grid.middle_of(r); });
     const float* x[rows];
-    for (int m = 0; m < rows; ++m) x[m] = input.floats[m];
+    unrolled<rows>([&](auto m) LLMC_INLINE { x[m] = input.floats[m]; });
+    Floats all[outputs][rows];
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { all[r][m] = Set::zero_floats(); });
     const int64_t vectors = walk.vectors, in_group = within ? 1 : walk.group, in_vector = walk.groups;
+    const int64_t ahead = kRowsAhead * a.code_bytes;
     for (int64_t v = 0, g = 0; v < vectors; g += in_vector) {
       Floats sums[outputs][rows], zero[outputs];
-      for (int r = 0; r < outputs; ++r) {
+      unrolled<outputs>([&](auto r) LLMC_INLINE {
         zero[r] = within ? Set::gather(middle[r] + g, places) : Set::splat(middle[r][g]);
-        for (int m = 0; m < rows; ++m) sums[r][m] = Set::zero_floats();
-      }
+        unrolled<rows>([&](auto m) LLMC_INLINE { sums[r][m] = Set::zero_floats(); });
+      });
       for (const int64_t end = v + in_group < vectors ? v + in_group : vectors; v < end; ++v) {
-        for (int r = 0; r < outputs; ++r) {
-          const Ints packed = Set::load(static_cast<const void*>(codes[r] + v * kBytes<Set>));
-          for (int j = 0; j < fields; ++j) {
+        unrolled<outputs>([&](auto r) LLMC_INLINE {
+          const uint8_t* at = codes[r] + v * kBytes<Set>;
+          const Ints packed = Set::load(static_cast<const void*>(at));
+          Set::prefetch(at + ahead);
+          unrolled<fields>([&](auto j) LLMC_INLINE {
             const Ints code = Set::template lane_field<width>(packed, j);
             const Floats weight = Set::sub(Set::to_floats(code), zero[r]);
-            for (int m = 0; m < rows; ++m)
+            unrolled<rows>([&](auto m) LLMC_INLINE {
               sums[r][m] = Set::fma(weight, Set::load(x[m] + (v * fields + j) * Set::lanes), sums[r][m]);
-          }
-        }
+            });
+          });
+        });
       }
-      for (int r = 0; r < outputs; ++r) {
+      unrolled<outputs>([&](auto r) LLMC_INLINE {
         const Floats own = within ? Set::gather(scale[r] + g, places) : Set::splat(scale[r][g]);
-        for (int m = 0; m < rows; ++m) totals[r][m] = Set::fma(sums[r][m], own, totals[r][m]);
-      }
+        unrolled<rows>([&](auto m) LLMC_INLINE { all[r][m] = Set::fma(sums[r][m], own, all[r][m]); });
+      });
     }
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { totals[r][m] = all[r][m]; });
   }
 };
 
@@ -271,12 +278,11 @@ void row_products(const PackedMatrix& a, const typename Sums::template Input<row
       grid.load(a, output, r);
     }
     typename Set::Floats totals[outputs][rows];
-    for (int r = 0; r < outputs; ++r)
-      for (int m = 0; m < rows; ++m) totals[r][m] = Set::zero_floats();
     kernel.template run<within, outputs, rows>(a, walk, own, grid, places, x, totals);
-    for (int r = 0; r < outputs && first + r < end; ++r)
-      for (int m = 0; m < rows; ++m)
+    unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE {
+      if (first + r < end)
         y[m * a.rows + first + r] = x.finish(Set::sum(totals[r][m]), m, bias ? bias[first + r] : 0.0F);
+    });
   }
 }
 

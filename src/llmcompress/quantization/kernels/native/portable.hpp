@@ -63,8 +63,8 @@ struct Portable {
   static Floats to_floats(const Ints& v) {
     return each<Floats>([&](int i) { return static_cast<float>(v.at[i]); });
   }
-  static Floats bytes_to_floats(const uint8_t* x) {
-    return each<Floats>([=](int i) { return static_cast<float>(x[i]); });
+  static void store_eight(float* to, uint64_t bytes, float unit, float bias) {
+    for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(bytes >> (8 * i) & 255) * unit - bias;
   }
   static Floats load_halves(const uint16_t* x) {
     return each<Floats>([=](int i) { return of_half(x[i]); });

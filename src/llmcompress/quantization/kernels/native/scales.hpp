@@ -4,6 +4,7 @@
 #include "packed_matrix.hpp"
 #include "scratch.hpp"
 #include "unpack.hpp"
+#include "unrolled.hpp"
 
 namespace llmc {
 namespace {
@@ -15,7 +16,7 @@ class RowGrid {
   // `bias` is taken off each middle, for sets that take it off each code.
   RowGrid(const PackedMatrix& a, int rows, int bias)
       : length_((a.groups + 3 * Set::lanes) / Set::lanes * Set::lanes), scale_(rows * length_),
-        middle_(rows * length_), zero_(length_), bias_(static_cast<float>(bias)) {
+        middle_(rows * length_), bias_(static_cast<float>(bias)) {
     for (int r = 0; r < rows; ++r)
       for (int64_t g = 0; g < a.groups; ++g) middle_[r * length_ + g] = a.middle - bias_;
   }
@@ -28,12 +29,11 @@ class RowGrid {
  private:
   const int64_t length_;
   Scratch<float> scale_, middle_;
-  Scratch<uint8_t> zero_;
   const float bias_;
 };
 
 template <class Set>
-void load_scales(const PackedMatrix& a, int64_t row, float* to) {
+LLMC_INLINED void load_scales(const PackedMatrix& a, int64_t row, float* to) {
   const int64_t groups = a.groups, at = row * groups;
   int64_t g = 0;
   if (a.scale_kind == kFloat) {
@@ -58,15 +58,18 @@ void load_scales(const PackedMatrix& a, int64_t row, float* to) {
 }
 
 template <class Set>
-void RowGrid<Set>::load(const PackedMatrix& a, int64_t row, int r) {
+LLMC_INLINED void RowGrid<Set>::load(const PackedMatrix& a, int64_t row, int r) {
   load_scales<Set>(a, row, scale_ + r * length_);
   if (!a.zero) return;
-  unpack_row<Set>(a.zero + row * a.zero_bytes, a.zero_bits, a.groups, zero_);
-  const auto unit = Set::splat(a.zero_unit), bias = Set::splat(bias_);
   float* to = middle_ + r * length_;
+  const uint8_t* zero = a.zero + row * a.zero_bytes;
+  // Of rows behind this one too, so that only at the end of the matrix there are fewer than a word holds.
+  const int64_t left = (a.rows - row) * a.zero_bytes;
   // What is written behind the groups meets scales that are zero.
-  for (int64_t g = 0; g < a.groups; g += Set::lanes)
-    Set::store(to + g, Set::sub(Set::mul(Set::bytes_to_floats(zero_ + g), unit), bias));
+  for (int64_t g = 0; g < a.groups; g += 8) {
+    const int64_t at = g / 8 * a.zero_bits;
+    Set::store_eight(to + g, eight_codes<Set>(zero + at, a.zero_bits, left - at), a.zero_unit, bias_);
+  }
 }
 
 }  // namespace
