@@ -39,6 +39,10 @@ def int8(layers: list[nn.Linear]) -> Engine:
     return nn.Sequential(*(Int8Linear.from_float(layer) for layer in layers))
 
 
+def fbgemm_int8(layers: list[nn.Linear]) -> Engine:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(*layers), {nn.Linear}, torch.qint8)
+
+
 def packed(grid: Grid, compute: Compute) -> Callable[[list[nn.Linear]], Engine]:
     def make(layers: list[nn.Linear]) -> Engine:
         coded = (PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid, compute) for layer in layers)
@@ -98,6 +102,7 @@ def onnx_int4(layers: list[nn.Linear]) -> Engine:
 ENGINES: dict[str, Callable[[list[nn.Linear]], Engine]] = {
     "torch fp32": fp32,
     "torch bf16": bf16,
+    "fbgemm int8 (torch.ao quantize_dynamic)": fbgemm_int8,
     "llmcompress int8": int8,
     "llmcompress int4, groups of 32": packed(Grid(4, 32), "int8"),
     "llmcompress int4, groups of 128": packed(Grid(4, 128), "int8"),
