@@ -35,7 +35,7 @@ def activation_bits() -> int:
     kernels = native()
     if kernels is not None and kernels.name == "avx2":  # asked for by name, perhaps, where the CPU has VNNI
         return 7
-    exact = kernels is not None and kernels.name in {"avx_vnni", "avx512_vnni", "neon_dot"}
+    exact = kernels is not None and kernels.name in {"avx_vnni", "avx512_vnni", "avx512_amx", "neon_dot"}
     return 8 if exact or torch.cpu._is_vnni_supported() else 7
 
 

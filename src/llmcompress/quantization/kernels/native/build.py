@@ -21,26 +21,15 @@ FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / ("llmcompress_native.dll" if sys.platform == "win32" else "llmcompress_native.so")
 
 _Flags = dict[str, tuple[list[str], list[str]]]
+# GCC 12 takes the undefined registers of its own headers for a mistake.
 _NO_WARNING = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+_AVX512 = [f"-m{part}" for part in ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c", "bmi2")]
 # By machine, the flags of each set that is no part of its baseline: as GCC and Clang write them, and as MSVC does.
 _X86: _Flags = {
     "avx2": (["-mavx2", "-mfma", "-mf16c", "-mbmi2"], ["/arch:AVX2"]),
     "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"], ["/arch:AVX2"]),
-    "avx512_vnni": (
-        # GCC 12 takes the undefined registers of its own headers for a mistake.
-        [
-            "-mavx512f",
-            "-mavx512dq",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512vnni",
-            "-mfma",
-            "-mf16c",
-            "-mbmi2",
-            *_NO_WARNING,
-        ],
-        ["/arch:AVX512"],
-    ),
+    "avx512_vnni": ([*_AVX512, *_NO_WARNING], ["/arch:AVX512"]),
+    "avx512_amx": ([*_AVX512, "-mamx-tile", "-mamx-int8", *_NO_WARNING], ["/arch:AVX512"]),
 }
 _ARM: _Flags = {"neon_dot": (["-march=armv8.2-a+dotprod"], [])}
 _SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}

@@ -9,6 +9,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -72,6 +76,18 @@ bool has_avx512_vnni() {
   return saves(0xE6) && has_avx2() && f && dq && bw && vl && bit(extended.c, 11);
 }
 
+// Linux gives a process the room for tiles on request only, without which the first one ends it.
+bool has_avx512_amx() {
+#if defined(__linux__)
+  constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  const auto extended = identify(7, 0);
+  const bool tile = bit(extended.d, 24), int8 = bit(extended.d, 25);
+  return has_avx512_vnni() && saves(0x60000) && tile && int8 && syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 bool has_neon_dot() { return false; }
 
 #else
@@ -79,6 +95,7 @@ bool has_neon_dot() { return false; }
 bool has_avx2() { return false; }
 bool has_avx_vnni() { return false; }
 bool has_avx512_vnni() { return false; }
+bool has_avx512_amx() { return false; }
 
 bool has_neon_dot() {
 #if defined(__aarch64__) && defined(__linux__)

@@ -87,7 +87,7 @@ Int8Weight* pack_int8(const int8_t* codes, const float* scale, const float* bias
   auto* const w = zeros<Int8Weight>(1, &bytes);
   if (!w) return nullptr;
   w->outputs = outputs, w->inputs = inputs, w->width = width;
-  w->fours = (inputs + 7) / 8 * 2, w->panels = (outputs + width - 1) / width;
+  w->fours = (inputs + 4 * Set::depth - 1) / (4 * Set::depth) * Set::depth, w->panels = (outputs + width - 1) / width;
   const int64_t padded = w->panels * width, panel_bytes = w->fours * width * 4;
   w->codes_memory = zeros<int8_t>(w->panels * panel_bytes + 64, &bytes);
   w->codes = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(w->codes_memory) + 63) / 64 * 64);

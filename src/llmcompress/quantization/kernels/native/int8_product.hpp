@@ -127,6 +127,9 @@ void tile_of(int64_t count, bool doubled, const Int8Weight& w, const Panel<Set>&
 template <class Set>
 void multiply_panel(const Int8Weight& w, int64_t number, int32_t zero, Rows<Set> rows, int64_t count) {
   const Panel<Set> panel(w, number, zero);
+  if constexpr (Set::tiled) {
+    if (count >= Set::few) return Set::multiply(w, panel, rows, count);
+  }
   const int64_t tiles = (count + Set::rows - 1) / Set::rows, panel_bytes = w.fours * Panel<Set>::width * 4;
   const int8_t* const next = panel.codes + (number + 1 < w.panels ? panel_bytes : 0);
   for (int64_t t = 0; t < tiles; ++t) {
@@ -149,9 +152,9 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   const int64_t stride = kCacheLine * (lines % 16 ? lines : lines + 1);
   const int64_t most = kCodesBytes / stride > Set::rows ? kCodesBytes / stride : Set::rows;
   const int64_t chunk = rows < most ? rows : most;
-  auto* const codes = static_cast<Code*>(int8_scratch(chunk * (stride + static_cast<int64_t>(sizeof(float)))));
+  auto* const codes = static_cast<Code*>(int8_scratch((chunk + Set::beyond) * stride + chunk * static_cast<int64_t>(sizeof(float))));
   if (!codes && chunk) return false;
-  auto* const unit = reinterpret_cast<float*>(codes + chunk * stride);
+  auto* const unit = reinterpret_cast<float*>(codes + (chunk + Set::beyond) * stride);
   for (int64_t done = 0; done < rows; done += chunk) {
     const int64_t count = rows - done < chunk ? rows - done : chunk;
     const float* const from = x + done * w.inputs;
@@ -163,6 +166,7 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
     const int64_t blocks = (count + fit - 1) / fit, items = blocks * w.panels;
     const int64_t parts = count * w.inputs * w.outputs < kFewProducts ? 1 : kParts * threads;
     parallel_for(items, (items + parts - 1) / parts, threads, [&](int64_t begin, int64_t end) {
+      const typename Set::Session session;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t block = item / w.panels, first = block * count / blocks, past = (block + 1) * count / blocks;
         const Rows<Set> own{codes + first * stride, stride, unit + first, y + (done + first) * w.outputs};

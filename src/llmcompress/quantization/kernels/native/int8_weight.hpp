@@ -17,7 +17,7 @@ namespace llmc {
 struct Int8Weight {
   int64_t outputs, inputs;
   int64_t width;         // outputs of a panel
-  int64_t fours;         // of inputs, an even number; what lies past the inputs is 0
+  int64_t fours;         // of inputs, a multiple of those multiplied at once; what lies past the inputs is 0
   int64_t panels;        // outputs past the last are 0 too
   int8_t* codes;         // (panels, fours, width, 4), from the beginning of a cache line on
   int32_t* sums;         // (panels, width): of the codes of an output
@@ -39,6 +39,17 @@ struct Coding {
   int32_t levels;  // the largest code
   int32_t zero;    // the code of 0.0
   float unit;      // what one step is worth, where all rows share it
+};
+
+// Of a set that multiplies row by row: what those say otherwise that have tiles of many rows.
+struct Untiled {
+  static constexpr bool tiled = false;
+  // Fours that are multiplied at once, and rows behind the last one that are read.
+  static constexpr int64_t depth = 2, beyond = 0;
+  // What a thread holds while it multiplies.
+  struct Session {
+    Session() {}
+  };
 };
 
 // Frees all of it; null is nothing.

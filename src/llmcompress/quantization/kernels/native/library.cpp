@@ -22,6 +22,9 @@ LLMC_EXPORT const Table* llmc_table(const char* set) {
 #if defined(LLMC_AVX_VNNI)
   if (is("avx_vnni") && llmc::cpu::has_avx_vnni()) return &llmc::avx_vnni_table;
 #endif
+#if defined(LLMC_AVX512_AMX)
+  if (is("avx512_amx") && llmc::cpu::has_avx512_amx()) return &llmc::avx512_amx_table;
+#endif
 #if defined(LLMC_AVX512_VNNI)
   if (is("avx512_vnni") && llmc::cpu::has_avx512_vnni()) return &llmc::avx512_vnni_table;
 #endif

@@ -13,7 +13,7 @@ import torch
 
 from ....errors import ConfigError
 
-SETS = ("avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
+SETS = ("avx512_amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
 """The instruction sets there are kernels for, the fastest first."""
 
 VARIABLE = "LLMCOMPRESS_NATIVE"

@@ -26,6 +26,6 @@ struct Table {
   int64_t byte_limit;
 };
 
-extern const Table portable_table, avx2_table, avx_vnni_table, avx512_vnni_table, neon_dot_table;
+extern const Table portable_table, avx2_table, avx_vnni_table, avx512_vnni_table, avx512_amx_table, neon_dot_table;
 
 }  // namespace llmc

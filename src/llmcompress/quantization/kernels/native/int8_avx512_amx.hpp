@@ -1,0 +1,54 @@
+// Tiles of int8 products with AMX; few rows are multiplied as AVX-512 does it.
+#pragma once
+
+#include "amx.hpp"
+#include "int8_avx512_vnni.hpp"
+
+namespace llmc {
+namespace {
+
+struct Int8Avx512Amx : Int8Avx512Vnni {
+  static constexpr bool tiled = true;
+  static constexpr int64_t depth = Amx::depth, beyond = Amx::side - 1;
+  // From so many rows on a tile is worth it, though it is not full.
+  static constexpr int64_t few = 8;
+  // So many bytes of codes are fetched before they are multiplied.
+  static constexpr int64_t ahead = 2 * depth * 4 * registers * lanes;
+  using Session = Amx;
+
+  // What `multiply_panel` is to do of `count` rows; behind them there are so many that the last tile is full.
+  template <class Panel, class Rows>
+  static void multiply(const Int8Weight& w, const Panel& panel, const Rows& rows, int64_t count) {
+    constexpr int64_t wide = 2 * Amx::side, four_bytes = 4 * Panel::width;
+    alignas(64) int32_t sums[wide * wide];
+    for (int64_t column = 0; column < Panel::width; column += wide) {
+      const int64_t output = panel.number * Panel::width + column;
+      if (output >= w.outputs) return;
+      for (int64_t row = 0; row < count; row += wide) {
+        const int64_t own = count - row < wide ? count - row : wide;
+        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours,
+                             row == 0 ? ahead : 0, sums);
+        for (int64_t half = 0; half < wide; half += lanes) finish(w, panel.base + column + half, output + half, sums + half, rows, row, own);
+      }
+    }
+  }
+
+ private:
+  // Scales what was summed up for `count` rows from `first` on, and a vector of outputs.
+  template <class Rows>
+  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, const Rows& rows, int64_t first, int64_t count) {
+    const int64_t left = w.outputs - output;
+    if (left <= 0) return;
+    const auto mask = static_cast<__mmask16>(left < lanes ? (1U << left) - 1 : 0xFFFF);
+    const auto zero = load_ints(base);
+    const Floats scale = load(w.scale + output), bias = load(w.bias + output);
+    float* y = rows.y + first * w.outputs + output;
+    for (int64_t m = 0; m < count; ++m, sums += 2 * Amx::side, y += w.outputs) {
+      const Floats whole = to_floats(add(load_ints(sums), zero));
+      _mm512_mask_storeu_ps(y, mask, fma(whole, mul(splat(rows.unit[first + m]), scale), bias));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace llmc
