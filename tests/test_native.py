@@ -199,7 +199,7 @@ def test_the_environment_chooses_the_set(monkeypatch):
     assert choose() is None
     assert native_library.why_absent() == "LLMCOMPRESS_NATIVE other than 'off'"
     monkeypatch.setenv("LLMCOMPRESS_NATIVE", "sse")
-    with pytest.raises(lc.ConfigError, match="LLMCOMPRESS_NATIVE must be one of avx512_vnni"):
+    with pytest.raises(lc.ConfigError, match="LLMCOMPRESS_NATIVE must be one of avx512_amx"):
         choose()
 
 

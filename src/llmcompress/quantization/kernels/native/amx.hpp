@@ -10,17 +10,18 @@ namespace llmc {
 namespace {
 
 struct Amx {
-  // Rows and outputs of a tile of sums; fours of inputs that one product covers.
-  static constexpr int64_t side = 16, depth = 16;
+  // Rows and outputs of a tile of sums, and fours of inputs that one product covers at most.
+  static constexpr int64_t side = 16;
 
-  // All eight tiles whole. A thread that holds tiles is dearer to switch away from, so they last as long as a loop does.
-  Amx() {
+  // Tiles 0 to 3 are sums, 4 and 5 rows of codes, 6 and 7 outputs; a product covers `depth` fours of inputs. A thread
+  // that holds tiles is dearer to switch away from, so they last as long as a loop does.
+  explicit Amx(int64_t depth) {
     alignas(64) uint8_t shape[64] = {};
     shape[0] = 1;
     for (int t = 0; t < 8; ++t) {
-      const uint16_t bytes = 64;
+      const auto bytes = static_cast<uint16_t>(t == 4 || t == 5 ? 4 * depth : 64);
       memcpy(shape + 16 + 2 * t, &bytes, sizeof bytes);
-      shape[48 + t] = side;
+      shape[48 + t] = static_cast<uint8_t>(t < 6 ? side : depth);
     }
     _tile_loadconfig(shape);
   }
@@ -30,11 +31,11 @@ struct Amx {
 
   // Sums of up to 32 rows of codes, `stride` bytes apart, by 32 outputs: whole numbers (32 or 16, 32), of which the
   // latter half is left out where `rows` is 16 or fewer. A four of the outputs lies `four_bytes` behind the one before
-  // it; codes of activations are signed or not. `fours` is a multiple of `depth`. What lies `ahead` bytes behind the
-  // outputs' codes is fetched, if that is not 0.
+  // it. `fours` is a multiple of `depth`. What lies `ahead` bytes behind the outputs' codes is fetched, if that is not
+  // 0. One side is signed: `is_signed` is that of the activations.
   template <bool is_signed>
   static void multiply(const void* codes, int64_t stride, int64_t rows, const void* outputs, int64_t four_bytes,
-                       int64_t fours, int64_t ahead, int32_t* sums) {
+                       int64_t fours, int64_t depth, int64_t ahead, int32_t* sums) {
     const auto* a = static_cast<const char*>(codes);
     const auto* b = static_cast<const char*>(outputs);
     const int64_t step = depth * four_bytes;
@@ -54,8 +55,8 @@ struct Amx {
       _tile_loadd(7, b + 64, four_bytes);
       _tile_loadd(4, a, stride);
       if constexpr (is_signed) {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
       } else {
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
@@ -63,8 +64,8 @@ struct Amx {
       if (!both) continue;
       _tile_loadd(5, a + side * stride, stride);
       if constexpr (is_signed) {
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
       } else {
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);

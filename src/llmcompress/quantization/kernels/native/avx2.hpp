@@ -7,11 +7,12 @@
 #include <cstdint>
 
 #include "unrolled.hpp"
+#include "untiled.hpp"
 
 namespace llmc {
 namespace {
 
-struct Avx2 {
+struct Avx2 : Untiled {
   // 32-bit numbers in a vector.
   static constexpr int lanes = 8;
   // The largest code of an activation that may meet codes of 8 bits: pairs of products are added in 16 bits.

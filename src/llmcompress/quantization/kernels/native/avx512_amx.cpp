@@ -3,6 +3,6 @@
 
 namespace llmc {
 
-const Table avx512_amx_table = kernels_of<Avx512Vnni, Int8Avx512Amx>();
+const Table avx512_amx_table = kernels_of<Avx512Amx, Int8Avx512Amx>();
 
 }  // namespace llmc

@@ -7,11 +7,12 @@
 #include <cstdint>
 
 #include "unrolled.hpp"
+#include "untiled.hpp"
 
 namespace llmc {
 namespace {
 
-struct Avx512Vnni {
+struct Avx512Vnni : Untiled {
   static constexpr int lanes = 16, byte_limit = 127, bias = 0;
   using Floats = __m512;
   using Ints = __m512i;

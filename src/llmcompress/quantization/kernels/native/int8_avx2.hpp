@@ -2,12 +2,11 @@
 #pragma once
 
 #include "avx2.hpp"
-#include "int8_weight.hpp"
 
 namespace llmc {
 namespace {
 
-struct Int8Avx2 : Avx2, Untiled {
+struct Int8Avx2 : Avx2 {
   static constexpr int rows = 5, registers = 2;
   static constexpr bool sums_in_16_bits = true;
   using Code = uint8_t;

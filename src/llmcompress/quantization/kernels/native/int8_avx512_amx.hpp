@@ -1,15 +1,16 @@
 // Tiles of int8 products with AMX; few rows are multiplied as AVX-512 does it.
 #pragma once
 
-#include "amx.hpp"
+#include "avx512_amx.hpp"
 #include "int8_avx512_vnni.hpp"
+#include "int8_weight.hpp"
 
 namespace llmc {
 namespace {
 
 struct Int8Avx512Amx : Int8Avx512Vnni {
-  static constexpr bool tiled = true;
-  static constexpr int64_t depth = Amx::depth, beyond = Amx::side - 1;
+  static constexpr bool tiled = Avx512Amx::tiled;
+  static constexpr int64_t depth = Avx512Amx::depth, beyond = Avx512Amx::beyond;
   // From so many rows on a tile is worth it, though it is not full.
   static constexpr int64_t few = 8;
   // So many bytes of codes are fetched before they are multiplied.
@@ -26,7 +27,7 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
       if (output >= w.outputs) return;
       for (int64_t row = 0; row < count; row += wide) {
         const int64_t own = count - row < wide ? count - row : wide;
-        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours,
+        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours, depth,
                              row == 0 ? ahead : 0, sums);
         for (int64_t half = 0; half < wide; half += lanes) finish(w, panel.base + column + half, output + half, sums + half, rows, row, own);
       }

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "avx512_vnni.hpp"
-#include "int8_weight.hpp"
 
 namespace llmc {
 namespace {
 
-struct Int8Avx512Vnni : Avx512Vnni, Untiled {
+struct Int8Avx512Vnni : Avx512Vnni {
   static constexpr int rows = 6, registers = 4;
   static constexpr bool sums_in_16_bits = false;
   using Code = uint8_t;

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "neon_dot.hpp"
-#include "int8_weight.hpp"
 
 namespace llmc {
 namespace {
 
-struct Int8NeonDot : NeonDot, Untiled {
+struct Int8NeonDot : NeonDot {
   static constexpr int rows = 5, registers = 4;
   static constexpr bool sums_in_16_bits = false;
   using Code = int8_t;

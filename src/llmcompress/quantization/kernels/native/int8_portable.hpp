@@ -4,12 +4,11 @@
 #include <string.h>
 
 #include "portable.hpp"
-#include "int8_weight.hpp"
 
 namespace llmc {
 namespace {
 
-struct Int8Portable : Portable, Untiled {
+struct Int8Portable : Portable {
   static constexpr int rows = 2, registers = 1;
   static constexpr bool sums_in_16_bits = false;
   using Code = uint8_t;

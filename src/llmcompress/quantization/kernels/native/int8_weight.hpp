@@ -41,17 +41,6 @@ struct Coding {
   float unit;      // what one step is worth, where all rows share it
 };
 
-// Of a set that multiplies row by row: what those say otherwise that have tiles of many rows.
-struct Untiled {
-  static constexpr bool tiled = false;
-  // Fours that are multiplied at once, and rows behind the last one that are read.
-  static constexpr int64_t depth = 2, beyond = 0;
-  // What a thread holds while it multiplies.
-  struct Session {
-    Session() {}
-  };
-};
-
 // Frees all of it; null is nothing.
 void free_int8(Int8Weight* weight);
 

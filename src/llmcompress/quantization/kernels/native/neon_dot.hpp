@@ -7,11 +7,12 @@
 #include <cstdint>
 
 #include "unrolled.hpp"
+#include "untiled.hpp"
 
 namespace llmc {
 namespace {
 
-struct NeonDot {
+struct NeonDot : Untiled {
   // The dot product is of signed bytes: codes of 8 bits are moved to where those are.
   static constexpr int lanes = 4, byte_limit = 127, bias = 128;
   using Floats = float32x4_t;

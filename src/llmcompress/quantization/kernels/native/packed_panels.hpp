@@ -161,6 +161,34 @@ void add_spans(const CodePanel<Set>& panel, const CodedRows& x, int64_t m0, int6
   }
 }
 
+// The same of all `rows` rows of activations, by tiles of the given depth, which divides a span.
+template <class Set>
+void add_spans_by_tiles(const CodePanel<Set>& panel, const CodedRows& x, int64_t rows, int64_t begin, int64_t end,
+                        int64_t depth, float* totals) {
+  constexpr int64_t outputs = CodePanel<Set>::outputs, wide = 2 * Set::Session::side;
+  static_assert(outputs == wide, "a product has as many outputs as a panel");
+  alignas(64) int32_t sums[wide * wide];
+  const int64_t quads = panel.spans.quads;
+  for (int64_t m0 = 0; m0 < rows; m0 += wide) {
+    const int64_t own = rows - m0 < wide ? rows - m0 : wide;
+    const uint8_t* codes = panel.quads;
+    for (int64_t i = begin; i < end; ++i, codes += quads * outputs * 4) {
+      Set::Session::template multiply<true>(x.codes + m0 * x.stride + i * quads * 4, x.stride, own, codes, outputs * 4,
+                                            quads, depth, 0, sums);
+      const int64_t at = panel.spans.group(i) * outputs;
+      for (int64_t h = 0; h < outputs; h += Set::lanes) {
+        const auto scale = Set::load(panel.scale + at + h), middle = Set::load(panel.middle + at + h);
+        for (int64_t m = 0; m < own; ++m) {
+          float* total = totals + (m0 + m) * outputs + h;
+          const auto whole = Set::to_floats(Set::load(static_cast<const void*>(sums + m * wide + h)));
+          const auto part = Set::fnma(middle, Set::splat(x.sums[(m0 + m) * x.spans + i]), whole);
+          Set::store(total, Set::fma(part, scale, Set::load(total)));
+        }
+      }
+    }
+  }
+}
+
 // -- in floats
 
 // The weights of a block of spans, (inputs, outputs), without a rounding.

@@ -114,7 +114,7 @@ template <class Set, bool large>
 void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, int64_t threads) {
   const Spans spans(a);
   const int64_t stride = spans.stride();
-  Scratch<int8_t> codes(rows * stride);
+  Scratch<int8_t> codes((rows + Set::beyond) * stride);
   Scratch<float> sums(rows * spans.count), unit(rows);
   parallel_for(rows, 1 + kFewFloats / (a.columns + 1), threads, [&](int64_t begin, int64_t end) {
     Scratch<int8_t> linear(a.columns);
@@ -127,16 +127,23 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
   });
   const CodedRows input{codes, sums, unit, stride, spans.count};
   constexpr int64_t outputs = CodePanel<Set>::outputs;
-  const int64_t panels = (a.rows + outputs - 1) / outputs;
+  const int64_t panels = (a.rows + outputs - 1) / outputs, depth = Set::depth_of(spans.quads);
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
     CodePanel<Set> panel(a, a.steps, large ? Set::bias : 0);
     Scratch<float> totals(rows * outputs);
+    const typename Set::Session session(depth ? depth : Set::depth);
     for (int64_t p = begin; p < end; ++p) {
       panel.load(p * outputs);
       memset(totals, 0, rows * outputs * sizeof(float));
       for (int64_t i = 0; i < spans.count; i += panel.block()) {
         const int64_t stop = i + panel.block() < spans.count ? i + panel.block() : spans.count;
         panel.transpose(i, stop);
+        if constexpr (Set::tiled) {
+          if (depth) {
+            add_spans_by_tiles<Set>(panel, input, rows, i, stop, depth, totals);
+            continue;
+          }
+        }
         in_tiles(rows, [&](auto count, int64_t m) { add_spans<Set, large, decltype(count)::value>(panel, input, m, i, stop, totals); });
       }
       finish<Set>(a, totals, rows, unit, bias, y, p * outputs);

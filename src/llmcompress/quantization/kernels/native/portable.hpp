@@ -7,10 +7,12 @@
 
 #include <cstdint>
 
+#include "untiled.hpp"
+
 namespace llmc {
 namespace {
 
-struct Portable {
+struct Portable : Untiled {
   static constexpr int lanes = 8, byte_limit = 127, bias = 0;
   struct Floats {
     float at[lanes];
