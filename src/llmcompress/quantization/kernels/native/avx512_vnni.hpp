@@ -88,9 +88,28 @@ struct Avx512Vnni : Untiled {
   static Floats gather(const float* near, Ints places) { return _mm512_permutexvar_ps(places, load(near)); }
   static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
   static void transpose(const uint8_t* rows, int64_t stride, Ints* out) {
-    const Ints numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Ints places = _mm512_mullo_epi32(numbers, _mm512_set1_epi32(static_cast<int>(stride)));
-    for (int i = 0; i < lanes; ++i) out[i] = _mm512_i32gather_epi32(places, rows + 4 * i, 1);
+    Ints r[lanes], t[lanes];
+    for (int i = 0; i < lanes; ++i) r[i] = load(static_cast<const void*>(rows + i * stride));
+    for (int i = 0; i < lanes; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    // Of four rows each, lane i of every quarter.
+    for (int i = 0; i < lanes; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Ints low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x44), high = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xEE);
+      const Ints next = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x44);
+      const Ints last = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xEE);
+      out[i] = _mm512_shuffle_i32x4(low, next, 0x88);
+      out[i + 4] = _mm512_shuffle_i32x4(low, next, 0xDD);
+      out[i + 8] = _mm512_shuffle_i32x4(high, last, 0x88);
+      out[i + 12] = _mm512_shuffle_i32x4(high, last, 0xDD);
+    }
   }
 };
 

@@ -4,6 +4,10 @@
 // A panel holds two vectors of outputs. Inputs are walked in spans, none of which leaves its group; a span is cut into
 // quads of inputs, filled up with zeros. A quad of a vector of outputs is one vector of codes: four bytes for each
 // output. So a quad of activations, repeated in all lanes, meets it, and no lanes are ever added to one another.
+//
+// Four bytes of codes of 8, 4 or 2 bits are moved to their place as they are, and give as many quads as a byte has codes
+// (`fields`): the first codes of the four bytes, then the second ones. Activations are arranged alike. Others are
+// unpacked to bytes before.
 #pragma once
 
 #include "activations.hpp"
@@ -39,11 +43,52 @@ struct Spans {
   int64_t stride() const { return count * quads * 4; }
 };
 
-// Moves a row of activations to its quads; the rest of `to` is zero already.
-template <class T>
-void arrange_in_quads(const Spans& spans, const T* from, T* to) {
+// Quads that four bytes of codes give; 0 where codes are unpacked before.
+inline int fields_of(const PackedMatrix& a, const Spans& spans) {
+  const int fields = a.bits == 8 ? 1 : a.bits == 4 ? 2 : a.bits == 2 ? 4 : 0;
+  // Neither spans nor groups may begin within four bytes.
+  const bool whole = fields && spans.span % (4 * fields) == 0 && (a.groups == 1 || spans.size % (4 * fields) == 0);
+  return whole ? fields : 0;
+}
+
+// The bytes of eight inputs: the even ones, then the odd ones.
+inline uint64_t evens_first(uint64_t word) {
+  const auto every_other = [](uint64_t x) {
+    x &= 0x00FF00FF00FF00FF;
+    x = (x | x >> 8) & 0x0000FFFF0000FFFF;
+    return (x | x >> 16) & 0xFFFFFFFF;
+  };
+  return every_other(word) | every_other(word >> 8) << 32;
+}
+
+// Moves the codes of a row of activations to their quads; the rest of `to` is zero already.
+inline void arrange_codes(const Spans& spans, int fields, const int8_t* from, int8_t* to) {
+  for (int64_t i = 0; i < spans.count; ++i) {
+    const int8_t* own = from + spans.begin(i);
+    int8_t* quads = to + i * spans.quads * 4;
+    const int64_t length = spans.length(i);
+    int64_t k = 0;
+    if (fields == 2) {
+      for (; k + 8 <= length; k += 8) {
+        uint64_t word;
+        memcpy(&word, own + k, sizeof word);
+        word = evens_first(word);
+        memcpy(quads + k, &word, sizeof word);
+      }
+    }
+    if (fields < 2) {
+      memcpy(quads, own, length);
+    } else {
+      const int64_t block = 4 * fields;
+      for (; k < length; ++k) quads[k / block * block + k % fields * 4 + k % block / fields] = own[k];
+    }
+  }
+}
+
+// Moves a row of activations that are no codes to its spans, in their own order.
+inline void arrange_floats(const Spans& spans, const float* from, float* to) {
   for (int64_t i = 0; i < spans.count; ++i)
-    memcpy(to + i * spans.quads * 4, from + spans.begin(i), spans.length(i) * sizeof(T));
+    memcpy(to + i * spans.quads * 4, from + spans.begin(i), spans.length(i) * sizeof(float));
 }
 
 // The outputs of a panel, unpacked.
@@ -54,15 +99,18 @@ struct CodePanel {
   const PackedMatrix& a;
   const uint8_t* steps;  // what codes are replaced by, or null
   const Spans spans;
+  const int fields;
   const int64_t stride;  // of `rows`
-  Scratch<uint8_t> rows;
+  Scratch<uint8_t> rows;       // codes, unpacked unless there are `fields`
+  const uint8_t* source;       // they, or the matrix itself
+  int64_t source_stride;
   Scratch<float> scale, middle;  // (groups, outputs)
   Scratch<uint8_t> quads;        // (quads, outputs, 4) of a block of spans
   RowGrid<Set> grid;
 
   CodePanel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
-      : a(matrix), steps(replaced), spans(matrix), stride(padded(matrix.columns)), rows(stride * outputs), scale(a.groups * outputs),
-        middle(a.groups * outputs), quads((kQuads + spans.quads + Set::lanes) * outputs * 4), grid(matrix, 1, bias) {}
+      : a(matrix), steps(replaced), spans(matrix), fields(fields_of(matrix, spans)), stride(padded(matrix.columns)),
+        rows(stride * outputs), source(rows), source_stride(stride), scale(a.groups * outputs), middle(a.groups * outputs), quads((kQuads + spans.quads + 4 * Set::lanes) * outputs * 4), grid(matrix, 1, bias) {}
 
   // Behind a row there is room for what is read beyond its last quad.
   static int64_t padded(int64_t columns) { return (columns + 8 * Set::lanes + 63) / 64 * 64; }
@@ -72,9 +120,17 @@ struct CodePanel {
 
   // Reads the outputs from `first` on; those behind the last one stay what they were, and nobody asks for them.
   void load(int64_t first) {
+    // What is read beyond the last row has to be there.
+    const int64_t beyond = stride - a.columns;
+    const bool in_place = fields && (first + outputs) * a.code_bytes + beyond <= a.rows * a.code_bytes;
+    source = in_place ? a.codes + first * a.code_bytes : rows;
+    source_stride = in_place ? a.code_bytes : stride;
     for (int r = 0; r < outputs && first + r < a.rows; ++r) {
-      uint8_t* codes = rows + r * stride;
-      unpack_row<Set>(a.codes + (first + r) * a.code_bytes, a.bits, a.columns, codes);
+      const uint8_t* codes = a.codes + (first + r) * a.code_bytes;
+      if (!fields)
+        unpack_row<Set>(codes, a.bits, a.columns, rows + r * stride);
+      else if (!in_place)
+        memcpy(rows + r * stride, codes, a.code_bytes);
       grid.load(a, first + r, 0);
       for (int64_t g = 0; g < a.groups; ++g) {
         scale[g * outputs + r] = grid.scale_of(0)[g];
@@ -89,20 +145,31 @@ struct CodePanel {
     for (int64_t i = begin; i < end; i = together ? end : i + 1) {
       const int64_t column = spans.begin(i);
       const int64_t inputs = together ? spans.begin(end - 1) + spans.length(end - 1) - column : spans.length(i);
-      turn(column, (inputs + 3) / 4, (i - begin) * spans.quads);
+      const int64_t count = (inputs + 3) / 4, to = (i - begin) * spans.quads;
+      if (fields == 4)
+        turn<4>(column, count, to);
+      else if (fields == 2)
+        turn<2>(column, count, to);
+      else
+        turn<1>(column, count, to);
     }
   }
 
  private:
+  // Brings `count` quads of inputs from `column` on to where the quad `to` lies; some behind them are written too.
+  template <int each>
   void turn(int64_t column, int64_t count, int64_t to) {
     const auto table = steps ? Set::load_table(steps) : Set::zero_ints();
-    for (int64_t q = 0; q < count; q += Set::lanes) {
+    for (int64_t q = 0; q < count; q += each * Set::lanes) {
       for (int half = 0; half < 2; ++half) {
         typename Set::Ints turned[Set::lanes];
-        Set::transpose(rows + half * Set::lanes * stride + column + q * 4, stride, turned);
+        Set::transpose(source + half * Set::lanes * source_stride + column / each + q / each * 4, source_stride, turned);
         for (int i = 0; i < Set::lanes; ++i) {
-          const auto own = steps ? Set::look_up(table, turned[i]) : turned[i];
-          Set::store(static_cast<void*>(quads + ((to + q + i) * 2 + half) * Set::lanes * 4), own);
+          for (int f = 0; f < each; ++f) {
+            auto own = Set::template byte_field<8 / each>(turned[i], f);
+            if (steps) own = Set::look_up(table, own);
+            Set::store(static_cast<void*>(quads + ((to + q + i * each + f) * 2 + half) * Set::lanes * 4), own);
+          }
         }
       }
     }
@@ -197,19 +264,21 @@ void decode(const CodePanel<Set>& panel, int64_t begin, int64_t end, float* weig
   constexpr int lanes = Set::lanes;
   const PackedMatrix& a = panel.a;
   const uint8_t* codes = panel.quads;
-  for (int64_t i = begin; i < end; ++i) {
+  // Inputs that four bytes of codes give, and those of a quad lie `apart`.
+  const int64_t apart = panel.fields > 1 ? panel.fields : 1, quads = panel.spans.quads;
+  for (int64_t i = begin; i < end; ++i, weights += quads * 8 * lanes) {
     const int64_t at = panel.spans.group(i) * CodePanel<Set>::outputs;
-    for (int64_t q = 0; q < panel.spans.quads; ++q) {
+    for (int64_t q = 0; q < quads; ++q) {
+      float* const first = weights + (q / apart * 4 * apart + q % apart) * 2 * lanes;
       for (int h = 0; h < 2; ++h, codes += 4 * lanes) {
         const auto four = Set::load(static_cast<const void*>(codes));
         const auto scale = Set::load(panel.scale + at + h * lanes), middle = Set::load(panel.middle + at + h * lanes);
         for (int j = 0; j < 4; ++j) {
           const auto code = Set::template lane_field<8>(four, j);
           const auto step = a.levels ? Set::look_up(a.levels, code) : Set::sub(Set::to_floats(code), middle);
-          Set::store(weights + j * 2 * lanes + h * lanes, Set::mul(step, scale));
+          Set::store(first + (j * apart * 2 + h) * lanes, Set::mul(step, scale));
         }
       }
-      weights += 8 * lanes;
     }
   }
 }

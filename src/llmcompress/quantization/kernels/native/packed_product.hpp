@@ -113,6 +113,7 @@ void finish(const PackedMatrix& a, const float* totals, int64_t rows, const floa
 template <class Set, bool large>
 void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, int64_t threads) {
   const Spans spans(a);
+  const int fields = fields_of(a, spans);
   const int64_t stride = spans.stride();
   Scratch<int8_t> codes((rows + Set::beyond) * stride);
   Scratch<float> sums(rows * spans.count), unit(rows);
@@ -120,7 +121,7 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
     Scratch<int8_t> linear(a.columns);
     for (int64_t m = begin; m < end; ++m) {
       unit[m] = a.unit * code_row<Set>(x + m * a.columns, a.columns, limit_of<Set>(a), linear);
-      arrange_in_quads<int8_t>(spans, linear, codes + m * stride);
+      arrange_codes(spans, fields, linear, codes + m * stride);
       for (int64_t i = 0; i < spans.count; ++i)
         sums[m * spans.count + i] = sum_of(linear + spans.begin(i), spans.length(i));
     }
@@ -157,7 +158,7 @@ void by_panels_exactly(const PackedMatrix& a, const float* x, int64_t rows, cons
   const Spans spans(a);
   const int64_t stride = spans.stride();
   Scratch<float> floats(rows * stride);
-  for (int64_t m = 0; m < rows; ++m) arrange_in_quads<float>(spans, x + m * a.columns, floats + m * stride);
+  for (int64_t m = 0; m < rows; ++m) arrange_floats(spans, x + m * a.columns, floats + m * stride);
   constexpr int64_t outputs = CodePanel<Set>::outputs;
   const int64_t panels = (a.rows + outputs - 1) / outputs;
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
