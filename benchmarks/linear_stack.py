@@ -51,6 +51,20 @@ def packed(grid: Grid, compute: Compute) -> Callable[[list[nn.Linear]], Engine]:
     return make
 
 
+def plain_read(layers: list[nn.Linear]) -> Engine:
+    """Reads what int4 with groups of 128 has, and does nothing with it."""
+    grid = Grid(4, 128)
+    read = []
+    for layer in layers:
+        coded = PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid)
+        # As whole numbers, which torch adds up as fast as they come; scales and zero points in one piece with them.
+        parts = [coded.weight, *(part for _, part in coded.named_buffers())]
+        read.append(
+            torch.cat([part.detach().contiguous().view(torch.int8).flatten() for part in parts]).view(torch.int64)
+        )
+    return lambda x: [words.sum() for words in read]
+
+
 def bitsandbytes_nf4(layers: list[nn.Linear]) -> Engine:
     import bitsandbytes as bnb
 
@@ -104,12 +118,13 @@ ENGINES: dict[str, Callable[[list[nn.Linear]], Engine]] = {
     "torch bf16": bf16,
     "fbgemm int8 (torch.ao quantize_dynamic)": fbgemm_int8,
     "llmcompress int8": int8,
-    "llmcompress int4, groups of 32": packed(Grid(4, 32), "int8"),
-    "llmcompress int4, groups of 128": packed(Grid(4, 128), "int8"),
-    "llmcompress int4, groups of 128, symmetric": packed(Grid(4, 128, symmetric=True), "int8"),
-    "llmcompress nf4, groups of 64": packed(Grid(4, 64, codebook="nf4"), "int8"),
-    "llmcompress int3, groups of 64": packed(Grid(3, 64), "int8"),
-    "llmcompress int4, groups of 64, compute='float'": packed(Grid(4, 64), "float"),
+    "llmcompress int4 (groups of 32)": packed(Grid(4, 32), "int8"),
+    "llmcompress int4 (groups of 128)": packed(Grid(4, 128), "int8"),
+    "llmcompress int4 (groups of 128; symmetric)": packed(Grid(4, 128, symmetric=True), "int8"),
+    "llmcompress nf4 (groups of 64)": packed(Grid(4, 64, codebook="nf4"), "int8"),
+    "llmcompress int3 (groups of 64)": packed(Grid(3, 64), "int8"),
+    "llmcompress int4 (groups of 64; compute='float')": packed(Grid(4, 64), "float"),
+    "read of the bytes of int4 (groups of 128)": plain_read,
     "bitsandbytes nf4": bitsandbytes_nf4,
     "ONNX Runtime int4": onnx_int4,
 }
