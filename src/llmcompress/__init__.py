@@ -73,6 +73,7 @@ _HOME = {
     "quantization.dequantize": ("dequantize",),
     "quantization.dynamic": ("DynamicQuantization",),
     "quantization.gptq": ("GPTQ",),
+    "quantization.growing_cache": ("GrowingCache",),
     "quantization.kernels.dispatch": ("kernels",),
     "quantization.sensitivity": ("sensitivity",),
     "quantization.sensitivity_table": ("Sensitivity",),

@@ -116,6 +116,7 @@ from .quantization.bitsandbytes import BitsAndBytesQuantization as BitsAndBytesQ
 from .quantization.dequantize import dequantize as dequantize
 from .quantization.dynamic import DynamicQuantization as DynamicQuantization
 from .quantization.gptq import GPTQ as GPTQ
+from .quantization.growing_cache import GrowingCache as GrowingCache
 from .quantization.kernels.dispatch import kernels as kernels
 from .quantization.kv_cache import QuantizedCache as QuantizedCache
 from .quantization.sensitivity import sensitivity as sensitivity
