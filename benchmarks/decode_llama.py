@@ -1,9 +1,8 @@
 """Milliseconds a token of a Llama that writes: `python benchmarks/decode_llama.py --threads 2`.
 
-Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind 128 tokens; a
-turn takes the time of a long answer less that of a short one, so that the prompt's pass cancels out. All engines take
-turns in each round, their order drawn anew. `cached` engines write tokens behind those that are there
-(`lc.GrowingCache`) instead of copying all of them. Prints Markdown.
+Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind 128 tokens,
+with transformers' own cache and with `lc.GrowingCache`; a turn takes the time of a long answer less that of a short one,
+so that the prompt's pass cancels out. All take turns in each round, their order drawn anew. Prints Markdown.
 """
 
 from __future__ import annotations
