@@ -36,7 +36,9 @@ struct Avx512Vnni : Untiled {
     const __m256 codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes))));
     _mm256_storeu_ps(to, _mm256_sub_ps(_mm256_mul_ps(codes, _mm256_set1_ps(unit)), _mm256_set1_ps(bias)));
   }
-  static Floats load_halves(const uint16_t* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+  static Floats load_halves(const uint16_t* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
 
   static Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
   static Ints magnitude_bits(Floats x) {

@@ -27,9 +27,11 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
       if (output >= w.outputs) return;
       for (int64_t row = 0; row < count; row += wide) {
         const int64_t own = count - row < wide ? count - row : wide;
-        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours, depth,
-                             row == 0 ? ahead : 0, sums);
-        for (int64_t half = 0; half < wide; half += lanes) finish(w, panel.base + column + half, output + half, sums + half, rows, row, own);
+        // Codes of weights come from afar once, for the first rows.
+        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes,
+                             w.fours, depth, row == 0 ? ahead : 0, sums);
+        for (int64_t half = 0; half < wide; half += lanes)
+          finish(w, panel.base + column + half, output + half, sums + half, rows, row, own);
       }
     }
   }
@@ -37,7 +39,8 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
  private:
   // Scales what was summed up for `count` rows from `first` on, and a vector of outputs.
   template <class Rows>
-  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, const Rows& rows, int64_t first, int64_t count) {
+  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, const Rows& rows,
+                     int64_t first, int64_t count) {
     const int64_t left = w.outputs - output;
     if (left <= 0) return;
     const auto mask = static_cast<__mmask16>(left < lanes ? (1U << left) - 1 : 0xFFFF);

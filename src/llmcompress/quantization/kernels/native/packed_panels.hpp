@@ -105,12 +105,14 @@ struct CodePanel {
   const uint8_t* source;       // they, or the matrix itself
   int64_t source_stride;
   Scratch<float> scale, middle;  // (groups, outputs)
-  Scratch<uint8_t> quads;        // (quads, outputs, 4) of a block of spans
+  Scratch<uint8_t> quads;  // (quads, outputs, 4) of a block of spans
   RowGrid<Set> grid;
 
   CodePanel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
       : a(matrix), steps(replaced), spans(matrix), fields(fields_of(matrix, spans)), stride(padded(matrix.columns)),
-        rows(stride * outputs), source(rows), source_stride(stride), scale(a.groups * outputs), middle(a.groups * outputs), quads((kQuads + spans.quads + 4 * Set::lanes) * outputs * 4), grid(matrix, 1, bias) {}
+        rows(stride * outputs), source(rows), source_stride(stride), scale(a.groups * outputs),
+        middle(a.groups * outputs), quads((kQuads + spans.quads + 4 * Set::lanes) * outputs * 4),
+        grid(matrix, 1, bias) {}
 
   // Behind a row there is room for what is read beyond its last quad.
   static int64_t padded(int64_t columns) { return (columns + 8 * Set::lanes + 63) / 64 * 64; }
@@ -163,7 +165,8 @@ struct CodePanel {
     for (int64_t q = 0; q < count; q += each * Set::lanes) {
       for (int half = 0; half < 2; ++half) {
         typename Set::Ints turned[Set::lanes];
-        Set::transpose(source + half * Set::lanes * source_stride + column / each + q / each * 4, source_stride, turned);
+        const uint8_t* const from = source + half * Set::lanes * source_stride + (column + q * 4) / each;
+        Set::transpose(from, source_stride, turned);
         for (int i = 0; i < Set::lanes; ++i) {
           for (int f = 0; f < each; ++f) {
             auto own = Set::template byte_field<8 / each>(turned[i], f);

@@ -145,7 +145,9 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
             continue;
           }
         }
-        in_tiles(rows, [&](auto count, int64_t m) { add_spans<Set, large, decltype(count)::value>(panel, input, m, i, stop, totals); });
+        in_tiles(rows, [&](auto count, int64_t m) {
+          add_spans<Set, large, decltype(count)::value>(panel, input, m, i, stop, totals);
+        });
       }
       finish<Set>(a, totals, rows, unit, bias, y, p * outputs);
     }

@@ -102,8 +102,8 @@ struct WholeSums {
   // `ahead` is how far behind these codes those lie that are fetched beforehand: a row is too short for the processor to
   // see where reading goes on.
   template <int outputs, int rows>
-  LLMC_INLINED void add(const uint8_t* const (&codes)[outputs], const int8_t* const (&x)[rows], int64_t ahead, int64_t v,
-           int64_t end, Ints (&sums)[outputs][rows]) const {
+  LLMC_INLINED void add(const uint8_t* const (&codes)[outputs], const int8_t* const (&x)[rows], int64_t ahead,
+                        int64_t v, int64_t end, Ints (&sums)[outputs][rows]) const {
     Partial parts[outputs][rows];
     unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { parts[r][m] = Set::zero_partial(); });
     for (; v < end; ++v) {
@@ -130,8 +130,8 @@ struct WholeSums {
 
   template <bool within, int outputs, int rows>
   LLMC_INLINED void run(const PackedMatrix& a, const Walk& walk, const uint8_t* const (&codes)[outputs],
-           const RowGrid<Set>& grid, Ints places, const Input<rows>& input,
-           typename Set::Floats (&totals)[outputs][rows]) const {
+                        const RowGrid<Set>& grid, Ints places, const Input<rows>& input,
+                        typename Set::Floats (&totals)[outputs][rows]) const {
     const float *scale[outputs], *middle[outputs];
     unrolled<outputs>([&](auto r) LLMC_INLINE { scale[r] = grid.scale_of(r), middle[r] = grid.middle_of(r); });
     const int8_t* x[rows];

@@ -32,7 +32,8 @@ LLMC_INLINED void unrolled(F f) {
 template <int first, int second, class F>
 LLMC_INLINED void unrolled(F f) {
   unrolled<first * second>([&](auto at) LLMC_INLINE {
-    f(std::integral_constant<int, decltype(at)::value / second>(), std::integral_constant<int, decltype(at)::value % second>());
+    constexpr int i = decltype(at)::value / second, j = decltype(at)::value % second;
+    f(std::integral_constant<int, i>(), std::integral_constant<int, j>());
   });
 }
 
