@@ -1,6 +1,6 @@
 """Milliseconds a token of a Llama that writes: `python benchmarks/decode_llama.py --threads 2`.
 
-Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind 128 tokens,
+Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind a prompt,
 with transformers' own cache and with `lc.GrowingCache`; a turn takes the time of a long answer less that of a short one,
 so that the prompt's pass cancels out. All take turns in each round, their order drawn anew. Prints Markdown.
 """
@@ -32,7 +32,7 @@ SIZES = {
     },
     "1b": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "layers": 22, "heads": 32, "groups": 4},
 }
-PROMPT, SHORT = 128, 2
+SHORT = 2
 
 
 def llama(size: str) -> LlamaForCausalLM:
@@ -42,7 +42,7 @@ def llama(size: str) -> LlamaForCausalLM:
         num_hidden_layers=sizes.pop("layers"),
         num_attention_heads=sizes.pop("heads"),
         num_key_value_heads=sizes.pop("groups"),
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         eos_token_id=None,
         **sizes,
     )
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens that the answers stand behind")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--size", default="150m", choices=list(SIZES))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -87,10 +88,10 @@ def main() -> None:
     torch.manual_seed(0)
     base = llama(arguments.size)
     print(f"# Decoding, a Llama of {base.num_parameters() / 1e6:.0f} million weights\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}; {arguments.tokens} tokens behind {PROMPT}\n")
+    print(f"- rounds: {arguments.rounds}; {arguments.tokens} tokens behind {arguments.prompt}\n")
     models = {name: MODELS[name](base) for name in arguments.models}
     engines = [(name, growing) for name in models for growing in (False, True)]
-    ids = torch.randint(1000, 20000, (1, PROMPT))
+    ids = torch.randint(1000, 20000, (1, arguments.prompt))
     times: dict[tuple[str, bool], list[float]] = {engine: [] for engine in engines}
     order = random.Random(0)
     with torch.inference_mode():
