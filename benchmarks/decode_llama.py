@@ -1,8 +1,8 @@
 """Milliseconds a token of a Llama that writes: `python benchmarks/decode_llama.py --threads 2`.
 
-Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind a prompt, with
-transformers' own cache and with `lc.GrowingCache`; a turn takes the time of a long answer less that of a short one, so
-that the prompt's pass cancels out. All take turns in each round, their order drawn anew. Prints Markdown.
+Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind a prompt,
+with transformers' own cache and with `lc.GrowingCache`; a turn takes the time of a long answer less that of a short
+one, so that the prompt's pass cancels out. All take turns in each round, their order drawn anew. Prints Markdown.
 """
 
 from __future__ import annotations
