@@ -29,9 +29,10 @@ def test_tokens_are_written_in_place_until_the_room_is_full():
     cache = lc.GrowingCache(tiny_model("llama").config)
     layer, places = cache.layers[0], []
     everything = torch.randn(2, 3, 200, 8)
-    for at in range(200):
-        keys, values = layer.update(everything[:, :, at : at + 1], -everything[:, :, at : at + 1])
-        places.append(keys.data_ptr())
+    with torch.no_grad():
+        for at in range(200):
+            keys, values = layer.update(everything[:, :, at : at + 1], -everything[:, :, at : at + 1])
+            places.append(keys.data_ptr())
     assert torch.equal(keys, everything)
     assert torch.equal(values, -everything)
     # Of 1 token there is room for 64 more, of 66 as well, of 131 too.
@@ -85,6 +86,36 @@ def test_a_backward_pass_goes_through():
     model(tokens).logits[:, 8:].sum().backward()
     for ours, plain in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(ours, plain.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_pass_goes_through_where_queries_alone_are_trained():
+    model, tokens = tiny_model("llama").requires_grad_(False), torch.randint(4, 100, (1, 9))
+    trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    gradients = []
+    for cache in (DynamicCache(config=model.config), lc.GrowingCache(model.config)):
+        scores = [model(part, past_key_values=cache).logits.sum() for part in tokens.split(3, dim=1)]
+        gradients += torch.autograd.grad(sum(scores), trained)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("held", "new"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_another_batch_is_refused_and_not_repeated_to_fit(held, new, tokens):
+    layer = lc.GrowingCache(tiny_model("llama").config).layers[0]
+    with torch.no_grad():
+        layer.update(*torch.randn(2, held, 2, 5, 8))
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            layer.update(*torch.randn(2, new, 2, tokens, 8))
+
+
+def test_other_dtypes_and_states_without_features_are_joined_as_the_plain_cache_does():
+    config, found = tiny_model("llama").config, []
+    for cache in (DynamicCache(config=config), lc.GrowingCache(config)):
+        with torch.no_grad():
+            for dtype in (torch.bfloat16, torch.float32, torch.float32):
+                keys, values = cache.update(torch.ones(1, 2, 3, 8, dtype=dtype), torch.ones(1, 2, 3, 0), 0)
+        found.append((keys.dtype, keys.shape, values.shape))
+    assert found[0] == found[1] == (torch.float32, (1, 2, 9, 8), (1, 2, 9, 0))
 
 
 def test_serves_the_decoder_of_an_encoder_decoder():

@@ -20,7 +20,8 @@ _FEWEST, _PART = 64, 4
 class GrowingCache(DynamicCache):
     """Keys and values of past tokens as they are, with room behind them: `model.generate(past_key_values=...)`.
 
-    Answers are those of `DynamicCache`. It holds up to a quarter more memory, or room for 64 tokens. Layers
+    Answers are those of `DynamicCache`, and so is the way in which tokens are joined while gradients are enabled, as
+    they are not in `generate`. It holds up to a quarter more memory, or room for 64 tokens. Layers
     with a sliding window, and states that are no keys and values, are kept as `DynamicCache` keeps them. Of an
     encoder-decoder it serves the decoder: `EncoderDecoderCache(GrowingCache(config), DynamicCache(config=config))`.
 
@@ -65,8 +66,9 @@ class _GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states (batch, heads, tokens, size); return those of all tokens."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # What a backward pass will read must not be written over.
+        if torch.is_grad_enabled():
+            # What a backward pass will read, of the queries if of nothing else, must not be written over.
+            self._rooms = {}
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -81,7 +83,9 @@ class _GrowingLayer(DynamicLayer):
 
     def _appended(self, name: str, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         # Held is empty and of one dimension at first.
-        length = held.shape[-2] if held.numel() else 0
+        length = held.shape[-2] if held.dim() > 1 else 0
+        if length and not _alike(held, new):
+            return torch.cat([held, new], dim=-2)  # as `DynamicCache` does: another dtype is joined, a batch refused
         end = length + new.shape[-2]
         room = self._rooms.get(name)
         if room is None or not _begins(room, held) or end > room.shape[-2] or not _writable(room):
@@ -91,6 +95,12 @@ class _GrowingLayer(DynamicLayer):
                 room[..., :length, :] = held
         room[..., length:end, :] = new
         return room[..., :end, :]
+
+
+def _alike(held: torch.Tensor, new: torch.Tensor) -> bool:
+    """Tell whether `new` goes behind `held` as it is: assigned, it would be cast and repeated to fit."""
+    same = held.dtype == new.dtype and held.device == new.device and held.shape[-1] == new.shape[-1]
+    return same and held.shape[:-2] == new.shape[:-2]
 
 
 def _begins(room: torch.Tensor, held: torch.Tensor) -> bool:
