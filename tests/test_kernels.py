@@ -1,6 +1,7 @@
 """Kernels of quantized layers: each against the reference, under torch.compile, and the table that tells which runs."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from llmcompress.quantization.between import use_plain
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid, decode
 from llmcompress.quantization.kernels import dispatch, int4pack, int8, packing
+from llmcompress.quantization.kernels.native import activate, native, packed_product, rms_norm
 from llmcompress.quantization.modules import Int8Linear
 from llmcompress.quantization.packed_modules import PackedLinear
+from llmcompress.quantization.static_modules import Int8StaticLinear
 from llmcompress.testing import tiny_inputs, tiny_model
 
 COPIES = kernels.takes_copy(torch.empty(8, 8))
@@ -122,6 +125,92 @@ def test_the_copy_dies_with_its_weight():
     assert len(packing._COPIES) == before
 
 
+def test_a_copy_is_not_taken_for_that_of_a_weight_whose_address_came_free():
+    """Replaced twice between two products, a weight often lies where the first one did."""
+    layer, x = Int8Linear.from_float(nn.Linear(256, 256, bias=False)), torch.randn(3, 256)
+    with torch.no_grad():
+        layer(x)
+        for _ in range(30):
+            for _ in range(2):
+                layer.fill(torch.randn(256, 256))
+            expected = x @ layer.dequantized().T
+            assert ((layer(x) - expected).norm() / expected.norm()).item() < 0.1
+
+
+def test_marks_of_a_tensor_that_is_gone_are_those_of_no_other():
+    weight = torch.zeros(4)
+    known = packing.marks(weight)
+    assert known == packing.marks(weight)
+    assert known != packing.marks(weight.view(4))  # told apart without comparing what they hold
+    weight.add_(1)
+    assert known != packing.marks(weight)
+    seen = []
+    for _ in range(20):
+        tensor = torch.zeros(4)
+        assert packing.marks(tensor) not in seen
+        seen.append(packing.marks(tensor))
+        del tensor
+
+
+def test_a_static_layer_is_pickled_after_a_product():
+    layer, x = Int8StaticLinear.calibrated(nn.Linear(8, 8), scale=0.01, zero_point=128), torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_holds_the_product_and_not_the_memory_of_one_answer():
+    """Kernels outside of torch are not recorded: what they wrote was taken for the value of an empty tensor."""
+
+    class Logits(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    coded = Logits(lc.DynamicQuantization().compress(one_block(), lc.Context()).eval())
+    packed = lc.WeightOnlyQuantization().compress(one_block(), lc.Context()).eval()
+    first, second = torch.randint(4, 100, (2, 2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        coded(first)  # with copies and without
+        traced = torch.jit.trace(coded, first, check_trace=False)
+        torch.testing.assert_close(traced(second), coded(second), rtol=1e-4, atol=1e-5)
+        if COPIES:
+            assert coded.model.model.layers[0].mlp.up_proj.derived_bytes() > 0
+        if native() is not None:
+            with pytest.raises(lc.CompressionError, match=r"cannot be recorded by torch\.jit\.trace"):
+                torch.jit.trace(Logits(packed), first, check_trace=False)
+
+
+@pytest.mark.skipif(native() is None, reason="no native kernels")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("gate", ["gelu", "gelu_tanh", "silu"])
+def test_a_trace_holds_what_is_between_the_products(gate):
+    weight, (first, second) = torch.randn(8), torch.randn(2, 3, 8)
+
+    def between(x):
+        return activate(gate, rms_norm(x, weight, 1e-6, native()), native())
+
+    traced = torch.jit.trace(between, first, check_trace=False)
+    torch.testing.assert_close(traced(second), between(second))
+
+
+def test_the_default_device_is_not_that_of_what_a_kernel_reads(monkeypatch):
+    linear, grid = nn.Linear(64, 32), Grid(4, 32, codebook="nf4")
+    layer, x = PackedLinear.from_coded(linear, quantize(linear.weight, grid), grid), torch.randn(3, 64)
+    weight, scale = quantize_rows(linear.weight)
+    monkeypatch.setattr(packed_product, "_codebook", packed_product._codebook.__wrapped__)
+    with torch.no_grad(), torch.device("meta"):
+        found = layer(x)
+        if kernels.has_fbgemm(torch.device("cpu")):
+            kernels.pack(weight, scale, None, "token")
+    expected = x @ layer.dequantized().T + linear.bias
+    assert ((found - expected).norm() / expected.norm()).item() < 0.05
+
+
 def test_the_table_tells_what_runs_here(monkeypatch):
     table = lc.kernels()
     for scheme in ("int8_linear", "int8_static_linear", "int8_experts"):
@@ -204,3 +293,11 @@ def test_int4_on_cuda_is_the_unpacked_product(bias):
         found = layer.cuda()(x.cuda().bfloat16()).float().cpu()
     assert int4pack.runs(torch.device("cuda", 0))
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_trial_of_int4_on_cuda_does_not_hang_on_the_default_device():
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.device("cuda"):
+        assert int4pack.runs.__wrapped__(device) == int4pack.runs(device)

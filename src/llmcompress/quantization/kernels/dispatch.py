@@ -68,7 +68,10 @@ class Kernels:
     machine: dict[str, str]
 
     def used(self, scheme: str, device: str = "cpu") -> list[str]:
-        """Return the names of the kernels that run for a scheme on a device, one for each range of batches."""
+        """Return the names of the kernels that run for a scheme on a device, one for each range of batches.
+
+        None for a scheme or a device that the table does not have: a coded embedding is looked up, not multiplied by.
+        """
         own = [choice for choice in self.choices if choice.used and choice.kernel.scheme == scheme]
         return [choice.kernel.name for choice in own if choice.kernel.device == device]
 

@@ -37,15 +37,17 @@ def runs(device: torch.device) -> bool:
     """Tell whether the operator gives right products on `device`: tried once, on a small matrix."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (_OUTPUTS * 8, _INPUTS * 2), generator=generator).to(torch.uint8)
-    grid = Grid(4, 64)
-    shape = (len(codes), grid.groups(codes.shape[1]))
-    scale = torch.rand(shape, dtype=torch.float32, generator=generator).add_(0.5).half()
-    zero = torch.randint(0, 16, shape, generator=generator).to(torch.uint8)
-    x = torch.randn(4, codes.shape[1], dtype=torch.float32, generator=generator)
-    coded = Coded(codes, scale, zero)
-    exact = F.linear(x, decode(coded, grid))
+    # Whatever the default device is, the generator is on the CPU.
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, 16, (_OUTPUTS * 8, _INPUTS * 2), generator=generator).to(torch.uint8)
+        grid = Grid(4, 64)
+        shape = (len(codes), grid.groups(codes.shape[1]))
+        scale = torch.rand(shape, dtype=torch.float32, generator=generator).add_(0.5).half()
+        zero = torch.randint(0, 16, shape, generator=generator).to(torch.uint8)
+        x = torch.randn(4, codes.shape[1], dtype=torch.float32, generator=generator)
+        coded = Coded(codes, scale, zero)
+        exact = F.linear(x, decode(coded, grid))
     try:
         on_device = Coded(codes.to(device), scale.to(device), zero.to(device))
         found = Int4PackProduct(on_device, grid).multiply(x.to(device)).float().cpu()

@@ -23,7 +23,7 @@ from ..grid import Coded, decode, row_chunks
 from . import int4pack
 from .int8 import fbgemm_linear, torch_linear
 from .native import NativeProduct, native
-from .packing import copy_bytes, has_fbgemm, identity, pack
+from .packing import copy_bytes, has_fbgemm, marks, pack
 
 if TYPE_CHECKING:
     from ..packed_matrix import PackedMatrix
@@ -61,7 +61,7 @@ def product_state(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, compute: Compute
 ) -> tuple[Any, ...]:
     """Return what tells whether a product is still of these tensors of a matrix."""
-    return identity(weight), identity(scale), None if zero is None else identity(zero), compute
+    return marks(weight), marks(scale), None if zero is None else marks(zero), compute
 
 
 def takes_packed_copy(device: torch.device, compute: Compute) -> bool:

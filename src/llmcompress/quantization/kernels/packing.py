@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +60,8 @@ def has_fbgemm(device: torch.device) -> bool:
 
 def takes_copy(weight: torch.Tensor) -> bool:
     """Tell whether the product with `weight` (out, in) is computed from a copy on this machine."""
+    if torch.jit.is_tracing():
+        return False  # the trace would hold the memory of an answer, and not what computes it
     return multiplies(weight) if native() is not None else has_fbgemm(weight.device)
 
 
@@ -78,7 +81,7 @@ def pack(
         bias: (out,) or None.
         activations: the copy serves only calls with the same value.
     """
-    zero_points = torch.zeros(weight.shape[0], dtype=torch.long)
+    zero_points = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
     with warnings.catch_warnings():
         # torch announces the end of quantized tensor types. This one lives for two lines, on its way to the packer.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
@@ -113,8 +116,10 @@ def packed_copy(
 def copy_state(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: Activations | Stored
 ) -> tuple[Any, ...]:
-    """Return what tells whether a copy is still of these tensors."""
-    return identity(weight), identity(scale), None if bias is None else identity(bias), activations
+    """Return what tells whether a copy is still of these tensors; while `torch.jit.trace` records, none is."""
+    if torch.jit.is_tracing():
+        return ()
+    return marks(weight), marks(scale), None if bias is None else marks(bias), activations
 
 
 def forget_copy(weight: torch.Tensor) -> None:
@@ -133,6 +138,34 @@ def copy_bytes(weight: torch.Tensor) -> int:
     return weight.numel() + 16 * weight.shape[0]
 
 
-def identity(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return what changes when a tensor is replaced or written to."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def marks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what changes when a tensor is replaced or written to, though not through `tensor.data`.
+
+    What is written to an inference tensor, which counts no writes, is not seen either.
+    """
+    # The address of a tensor that is gone is often that of the next one; a weak reference tells them apart. As long as
+    # its tensor lives it is one object, found equal before the tensors are; two that live have two ids.
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, id(tensor), weakref.ref(tensor)
+
+
+class Identity(tuple[Any, ...]):
+    """The `marks` of a tensor; pickled or copied they are those of none."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[Identity], tuple[()]]:
+        return Identity, ()
+
+
+def identity(tensor: torch.Tensor) -> Identity:
+    """Return the `marks` of a tensor for an object that is saved together with them.
+
+    Example:
+        >>> import copy
+        >>> ones = torch.ones(2)
+        >>> known = identity(ones)
+        >>> known == identity(ones), copy.deepcopy(known) == known, identity(ones.clone()) == known
+        (True, False, False)
+    """
+    return Identity(marks(tensor))

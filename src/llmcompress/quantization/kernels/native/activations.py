@@ -20,7 +20,7 @@ def code_rows(x: torch.Tensor, limit: int, kernels: Native) -> tuple[torch.Tenso
         or NaN.
     """
     rows, columns = x.shape
-    codes, unit = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
+    codes, unit = x.new_empty((rows, columns), dtype=torch.int8), x.new_empty(rows)
     arguments = (x.data_ptr(), rows, columns, limit, codes.data_ptr(), unit.data_ptr(), torch.get_num_threads())
     kernels.functions.llmc_code_rows(kernels.table, *arguments)
     return codes, unit

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from .library import Native
 
@@ -12,6 +14,12 @@ Gate = Literal["gelu", "gelu_tanh", "silu"]
 """GELU by the error function, GELU by its approximation with tanh, and SiLU."""
 
 _GATES: dict[Gate, int] = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+# For `torch.jit.trace`, which records operators of torch only, and of a kernel the memory of its answer.
+_TRACED: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def activate(gate: Gate, x: torch.Tensor, kernels: Native) -> torch.Tensor:
@@ -25,6 +33,8 @@ def activate(gate: Gate, x: torch.Tensor, kernels: Native) -> torch.Tensor:
     Returns:
         A new tensor of the same shape.
     """
+    if torch.jit.is_tracing():
+        return _TRACED[gate](x)
     y = torch.empty_like(x)
     kernels.functions.llmc_activate(
         kernels.table, _GATES[gate], x.data_ptr(), x.numel(), y.data_ptr(), torch.get_num_threads()
@@ -44,6 +54,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Nat
     Returns:
         A new tensor of the shape of `x`.
     """
+    if torch.jit.is_tracing():
+        return F.rms_norm(x, weight.shape, weight, epsilon)
     y, columns = torch.empty_like(x), x.shape[-1]
     kernels.functions.llmc_rms_norm(
         kernels.table,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ....errors import CompressionError
 from ...grid import LEVELS, Codebook, Grid
 from .library import Native
 
@@ -67,6 +68,12 @@ class NativeProduct:
                 f"a packed layer of {self._columns} inputs on the CPU was given {tuple(x.shape)} on {x.device}"
             )
         given = x.dtype
+        if torch.jit.is_tracing():
+            # A trace knows operators of torch only: it would hold the memory of an answer, and not what computes it.
+            raise CompressionError(
+                "a packed layer cannot be recorded by torch.jit.trace, which sees no kernel outside of torch; use "
+                "torch.export.export or torch.compile, or trace what llmcompress.dequantize(model) returns."
+            )
         exact = x.contiguous() if given is torch.float32 else x.float().contiguous()
         if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
             bias = bias.float().contiguous()
@@ -99,8 +106,8 @@ def codebook_steps(codebook: Codebook) -> tuple[list[int], float]:
         >>> [round((step - 64) * unit, 3) for step in steps[8:]]
         [0.0, 0.167, 0.25, 0.333, 0.5, 0.667, 1.0]
     """
-    levels = torch.tensor(LEVELS[codebook], dtype=torch.float64)
-    largest = torch.arange(40, _MIDDLE - 0.5, 0.01, dtype=torch.float64)[:, None]
+    levels = torch.tensor(LEVELS[codebook], dtype=torch.float64, device="cpu")
+    largest = torch.arange(40, _MIDDLE - 0.5, 0.01, dtype=torch.float64, device="cpu")[:, None]
     steps = (levels * largest).round()
     best = int((steps / largest - levels).square().sum(1).argmin())
     return [int(step) + _MIDDLE for step in steps[best]], 1 / float(largest[best])
@@ -111,5 +118,6 @@ def _codebook(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return 16 levels as floats and as steps, and what a step is worth."""
     steps, unit = codebook_steps(codebook)
     unused = 16 - len(steps)
-    levels = torch.tensor([*LEVELS[codebook], *[0.0] * unused], dtype=torch.float32)
-    return levels, torch.tensor([*steps, *[_MIDDLE] * unused], dtype=torch.uint8), unit
+    # On the CPU whatever the default device is: the kernels read them by their addresses.
+    levels = torch.tensor([*LEVELS[codebook], *[0.0] * unused], dtype=torch.float32, device="cpu")
+    return levels, torch.tensor([*steps, *[_MIDDLE] * unused], dtype=torch.uint8, device="cpu"), unit
