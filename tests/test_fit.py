@@ -1,7 +1,9 @@
 """`lc.fit`: targets, the solver against all choices, a search on a clock of its own, whole runs on tiny models."""
 
 import itertools
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,17 +13,24 @@ import llmcompress as lc
 from llmcompress.anatomy.footprint import disk_bytes
 from llmcompress.anatomy.stacks import Stack
 from llmcompress.checkpoint import verify
+from llmcompress.class_labels import ClassIndex
+from llmcompress.compressor import Context
+from llmcompress.evaluation.tasks import MetricKind, TaskScore
 from llmcompress.fitting import budget as budget_module
 from llmcompress.fitting import search as search_module
 from llmcompress.fitting import space as space_module
+from llmcompress.fitting import survey as survey_module
+from llmcompress.fitting.bench import Bench
 from llmcompress.fitting.budget import Budget
 from llmcompress.fitting.holdout import hold_out
+from llmcompress.fitting.outcome import sentence_of
 from llmcompress.fitting.predictor import Predictor, calibrated
+from llmcompress.fitting.recovery import find_recovery
 from llmcompress.fitting.search import Search
 from llmcompress.fitting.solver import BlockWay, Problem, RestWay, Skeleton, solve
 from llmcompress.fitting.space import FORMS, Shape, Space, Vocabulary
 from llmcompress.fitting.survey import Survey
-from llmcompress.fitting.targets import Targets, read_targets
+from llmcompress.fitting.targets import Targets, drop_text, read_targets
 from llmcompress.fitting.trial import Cost, Trial
 from llmcompress.testing import tiny_data, tiny_model, tiny_tokenizer
 
@@ -35,6 +44,7 @@ def test_bad_targets_are_refused_before_any_work():
         ({}, "must have a target"),
         ({"size": "12"}, r"fit\.size must be a quantity such as '12 MB'.*got '12'"),
         ({"size": 0}, r"fit\.size"),
+        ({"size": 12e6}, r"or an integer of bytes, got 12000000\.0"),
         ({"size": "-3 MB"}, r"fit\.size"),
         ({"latency": 3}, r"fit\.latency must be a quantity such as '3 ms'"),
         ({"latency": "3 MB"}, "in one of us, ms"),
@@ -62,6 +72,94 @@ def test_bad_targets_are_refused_before_any_work():
         lc.fit("no such folder", task, ["text"])
     with pytest.raises(lc.UnsupportedModelError):
         lc.fit(tiny_model("llama"), task, ["text"], size="1 MB", tokenizer=tiny_tokenizer())
+
+
+def test_rows_that_cannot_be_trained_on_are_named_before_any_work(monkeypatch):
+    monkeypatch.setattr("llmcompress.fitting.fit._fit", lambda *args: pytest.fail("work has begun"))
+    bert, t5, given = tiny_model("bert"), tiny_model("t5"), {"size": "90 kB", "tokenizer": tiny_tokenizer()}
+    bert.config.label2id = {"ham": 0, "spam": 1}
+    rows = [("some text", index % 2) for index in range(39)]
+    task = lc.TextClassification(rows)
+    for last, said in (
+        (("text", 7), r"data\[39\]\.label must be a class of BertForSequenceClassification.*got 7"),
+        (("", 1), r"token in each row, and that of data\[39\] has none"),
+        (("text", ClassIndex(0, "spam")), "'eggs' beside 'spam'"),
+    ):
+        known = [("text", ClassIndex(1, "eggs")), *rows[1:]] if "beside" in said else rows
+        with pytest.raises((lc.ConfigError, lc.MissingInputError), match=said):
+            lc.fit(bert, task, [*known, last], **given)
+    pairs = [lc.Example("a text", "another")] * 2
+    with pytest.raises(lc.MissingInputError, match=r"fit needs target texts .*, and data\[2\] has none.*'text_pair'\."):
+        lc.fit(t5, lc.TextGeneration([("a", "b")]), [*pairs, "a text"], **given)
+
+
+def test_short_texts_are_taken_more_of_instead_of_refused():
+    model = tiny_model("bert")
+    batches = survey_module._batches(model, Context(data=[lc.Example("ab")] * 40, tokenizer=tiny_tokenizer()), 4)
+    assert sum(batch["input_ids"].numel() for batch in batches) == 32
+    with pytest.raises(lc.MissingInputError, match="9 texts have 18 tokens in all"):
+        survey_module._batches(model, Context(data=[lc.Example("ab")] * 9, tokenizer=tiny_tokenizer()), 4)
+
+
+def test_labels_that_only_some_rows_have_are_told(tmp_path):
+    model, notes = tiny_model("bert"), []
+    rows = [lc.Example("text", label=1), lc.Example("text"), lc.Example("text", label=0)]
+    task = lc.TextClassification([("text", 0)])
+    recovery, _ = find_recovery(model, task, rows, tiny_tokenizer(), str(tmp_path), notes)
+    assert recovery.alpha == 1.0
+    assert notes == ["labels are not trained on: 1 of 3 examples have none"]
+    find_recovery(model, task, rows[1:2], tiny_tokenizer(), str(tmp_path), notes)
+    assert len(notes) == 1
+
+
+def test_an_original_without_a_score_is_refused():
+    model = tiny_model("bert")
+    model.config.num_labels, model.config.problem_type = 1, "regression"
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 1)
+    rows = [(f"text {index}", 2.0) for index in range(12)]
+    with pytest.raises(lc.ConfigError, match=r"fit\.task must give the original a finite pearson, got nan on the 4"):
+        lc.fit(model, lc.TextClassification(rows), rows, size="90 kB", tokenizer=tiny_tokenizer(), progress=False)
+
+
+def perplexity_of(value):
+    kinds = {"perplexity": MetricKind(scale="ratio", lower_is_better=True)}
+    values = {"perplexity": value}
+    return TaskScore(task="toy", metrics=values, kinds=kinds, primary="perplexity", protocol={})
+
+
+def test_a_chain_whose_loss_is_no_number_has_failed():
+    class Broken:
+        def evaluate(self, *args, **settings):
+            return perplexity_of(float("inf"))
+
+    class Untouched:
+        name, recovers = "as it is", False
+
+        def steps(self, recovery=None):
+            return []
+
+    targets = Targets(1000, None, None, 0.05, (1, 128), 600.0)
+    context = Context(tokenizer=tiny_tokenizer())
+    clock = Budget(600.0, progress=False)
+    bench = Bench(tiny_model("bert"), context, None, targets, Broken(), perplexity_of(2.0), 1.0, 0, clock)
+    trial = bench.run(Untouched(), 0, "short")
+    assert (trial.drop, trial.error) == (None, "its perplexity is inf")
+
+
+def test_small_and_infinite_numbers_are_told_as_they_are():
+    targets = Targets(1000, 0.001, None, 0.0004, (1, 128), 600.0)
+    assert targets.text() == "at most 1.00 kB on disk and at most 0.001 ms at 1x128 tokens"
+    share = TaskScore(
+        task="toy", metrics={"accuracy": 0.5}, kinds={"accuracy": MetricKind()}, primary="accuracy", protocol={}
+    )
+    found = [drop_text(drop, share) for drop in (0.0004, 0.0, 0.0123, -0.0002)]
+    assert found == ["0.04 points", "0.0 points", "1.2 points", "-0.02 points"]
+    chain = SimpleNamespace(name="int8")
+    final = Trial(chain, "final", 0, Cost(900, 0.001, 2.0), float("inf"), 0.0, 1.0)
+    ended = SimpleNamespace(feasible=True)
+    told = sentence_of(targets, ended, Cost(2000, 1.0, 1.0), final, perplexity_of(2.0), met=False)
+    assert "cannot be shown to lose no more than 0.0004" in told
+    assert told.endswith("the loss of perplexity cannot be told (inf).")
 
 
 def test_units_and_what_holds():
@@ -415,9 +513,11 @@ def test_the_verb_refuses_before_any_work(tmp_path, capsys):
     for wrong, said in (
         (["--size", "12"], "fit.size must be a quantity"),
         (["--shape", "128"], "--shape must be ROWSx"),
+        (["--size", "1 kB", "--out", "/dev/null/out"], "/dev/null/out cannot be written"),
+        (["--size", "1 kB", "--json", str(tmp_path / "out" / "found.json")], "must not be inside of --out"),
     ):
         assert main(["fit", str(tmp_path / "model"), *given, *wrong]) == 2
-        assert said in capsys.readouterr().err
+        assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -432,6 +532,13 @@ def test_the_verb_runs_again_in_its_folder(classifier, tmp_path, capsys, monkeyp
         assert main(["fit", "model", *given, "--size", "90 kB", "--no-progress"]) == 0
         assert f"wrote {out}" in capsys.readouterr().out
     assert lc.Pipeline.from_yaml(out / "recipe.yaml") == classifier[2].recipe
+
+
+def test_what_json_has_no_number_for_is_a_word(classifier):
+    found = replace(classifier[2], drop=float("inf"), noise=float("nan"))
+    told = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert (told["drop"], told["noise"]) == ("Infinity", "NaN")
+    assert told["disk_bytes"] == found.disk_bytes
 
 
 def test_an_impossible_target_ends_with_the_sentence():

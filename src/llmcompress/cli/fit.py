@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json as encoding
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import ConfigError
+from ..places import check_place
 from .options import (
+    PRINTED,
     DataSplit,
     Json,
     Model,
@@ -61,7 +62,12 @@ def fit(
     from ..evaluation.inference import threads_set_to
     from ..fitting.fit import fit as run
 
+    # Now, and not when the budget is spent.
     refuse_foreign(out)
+    if not out.exists():
+        check_place(out)
+    if json not in (None, PRINTED) and json.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--json {json} must not be inside of --out {out}, which is written as a whole.")
     asked = make_task(task, task_data, split, settings)
     with threads_set_to(threads):
         found = run(
@@ -79,7 +85,7 @@ def fit(
             progress=progress,
         )
     found.save_pretrained(out)
-    tell(f"{found}\nwrote {out}", encoding.dumps(found.to_dict(), indent=2), json)
+    tell(f"{found}\nwrote {out}", found.to_json(), json)
     if not found.met:
         raise typer.Exit(_NOT_MET)
 

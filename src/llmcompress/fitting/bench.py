@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -103,8 +104,10 @@ class Bench:
             score = self.choose.evaluate(made.model, made.tokenizer, progress=False)
         except CompressionError as error:
             return Trial(chain, stage, steps, cost, None, 0.0, self.clock.spent() - begin, str(error))
-        drop, noise = drop_of(self.base, score), noise_of(self.choose, self.base, score)
-        seconds = self.clock.spent() - begin
+        seconds, drop = self.clock.spent() - begin, drop_of(self.base, score)
+        if not math.isfinite(drop):
+            return Trial(chain, stage, steps, cost, None, 0.0, seconds, f"its {score.primary} is {score.value}")
+        noise = noise_of(self.choose, self.base, score)
         self._around = seconds - self._training if steps else self._around
         return Trial(chain, stage, steps, cost, drop, noise, seconds)
 

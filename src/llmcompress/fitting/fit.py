@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..anatomy.footprint import disk_bytes
 from ..anatomy.kept import modes_kept
 from ..checkpoint import load
+from ..class_labels import by_class_names
 from ..compressor import Context
 from ..data import find_tokenizer, load_examples
 from ..errors import ConfigError, MissingInputError, NothingToCompressError
@@ -24,7 +26,7 @@ from .budget import Budget
 from .holdout import hold_out
 from .outcome import sentence_of
 from .predictor import Predictor
-from .recovery import affordable, find_recovery
+from .recovery import affordable, check_rows, find_recovery
 from .result import FitResult
 from .search import Found, Search
 from .space import find_space
@@ -35,6 +37,7 @@ from .trial import Cost, Trial
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..evaluation.tasks import TaskScore
     from ..result import Report
 
 # Texts that a vocabulary is tried on.
@@ -73,8 +76,9 @@ def fit(
         model: the original, with the head of the task; or a folder or hub name. It is never changed.
         task: what it must still be good at.
         data: texts to train with, like those of the task but not the same; anything that `load_examples` takes. With
-            labels they count as well as the original's answers.
-        size: the most bytes on disk, such as `"12 MB"` (decimal, as in reports; `"12 MiB"` is binary).
+            labels they count as well as the original's answers; all must have one for that, and `notes` tells where
+            only some have.
+        size: the most bytes on disk, such as `"12 MB"` (decimal, as in reports; `"12 MiB"` is binary) or `12_000_000`.
         latency: the longest a forward pass at `shape` may take, such as `"3 ms"`.
         speedup: how many times faster than the original it must at least be, at `shape`.
         max_drop: how much worse the task's primary metric may be, in its own unit: 0.01 is a point of accuracy.
@@ -90,9 +94,9 @@ def fit(
         `.recipe`, `.trials`, `.drop`.
 
     Raises:
-        ConfigError: no target, or one that is no quantity or out of range; before any work. Or the model itself is as
-            small and as fast as is asked for.
-        MissingInputError: no data or no tokenizer.
+        ConfigError: no target, or one that is no quantity or out of range, or a label that the model does not know;
+            before any work. Or the model itself is as small and as fast as is asked for, or has no score to lose.
+        MissingInputError: no data or no tokenizer, or a row without what is trained on.
         UnsupportedModelError: the model has no repeated blocks, is quantized, or its head does not fit the task.
         NothingToCompressError: not one chain could be built.
 
@@ -108,7 +112,7 @@ def fit(
         >>> lc.fit(model, task, tiny_data(model), size="12 megabytes", tokenizer=tiny_tokenizer())
         Traceback (most recent call last):
         llmcompress.errors.ConfigError: fit.size must be a quantity such as '12 MB', in one of b, kb, mb, gb, tb, kib, \
-mib, gib, got '12 megabytes'.
+mib, gib, or an integer of bytes, got '12 megabytes'.
     """
     targets = read_targets(size=size, latency=latency, speedup=speedup, max_drop=max_drop, shape=shape, budget=budget)
     check_task(task, "fit.task")
@@ -121,8 +125,9 @@ mib, gib, got '12 megabytes'.
     check_shape(targets.shape, model)
     refuse_unready(model)
     task.check(model)
-    examples = load_examples(data)
+    examples = by_class_names(load_examples(data), model)
     tokenizer = find_tokenizer(model, tokenizer or task.tokenizer, who="fit")
+    check_rows(model, examples, tokenizer)
     clock = Budget(targets.budget, progress=progress)
     training = model.training
     with closing(clock), modes_kept(model), tempfile.TemporaryDirectory(prefix="llmcompress-fit-") as folder:
@@ -149,6 +154,7 @@ def _fit(
         begin = clock.spent()
         base = choose.evaluate(model, tokenizer, progress=False)
         scoring = clock.spent() - begin
+        _refuse_unscored(base)
         examples = affordable(examples, scoring / len(choose.examples), clock.left(), seed, notes)
     context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
     with clock.stage("sensitivities and times of the parts"):
@@ -217,6 +223,15 @@ def _refuse_met(targets: Targets, own: Cost) -> None:
         raise ConfigError(
             f"fit must be asked for less than the model is, got {targets.text()}: it is {is_now} already, there is "
             f"nothing to do."
+        )
+
+
+def _refuse_unscored(base: TaskScore) -> None:
+    """Refuse a score that nothing can be held against: a correlation with labels that are all alike is no number."""
+    if not math.isfinite(base.value):
+        raise ConfigError(
+            f"fit.task must give the original a finite {base.primary}, got {base.value} on the {len(base.examples)} "
+            f"examples that chains are chosen by; pass more examples, with labels that differ."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..evaluation.units import bytes_text, milliseconds_text
@@ -38,7 +39,8 @@ def sentence_of(targets: Targets, found: Found, own: Cost, final: Trial, base: T
         return f"Not met: {asked}: no chain of these strategies comes below {least}. The nearest found: {is_now}."
     held = targets.hold(final.cost.bytes, final.cost.ms, final.cost.speedup)
     why = (
-        f"it loses more than {drop_text(targets.max_drop, base)} on the examples held out"
+        f"it {'loses more' if math.isfinite(final.drop) else 'cannot be shown to lose no more'} than "
+        f"{drop_text(targets.max_drop, base)} on the examples held out"
         if held
         else "no chain that was tried in this time is so small or fast and loses so little"
     )
@@ -54,6 +56,8 @@ def _cost_text(cost: Cost, own: Cost) -> str:
 
 def _loss_text(final: Trial, base: TaskScore) -> str:
     assert final.drop is not None
+    if not math.isfinite(final.drop):
+        return f"the loss of {base.primary} cannot be told ({final.drop})"
     noise = drop_text(final.noise, base)
     if final.drop < 0:
         return f"{base.primary} is {drop_text(-final.drop, base)} better (± {noise})"

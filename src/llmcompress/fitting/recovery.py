@@ -11,8 +11,9 @@ from ..anatomy import anatomy
 from ..data import Example, encode
 from ..distillation.cache import TeacherCache
 from ..distillation.distillation import KnowledgeDistillation
-from ..distillation.heads import Head, head_of
-from ..errors import UnsupportedModelError
+from ..distillation.heads import LANGUAGE_MODELS, Head, head_of
+from ..distillation.labels import check_labels
+from ..errors import MissingInputError, UnsupportedModelError
 from ..evaluation.units import count_text
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def find_recovery(
     cache = None
     if head not in _UNCACHED:
         cache = TeacherCache(folder=folder, hidden=tuple(range(1, layers + 1)) if inside else ())
-    labelled = head in {"causal_lm", "seq2seq_lm", "masked_lm"} or all(one.label is not None for one in examples)
+    labelled = _labelled(head, examples)
+    if not labelled and (bare := sum(one.label is None for one in examples)) < len(examples):
+        notes.append(f"labels are not trained on: {count_text(bare)} of {count_text(len(examples))} examples have none")
     training = KnowledgeDistillation(
         steps=1,
         alpha=0.5 if labelled else 1.0,
@@ -81,6 +84,35 @@ def find_recovery(
         max_length=int(length),
     )
     return training, max(round(_MOST_EPOCHS * rows / BATCH), 1)
+
+
+def check_rows(model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows that cannot be trained on: all of them, before any work, and by their numbers in the data.
+
+    Raises:
+        MissingInputError: a row has no text, or no target text where the model writes one.
+        ConfigError: a label is none of the model's.
+    """
+    try:
+        head = head_of(model)
+    except UnsupportedModelError:
+        return  # nothing is trained
+    bare = next((index for index, one in enumerate(examples) if not one.pair), None)
+    if head == "seq2seq_lm" and bare is not None:
+        raise MissingInputError(
+            f"fit needs target texts to train {type(model).__name__}, and data[{bare}] has none; pass rows with 'text' "
+            f"and 'text_pair'."
+        )
+    for index, one in enumerate(examples):
+        # Running text is joined; elsewhere special tokens may be enough.
+        blank = head != "causal_lm" and one.words is None and not one.text.strip()
+        if blank and not encode([one], tokenizer)[0]["input_ids"]:
+            raise MissingInputError(
+                f"fit needs a text of at least one token in each row, and that of data[{index}] has none; fill it in, "
+                f"or remove the row."
+            )
+    if _labelled(head, examples):
+        check_labels(head, model, examples)
 
 
 def affordable(
@@ -102,3 +134,7 @@ def affordable(
     )
     chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
     return [examples[index] for index in chosen]
+
+
+def _labelled(head: Head, examples: Sequence[Example]) -> bool:
+    return head in LANGUAGE_MODELS or all(one.label is not None for one in examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import METADATA_FILE, read_metadata
 from ..evaluation.table import Table
-from ..evaluation.units import bytes_text, milliseconds_text
+from ..evaluation.units import bytes_text, json_numbers, milliseconds_text
 from ..pipeline import Pipeline
 from ..result import Result
 from ..tensor_files import write_json
@@ -87,6 +88,10 @@ class FitResult(Result):
             "notes": list(self.notes),
             "report": self.report.model_dump(mode="json"),
         }
+
+    def to_json(self) -> str:
+        """Return `to_dict()` as JSON, with words for the numbers that JSON has not: a perplexity may be infinite."""
+        return json.dumps(json_numbers(self.to_dict()), indent=2, allow_nan=False)
 
     @property
     def table(self) -> Table:

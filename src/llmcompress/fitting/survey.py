@@ -11,7 +11,7 @@ from ..anatomy.vocabulary import vocabulary_size
 from ..calibration import calibration_batches
 from ..compressor import Compressor, Context
 from ..data import Example
-from ..errors import CompressionError
+from ..errors import CompressionError, MissingInputError
 from ..measured import seeded
 from .blocks import BlockTimer, bytes_of_blocks
 from .budget import Budget
@@ -149,7 +149,14 @@ def _batches(model: PreTrainedModel, context: Context, samples: int) -> list[dic
     head = model.get_output_embeddings()
     if head is not None:
         samples = max(min(samples, _MOST_NUMBERS // (_LENGTH * model.config.get_text_config().vocab_size)), 1)
-    return calibration_batches(model, context, who="fit", samples=samples, max_length=_LENGTH)
+    while True:
+        try:
+            return calibration_batches(model, context, who="fit", samples=samples, max_length=_LENGTH)
+        except MissingInputError:
+            # A few short texts hold too few tokens; it takes more of them.
+            if samples >= min(_SAMPLES, len(context.data or ())):
+                raise
+            samples *= 2
 
 
 def _alike(model: PreTrainedModel, space: Space) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data import longest_input
 from ..errors import ConfigError
-from ..evaluation.units import bytes_text, milliseconds_text, score_text
+from ..evaluation.units import bytes_text, score_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ class Targets:
         at = f"at {self.shape[0]}x{self.shape[1]} tokens"
         parts = [f"at most {bytes_text(self.size)} on disk"] if self.size is not None else []
         if self.latency is not None:
-            parts.append(f"at most {milliseconds_text(self.latency)} {at}")
+            parts.append(f"at most {self.latency:g} ms {at}")
         if self.speedup is not None:
             parts.append(f"at least {self.speedup:g}x faster {at}")
         return " and ".join(parts)
@@ -142,21 +142,25 @@ def drop_of(base: TaskScore, score: TaskScore) -> float:
 
 def drop_text(drop: float, base: TaskScore) -> str:
     """Write a loss as people read it: in points where the metric is a share, else as a number."""
-    return f"{100 * drop:.1f} points" if base.fraction else score_text(drop, fraction=False)
+    if not base.fraction:
+        return score_text(drop, fraction=False)
+    points = 100 * drop
+    # A limit below what one digit shows is no limit of zero.
+    return f"{points:.1f} points" if points == 0 or abs(points) >= 0.05 else f"{points:.1g} points"
 
 
 def _bytes(size: str | int) -> int:
     if type(size) is int and size > 0:
         return size
-    return max(int(_quantity("size", size, _BYTES, "12 MB")), 1)
+    return max(int(_quantity("size", size, _BYTES, "12 MB", ", or an integer of bytes")), 1)
 
 
-def _quantity(name: str, given: Any, units: dict[str, Number], example: str) -> float:
+def _quantity(name: str, given: Any, units: dict[str, Number], example: str, other: str = "") -> float:
     match = _QUANTITY.fullmatch(given) if isinstance(given, str) else None
     factor = units.get(match[2].lower()) if match else None
     if match is None or factor is None or not 0 < float(match[1]) * factor < math.inf:
         raise ConfigError(
-            f"fit.{name} must be a quantity such as {example!r}, in one of {', '.join(units)}, got {given!r}."
+            f"fit.{name} must be a quantity such as {example!r}, in one of {', '.join(units)}{other}, got {given!r}."
         )
     return float(match[1]) * factor
 
