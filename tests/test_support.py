@@ -1,13 +1,15 @@
 """The support matrix: its checks on a few architectures, each mend of the anatomy, and a runner that nothing stops."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import llmcompress as lc
 from llmcompress.support.checks import STRATEGIES, Subject, check
-from llmcompress.support.entries import append_entries, read_entries
+from llmcompress.support.entries import Entry, append_entries, read_entries
 from llmcompress.support.matrix import choose_jobs, run
+from llmcompress.support.page import page
 from llmcompress.support.tiny_models import TASKS, NotBuiltError, build_tiny
 from llmcompress.support.worker import Job, Outcome
 from misbehaving import misbehave
@@ -108,6 +110,46 @@ def test_patterns():
     assert jobs == [Job("causal-lm", "bert", ("ffn",)), Job("causal-lm", "llama", ("ffn",))]
     with pytest.raises(lc.NothingToCompressError, match=r"--strategy must match a strategy .* got 'nope'"):
         choose_jobs(["bert"], ["nope"])
+
+
+def test_no_option_is_named_that_there_is_none_of():
+    with pytest.raises(lc.NothingToCompressError, match=r"^ARCHITECTURE must match an .*; did you mean 'llama'\?"):
+        choose_jobs(["lama"])
+
+
+def test_a_status_that_there_is_none_of_is_refused(tmp_path):
+    with pytest.raises(lc.ConfigError, match=r"--retry must be one of .*, got 'fialed'; did you mean 'failed'\?"):
+        run([], tmp_path / "out.jsonl", retry=["fialed"], progress=False)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(lc.CheckpointError, match="it is a folder"):
+        run([Job("causal-lm", "works", ("a",))], tmp_path, progress=False, examine=None)
+
+
+@pytest.mark.parametrize("content", [b'{"precious": 1}', b"a note", b"\xff\xfe"])
+def test_another_file_is_not_cut(tmp_path, content):
+    out = tmp_path / "out.json"
+    out.write_bytes(content)
+    with pytest.raises(lc.ConfigError, match="line 1 is none"):
+        run([Job("causal-lm", "works", ("a",))], out, workers=1, progress=False, examine=misbehave)
+    assert out.read_bytes() == content
+
+
+def test_the_page_tells_what_was_not_checked():
+    note = "loads with llmcompress; the dense model's cache is not checked (ValueError: no cache)"
+    entries = [Entry("causal-lm", name, "OneForCausalLM", "heads", "verified", note) for name in ("a", "b")]
+    entries.append(Entry("causal-lm", "c", "OneForCausalLM", "heads", "verified", "loads with llmcompress"))
+    text = page(entries)
+    assert text.count("yes\\* |") == 3
+    assert text.endswith(
+        "### Remarks\n\n- heads: a, b: the dense model's cache is not checked (ValueError: no cache)\n"
+    )
+
+
+def test_the_page_of_the_documentation_says_what_is_checked():
+    committed = (Path(__file__).parents[1] / "docs" / "support.md").read_text(encoding="utf-8")
+    assert committed.startswith(page([]).partition("Made with")[0])
 
 
 def test_a_worker_that_hangs_or_dies_stops_nothing(tmp_path, monkeypatch):

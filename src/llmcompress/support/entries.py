@@ -48,6 +48,8 @@ def versions() -> dict[str, str]:
 
 
 _DECIDING = ("llmcompress", "transformers", "torch")
+# Of each line: what is left of one that was cut in half begins so too, and the last line of another file does not.
+_BEGINNING = '{"task": '
 
 
 def read_entries(path: Path) -> dict[tuple[str, str, str], Entry]:
@@ -56,17 +58,20 @@ def read_entries(path: Path) -> dict[tuple[str, str, str], Entry]:
     A last line that was cut in half is left out; there is no other way to break a file that is only appended to.
 
     Raises:
-        ConfigError: another line is no entry.
+        ConfigError: another line is no entry, or the last one is no beginning of one.
     """
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="backslashreplace").split("\n")
     found: dict[tuple[str, str, str], Entry] = {}
     now = versions()
     for number, line in enumerate(lines, start=1):
-        if number == len(lines) or not line:
+        cut = number == len(lines) and _BEGINNING.startswith(line[: len(_BEGINNING)])
+        if cut or not line:
             continue  # what stands behind the last line break was not written to its end
         try:
+            if number == len(lines):
+                raise ValueError("nor the beginning of one")
             entry = Entry(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise ConfigError(

@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import get_args
 
 from tqdm.auto import tqdm
 
-from ..errors import NothingToCompressError
+from ..errors import ConfigError, NothingToCompressError, did_you_mean
+from ..places import check_place
 from .checks import STRATEGIES
 from .entries import Entry, append_entries, read_entries, versions
 from .examine import examine
 from .tiny_models import TASKS
-from .worker import Examine, Job, Outcome, serve
+from .worker import Examine, Job, Outcome, Status, serve
 
 # Importing torch and transformers comes on top of the first strategy's time.
 _START_SECONDS = 120.0
@@ -49,10 +51,10 @@ def choose_jobs(
         >>> choose_jobs(["bert"], ["f*"])
         [Job(task='causal-lm', architecture='bert', strategies=('ffn',)), Job(task='classification', ...]
     """
-    chosen = tuple(_matching(STRATEGIES, strategies, "strategy"))
-    kept = _matching(TASKS, tasks, "task")
+    chosen = tuple(_matching(STRATEGIES, strategies, "--strategy must match a strategy"))
+    kept = _matching(TASKS, tasks, "--task must match a task")
     known = dict.fromkeys(name for key in kept for name in TASKS[key].classes)
-    wanted = set(_matching(known, architectures, "architecture"))
+    wanted = set(_matching(known, architectures, "ARCHITECTURE must match an architecture"))
     return [Job(key, name, chosen) for key in kept for name in TASKS[key].classes if name in wanted]
 
 
@@ -79,7 +81,18 @@ def run(
         retry: statuses of finished entries that are tried again.
         progress: show a progress bar.
         examine: what a worker does with a job; another one in tests.
+
+    Raises:
+        ConfigError: a status is none, or `out` holds something else.
+        CheckpointError: `out` cannot be written.
     """
+    for status in retry:
+        if status not in get_args(Status):
+            raise ConfigError(
+                f"--retry must be one of {', '.join(get_args(Status))}, got {status!r}"
+                f"{did_you_mean(status, get_args(Status)) or '.'}"
+            )
+    check_place(out)
     finished = {key: entry for key, entry in read_entries(out).items() if entry.status not in retry}
     open_jobs = deque(_open(jobs, finished))
     total = sum(len(job.strategies) for job in jobs)
@@ -112,12 +125,13 @@ def run(
     return [finished[key] for job in jobs for key in _keys(job)]
 
 
-def _matching(names: Iterable[str], patterns: Sequence[str], what: str) -> list[str]:
+def _matching(names: Iterable[str], patterns: Sequence[str], rule: str) -> list[str]:
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise NothingToCompressError(
-                f"--{what} must match a {what} of the matrix, got {pattern!r}; there are: {', '.join(sorted(names))}."
+                f"{rule} of the matrix, got {pattern!r}{did_you_mean(pattern, names) or '.'} "
+                f"There are: {', '.join(sorted(names))}."
             )
     return [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 

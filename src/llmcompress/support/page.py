@@ -23,10 +23,11 @@ What each pruning strategy, and quantization, does on a tiny random model of eve
 under these tasks; made by `llmcompress support --page docs/support.md`.
 
 - **yes**: verified. The cut model gives the outputs of the whole model in which the same parts are silenced (to 1e-4,
-  relative, on two batches, one of them padded); its folder comes back by plain `from_pretrained` with equal outputs;
-  where the model generates, it does so with a cache as without. For zeros: exactly half of the weights are zero, the
-  others untouched. For the vocabulary: the answers in the new ids are those in the old ones. For quantization: in int8
-  the outputs are about those of the float model, in 4 bits those of the weights that the codes mean; less is stored.
+  relative, on two batches, one of them padded); its folder comes back by plain `from_pretrained` with equal outputs, if
+  that of the whole model does; where the model generates with a cache as without, it still does. For zeros: half of the
+  weights, to 1 %, are zero, the others untouched. For the vocabulary: the answers in the new ids are those in the old
+  ones. For quantization: in int8 the outputs are about those of the float model, in 4 bits those of the weights that
+  the codes mean; less is stored.
 - **yes**\\*: the same, with sizes that no plain config tells (`uniform=False`); loads after `import llmcompress`.
 - **no**: refused with a reason, see below. Empty: the model has no such part.
 
@@ -104,15 +105,20 @@ def _matrix(entries: Sequence[Entry]) -> list[str]:
 
 
 def _reasons(entries: Sequence[Entry]) -> list[str]:
-    """Group what was refused, what failed and what was not built by its reason, names of models and modules aside."""
+    """Group what failed, what was refused or not built, and remarks, names of models and modules aside."""
     lines: list[str] = []
-    for status, title in (("failed", "Failed"), ("refused", "Refused"), ("not built", "Not built")):
+    for status, title in (
+        ("failed", "Failed"),
+        ("refused", "Refused"),
+        ("not built", "Not built"),
+        ("verified", "Remarks"),
+    ):
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for entry in entries:
-            if entry.status == status:
-                reason = _MODULES.sub(
-                    "some modules", _PATH.sub("a module", entry.note.replace(entry.model, "the model"))
-                )
+            # Of what is verified the star in the table tells where it loads; any other remark is told here.
+            note = "; ".join(part for part in entry.note.split("; ") if part != _LOADS)
+            if entry.status == status and (note or status != "verified"):
+                reason = _MODULES.sub("some modules", _PATH.sub("a module", note.replace(entry.model, "the model")))
                 short = reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
                 names = groups["" if status == "not built" else entry.strategy, short.replace("|", "\\|")]
                 if entry.architecture not in names:
