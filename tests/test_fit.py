@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from llmcompress.anatomy.stacks import Stack
 from llmcompress.checkpoint import verify
 from llmcompress.class_labels import ClassIndex
 from llmcompress.compressor import Context
-from llmcompress.evaluation.tasks import MetricKind, TaskScore
+from llmcompress.evaluation.tasks import ExampleResult, MetricKind, TaskScore
 from llmcompress.fitting import budget as budget_module
 from llmcompress.fitting import search as search_module
 from llmcompress.fitting import space as space_module
@@ -270,6 +271,47 @@ def test_no_example_decides_and_verifies():
     task = lc.TextClassification([("good", 1), ("bad", 0)])
     assert hold_out(task, seed=0)[0] is task
     assert "chosen" in hold_out(task, seed=0)[2]
+
+
+class Benchmarks(lc.LMEvalTask):
+    """Two of lm-eval's tasks of a thousand questions in all, without lm-eval."""
+
+    def __post_init__(self):
+        pass
+
+    def evaluate(self, *args, **settings):
+        time.sleep(0.3)
+        results = (ExampleResult(values={"acc": 1.0}),) * 1000
+        kinds = {"acc": MetricKind()}
+        return TaskScore(
+            task="lm_eval", metrics={"acc": 1.0}, kinds=kinds, primary="acc", examples=results, protocol={}
+        )
+
+
+def test_the_questions_of_lm_eval_are_counted_and_not_its_names(monkeypatch):
+    kept = []
+
+    def spied(model, context):
+        kept.extend(context.data)
+        raise lc.UnsupportedModelError("enough")
+
+    monkeypatch.setattr("llmcompress.fitting.fit.find_space", spied)
+    task, model = Benchmarks(["one", "two"]), tiny_model("llama")
+    with pytest.raises(lc.UnsupportedModelError, match="enough"):
+        lc.fit(model, task, ["text"] * 40, size="1 kB", budget="10 s", tokenizer=tiny_tokenizer(), progress=False)
+    assert len(kept) == 40
+    for names in (["one"], list("abcdef")):
+        choose, verify, remark = hold_out(Benchmarks(names), seed=0)
+        assert choose is verify
+        assert "lm-eval reads its examples by itself" in remark
+
+
+def test_the_bar_tells_stage_and_time_left(capsys):
+    clock = Budget(600.0, progress=True)
+    with clock.stage("solving"):
+        pass
+    clock.close()
+    assert "| fit: solving, " in capsys.readouterr().err
 
 
 # The search, with a lab and a clock of its own

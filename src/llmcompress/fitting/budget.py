@@ -35,7 +35,7 @@ class Budget:
         self.seconds = seconds
         self.stages: list[tuple[str, float]] = []
         self._begin = now()
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+        layout = "{percentage:3.0f}%|{bar}| {desc}"
         self._bar = tqdm(total=seconds, desc="fit", disable=not progress, bar_format=layout, leave=False)
 
     def spent(self) -> float:
@@ -61,6 +61,6 @@ class Budget:
 
     def _show(self, name: str) -> None:
         minutes, seconds = divmod(max(round(self.left()), 0), 60)
-        self._bar.set_postfix_str(f"{name}, {minutes}:{seconds:02d} left", refresh=False)
+        self._bar.set_description_str(f"fit: {name}, {minutes}:{seconds:02d} left", refresh=False)
         self._bar.update(min(self.spent(), self.seconds) - self._bar.n)
         self._bar.refresh()

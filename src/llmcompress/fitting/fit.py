@@ -17,7 +17,7 @@ from ..compressor import Context
 from ..data import find_tokenizer, load_examples
 from ..errors import ConfigError, MissingInputError, NothingToCompressError
 from ..evaluation.latency import measure_latency
-from ..evaluation.tasks import Task
+from ..evaluation.tasks import LMEvalTask, Task
 from ..evaluation.units import bytes_text, milliseconds_text
 from ..inputs import check_model, check_seed, check_task, refuse_unready
 from ..pipeline import Pipeline
@@ -155,7 +155,9 @@ def _fit(
         base = choose.evaluate(model, tokenizer, progress=False)
         scoring = clock.spent() - begin
         _refuse_unscored(base)
-        examples = affordable(examples, scoring / len(choose.examples), clock.left(), seed, notes)
+        # The examples of lm-eval's tasks are names, each of many questions.
+        scored = len(base.examples) if isinstance(choose, LMEvalTask) else len(choose.examples)
+        examples = affordable(examples, scoring / max(scored, 1), clock.left(), seed, notes)
     context = Context(data=examples, tokenizer=tokenizer, teacher=model, seed=seed, device=model.device, progress=False)
     with clock.stage("sensitivities and times of the parts"):
         space = find_space(model, context)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import Example
 from ..errors import CompressionError
-from ..evaluation.tasks import LanguageModeling
+from ..evaluation.tasks import LanguageModeling, LMEvalTask
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import Task
@@ -34,6 +34,9 @@ def hold_out(task: Task, seed: int) -> tuple[Task, Task, str | None]:
         >>> len(choose.examples), len(verify.examples), remark
         (4, 8, None)
     """
+    if isinstance(task, LMEvalTask):
+        # Of several benchmarks some would decide, by metrics of their own, and others verify.
+        return task, task, _same("lm-eval reads its examples by itself")
     try:
         examples: Sequence[Any] = list(task.examples)
     except CompressionError:
