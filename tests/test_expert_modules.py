@@ -161,6 +161,11 @@ def test_packed_experts_compute_from_their_codes(nothing_is_dequantized):
             assert packed.derived_bytes() > 0 if copied else packed.derived_bytes() == 0
             assert copy.deepcopy(packed).derived_bytes() == 0
             assert packed.coded_weights()[0][1] == 3 * 20 * 32
+            if grid.has_zero:
+                with torch.no_grad():
+                    before = packed.product("up", 2, x)
+                    packed.up_zero = torch.zeros_like(packed.up_zero)
+                    assert not torch.allclose(packed.product("up", 2, x), before)
 
 
 # -- whole models -------------------------------------------------------------------------------------------------

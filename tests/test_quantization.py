@@ -18,6 +18,7 @@ from llmcompress.anatomy.footprint import footprint
 from llmcompress.quantization import kernels
 from llmcompress.quantization.affine import activation_range, dequantize_rows, quantize_rows
 from llmcompress.quantization.modules import Int8Embedding, Int8Linear, QuantizedModule
+from llmcompress.quantization.static_modules import Int8StaticLinear
 from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import FAMILIES, save_expected, tiny_inputs, tiny_model
 
@@ -399,3 +400,11 @@ def test_the_plan_tells_the_copies_that_products_make():
         megabytes = float(re.search(r"([\d.e-]+) MB in all", told[0])[1])
         # Layers this small are filled up to the widths of the kernel, and have a scale for few columns.
         assert megabytes <= copied / 1e6 <= 1.5 * megabytes
+
+
+@pytest.mark.parametrize(
+    "layer", [Int8Linear.from_float(nn.Linear(4, 3)), Int8StaticLinear.calibrated(nn.Linear(4, 3), 0.01, 128)]
+)
+def test_an_input_of_whole_numbers_is_refused(layer):
+    with torch.no_grad(), pytest.raises(lc.CompressionError, match=f"{type(layer).__name__} needs a float input, got"):
+        layer(torch.ones(2, 4, dtype=torch.int8))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import llmcompress as lc
+from llmcompress.cli import main
 from llmcompress.support.checks import STRATEGIES, Subject, check
 from llmcompress.support.entries import Entry, append_entries, read_entries
 from llmcompress.support.matrix import choose_jobs, run
@@ -134,6 +135,12 @@ def test_another_file_is_not_cut(tmp_path, content):
     with pytest.raises(lc.ConfigError, match="line 1 is none"):
         run([Job("causal-lm", "works", ("a",))], out, workers=1, progress=False, examine=misbehave)
     assert out.read_bytes() == content
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llmcompress.support.matrix.run", lambda *_, **__: pytest.fail("worked"))
+    assert main(["support", "llama", "--out", str(tmp_path / "out.jsonl"), "--page", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err
 
 
 def test_the_page_tells_what_was_not_checked():

@@ -19,7 +19,7 @@ def support(
         list[str] | None, typer.Option(metavar="PATTERN", help="causal-lm, classification, ...; all")
     ] = None,
     out: Annotated[Path, typer.Option(help="finished entries; a second run continues")] = Path("support.jsonl"),
-    page: Annotated[Path | None, typer.Option(help="write the whole matrix as a Markdown page")] = None,
+    page: Annotated[Path | None, typer.Option(help="write what was asked for as a Markdown page")] = None,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="processes side by side")] = 2,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="for one strategy on one model")] = 120.0,
     retry: Annotated[
@@ -35,11 +35,14 @@ def support(
     from dataclasses import asdict
     from json import dumps
 
+    from ..places import check_place
     from ..support.matrix import choose_jobs, run
     from ..support.page import page as rendered
     from ..support.page import totals
 
     jobs = choose_jobs(architectures or (), strategy or (), task or ())
+    if page is not None:
+        check_place(page)
     entries = run(jobs, out, workers=workers, timeout=timeout, retry=retry or ())
     failed = [entry for entry in entries if entry.status == "failed"]
     lines = [f"failed: {entry.task} {entry.architecture} {entry.strategy}: {entry.note}" for entry in failed]

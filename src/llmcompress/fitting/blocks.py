@@ -72,9 +72,7 @@ class BlockTimer:
 
     def _listening(self, path: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # What a cache holds would grow with every pass.
-            kept = {name: None if "past_key_value" in name else value for name, value in kwargs.items()}
-            self._calls[path] = (args, _without_cache(kept))
+            self._calls[path] = _without_cache(args, kwargs)
             return own(*args, **kwargs)
 
         return forward
@@ -83,5 +81,14 @@ class BlockTimer:
         return 1e3 * least_seconds(run, self._device, seconds=self._seconds, fewest=_FEWEST)
 
 
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})}
+def _without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take the cache out, whether it has a name or only a place: what it holds would grow with every pass."""
+    own = {"use_cache": False} if "use_cache" in kwargs else {}
+    named = {name: None if "past_key_value" in name else _unless_cache(value) for name, value in kwargs.items()}
+    return tuple(map(_unless_cache, args)), {**named, **own}
+
+
+def _unless_cache(value: Any) -> Any:
+    from transformers import Cache
+
+    return None if isinstance(value, Cache) else value

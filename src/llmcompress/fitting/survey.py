@@ -11,7 +11,7 @@ from ..anatomy.vocabulary import vocabulary_size
 from ..calibration import calibration_batches
 from ..compressor import Compressor, Context
 from ..data import Example
-from ..errors import CompressionError, MissingInputError
+from ..errors import CompressionError, MissingInputError, NothingToCompressError
 from ..measured import seeded
 from .blocks import BlockTimer, bytes_of_blocks
 from .budget import Budget
@@ -229,6 +229,9 @@ def _rest_bytes(
             stored[own] = stored[first] + row * (rows[own] - rows[first])
             continue
         step = form.of_rest(space.blocks, space.rest)
-        changed = models[own] if step is None else make(models[own], [step], context).model
+        try:
+            changed = models[own] if step is None else make(models[own], [step], context).model
+        except NothingToCompressError:
+            changed = models[own]  # whose embeddings stay as they are: Gemma's have a forward of their own
         stored[own] = bytes_of_blocks(changed, space.blocks)[1]
     return stored

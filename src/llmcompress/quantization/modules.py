@@ -259,6 +259,11 @@ class Int8Linear(Int8Module):
         scale = self.scale if self._partner is not None else cast(torch.Tensor, self._buffers["scale"])
         given = x.dtype
         if given is not torch.float32:
+            if not given.is_floating_point:
+                raise CompressionError(
+                    f"{type(self).__name__} needs a float input, got {given}: the model casts to the dtype of the "
+                    f"weight; leave the layer in float with skip=(...)."
+                )
             x = x.float()
         known = self._packed
         # Made anew whenever a tensor was replaced or written to.

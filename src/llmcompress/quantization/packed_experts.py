@@ -118,7 +118,8 @@ class PackedExperts(QuantizedExperts):
     def product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Map `x` (..., inputs), at least 2-D, to (..., outputs), in the dtype of `x`."""
         codes, scale = self._parameters[f"{name}_codes"], self._buffers[f"{name}_scale"]
-        state = (kernels.identity(cast(torch.Tensor, codes)), kernels.identity(cast(torch.Tensor, scale)))
+        zero = self._buffers.get(f"{name}_zero")
+        state = kernels.product_state(cast(torch.Tensor, codes), cast(torch.Tensor, scale), zero, self.compute)
         known = self._products.get((name, expert))
         if known is None or known[0] != state:
             made = kernels.packed_product(self._part(name, expert), self.compute)
