@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import Cache
 
 import llmcompress as lc
 from llmcompress.anatomy.footprint import disk_bytes
@@ -16,12 +17,14 @@ from llmcompress.anatomy.stacks import Stack
 from llmcompress.checkpoint import verify
 from llmcompress.class_labels import ClassIndex
 from llmcompress.compressor import Context
+from llmcompress.data import load_examples
 from llmcompress.evaluation.tasks import ExampleResult, MetricKind, TaskScore
 from llmcompress.fitting import budget as budget_module
 from llmcompress.fitting import search as search_module
 from llmcompress.fitting import space as space_module
 from llmcompress.fitting import survey as survey_module
 from llmcompress.fitting.bench import Bench
+from llmcompress.fitting.blocks import BlockTimer
 from llmcompress.fitting.budget import Budget
 from llmcompress.fitting.holdout import hold_out
 from llmcompress.fitting.outcome import sentence_of
@@ -312,6 +315,50 @@ def test_the_bar_tells_stage_and_time_left(capsys):
         pass
     clock.close()
     assert "| fit: solving, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def surveyed(monkeypatch):
+    monkeypatch.setattr(space_module, "_SEEN", (None,))
+
+    def of(model, shapes=((None, 0.5),)):
+        monkeypatch.setattr(space_module, "_SHAPES", shapes)
+        data = [example.text for example in tiny_data(model, rows=8)]
+        context = Context(data=load_examples(data), tokenizer=tiny_tokenizer(), teacher=model, device=model.device)
+        space = space_module.find_space(model, context)
+        budget = Budget(1.0, progress=False)
+        return Predictor(space, survey_module.survey(model, space, context, [], (1, 8), budget)), space
+
+    return of
+
+
+def test_what_turns_out_to_be_impossible_is_left_out_and_told(surveyed):
+    # Its plan says that heads can go, and it does not run with fewer of them.
+    predictor, space = surveyed(tiny_model("phi3"))
+    assert len(space.shapes) == 2
+    assert {way.shape for ways in predictor.problem().blocks for way in ways} == {0}
+    assert any("is left out: Phi3ForCausalLM does not run" in note for note in space.notes)
+    # It has a table a head wide, too narrow for groups.
+    predictor, space = surveyed(tiny_model("t5"))
+    assert [form.scheme for form in space.forms] == ["float", "int8"]
+    assert any("no packed weights of 4 bits: WeightOnlyQuantization.group_size" in note for note in space.notes)
+    # Its first block hands the others a bias of one row a head.
+    assert {way.shape for ways in predictor.problem().blocks for way in ways} == {0}
+    assert any("is left out: The size of tensor" in note for note in space.notes)
+
+
+def test_embeddings_that_stay_are_none_to_stop_at(surveyed):
+    predictor, _ = surveyed(tiny_model("gemma"), shapes=())
+    own = {FORMS[rest.scheme].scheme: rest.bytes for rest in predictor.problem().rests}
+    assert own["int8"] == own["float"]
+
+
+def test_a_block_is_timed_without_the_cache_that_it_gets_by_place():
+    model = tiny_model("gpt2")
+    timer = BlockTimer(model, ["transformer.h.0"], (1, 8), seconds=0.0)
+    args, kwargs = timer._calls["transformer.h.0"]
+    assert not any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    assert timer.block(model, "transformer.h.0") > 0
 
 
 # The search, with a lab and a clock of its own

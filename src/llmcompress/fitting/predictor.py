@@ -42,6 +42,7 @@ class Predictor:
 
     def __init__(self, space: Space, survey: Survey) -> None:
         self.space, self._survey = space, survey
+        self.shapes = [one for one in space.shapes if one in survey.widths]
         self.vocabularies = [one for one in space.vocabularies if one in survey.vocabulary]
         self.weights = dict(PRIOR)
         self._slowness: dict[tuple[int, int], float] = {}
@@ -67,7 +68,7 @@ class Predictor:
                     bytes=found.block_bytes[own, form][number],
                     ms=self.slowness(form.number, shape) * found.block_ms[own, form][number],
                 )
-                for shape, own in enumerate(self.space.shapes)
+                for shape, own in enumerate(self.shapes)
                 for form in self.space.forms
             ]
             blocks.append(ways)
@@ -99,7 +100,7 @@ class Predictor:
         sums: Damages = dict.fromkeys(PRIOR, 0.0)
         sums["depth"] = sum(_finite(found.drops[number]) for number in gone) + _finite(found.together[len(gone)])
         for number, way in solution.kept.items():
-            sums["width"] += _finite(found.widths[self.space.shapes[way.shape]][number])
+            sums["width"] += _finite(found.widths[self.shapes[way.shape]][number])
             form = self.form(way)
             sums[_kind(form)] += _finite(found.rounding[form][number])
         sums["vocabulary"] = _finite(found.vocabulary[self.vocabularies[solution.rest.vocabulary]])
@@ -113,7 +114,7 @@ class Predictor:
 
     def shape(self, solution: Solution) -> Shape:
         """Return the widths of a choice."""
-        return self.space.shapes[solution.skeleton.shape]
+        return self.shapes[solution.skeleton.shape]
 
     def vocabulary(self, solution: Solution) -> Vocabulary:
         """Return the vocabulary of a choice."""

@@ -233,10 +233,12 @@ def _vocabularies(model: PreTrainedModel, context: Context, notes: list[str]) ->
 
 
 def _works(model: PreTrainedModel, context: Context, form: Form, space: Space) -> bool:
-    step = form.of_all(space.rest)
-    assert step is not None
+    # Patterns of blocks name the tables in them as well, such as T5's of relative positions, which else stay float.
+    whole, blocks = form.of_all(space.rest), form.of_blocks(space.blocks)
+    assert whole is not None
+    assert blocks is not None
     try:
-        return any(action.touched for action in step.plan(model, context))
+        return all(any(action.touched for action in step.plan(model, context)) for step in (whole, blocks))
     except (UnsupportedModelError, NothingToCompressError, ConfigError) as error:
         space.notes.append(f"no {form.scheme} weights of {form.bits} bits: {error}")
         return False

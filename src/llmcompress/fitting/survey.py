@@ -36,11 +36,11 @@ class Survey:
     Attributes:
         drops: of each block, what leaving it out does.
         together: for each number of blocks left out, what that does beyond the sum; index 0 is none.
-        widths: for each shape and block.
+        widths: for each shape that runs, and each block.
         rounding: for each form and block.
         rest_rounding: for each form, of all that is in no block.
         vocabulary: for each vocabulary.
-        block_bytes: for each shape, form and block.
+        block_bytes: for each shape that runs, form and block.
         block_ms: the same.
         rest_bytes: for each vocabulary and form.
         rest_ms: for each form.
@@ -70,7 +70,8 @@ def survey(
 
     Args:
         model: the base.
-        space: what can be chosen; vocabularies that cannot be compared are taken out, and told in its notes.
+        space: what can be chosen; widths that do not run, and vocabularies that cannot be compared, have no numbers
+            then, and are told in its notes.
         context: its data, tokenizer and seed are used.
         unseen: texts that are none of the data, for the vocabularies.
         shape: rows and tokens at which blocks are timed.
@@ -96,8 +97,18 @@ def survey(
     block_ms: dict[tuple[Shape, Form], list[float]] = {}
     for own in space.shapes:
         narrow = own.step()
-        cut = model if narrow is None else make(model, [narrow], context).model
-        widths[own] = [0.0 if narrow is None else damages.with_block(cut, number) for number in range(len(blocks))]
+        try:
+            cut = model if narrow is None else make(model, [narrow], context).model
+            moved = [0.0 if narrow is None else damages.with_block(cut, number) for number in range(len(blocks))]
+        except (CompressionError, RuntimeError) as error:
+            if narrow is None:
+                raise
+            # No plan runs a model: parts of it may need the number of heads, and T5's first block hands the others a
+            # bias of one row a head.
+            why, _, _ = str(error).partition("\n")
+            space.notes.append(f"{narrow} is left out: {why}")
+            continue
+        widths[own] = moved
         for form in space.forms:
             stored = _stored(cut, form, [blocks[number] for number in sorted(set(parts))], context)
             sizes, _ = bytes_of_blocks(stored, blocks)
