@@ -73,7 +73,7 @@ LOGITS_ALONE = {
 }
 FINE_TUNED = {"alpha": 0.0, "epochs": 3, "learning_rate": 2e-4, "batch_size": 16}
 STUDENTS = {
-    "3 layers": Student(0.995, "layers:0,2,4", DISTILLED, FINE_TUNED),
+    "3 layers": Student(0.995, "layers:0,2,4", {**DISTILLED, "epochs": 3}, FINE_TUNED),
     "2 layers": Student(0.98, "layers:0,3", {**DISTILLED, "epochs": 3}, FINE_TUNED),
     "1 layer": Student(0.95, "layers:2,", LOGITS_ALONE, FINE_TUNED),
     "width 0.5": Student(0.97, "width:0.5", DISTILLED, FINE_TUNED),

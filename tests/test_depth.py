@@ -215,6 +215,10 @@ def test_one_side_of_an_encoder_decoder():
     assert [(action.path, action.reason) for action in result.report.steps[0].left] == [
         ("encoder.block", "not among the targets")
     ]
+    result.model.generate(tiny_inputs(result.model)["input_ids"], max_new_tokens=3)
+    # Its cache has as many places as the encoder has blocks.
+    with pytest.raises(lc.UnsupportedModelError, match="takes the encoder's depth, 1, for that of the decoder, 3"):
+        _compress(_deep_t5(), lc.DepthPruning(layers=1, targets=("encoder.*",)))
 
 
 HYBRIDS = {

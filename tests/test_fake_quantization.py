@@ -38,6 +38,13 @@ def run(model, steps, **more):
     return lc.compress(model, steps, data=texts(), tokenizer=tiny_tokenizer(), progress=False, **more)
 
 
+@pytest.mark.parametrize("name", ["int3", "nf4", "int8", "static"])
+def test_rounding_is_exact_under_autocast(name):
+    # Which "auto" takes on processors with AMX.
+    result = run(tiny_model("llama"), [qat(STEPS[name], precision="bf16"), STEPS[name]])
+    assert all(parameter.isfinite().all() for parameter in result.model.parameters())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral"])
 @pytest.mark.parametrize("name", ["int3", "nf4", "int8"])
 def test_what_is_rounded_is_what_will_be_stored(family, name):

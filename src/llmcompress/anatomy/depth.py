@@ -85,7 +85,8 @@ def keep_blocks(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> li
         One `Cut` a stack, for `context.history`.
 
     Raises:
-        UnsupportedModelError: as `plan_depth`; the model is unchanged then.
+        UnsupportedModelError: as `plan_depth`, or the decoder would be deeper than its cache; the model is unchanged
+            then.
 
     Example:
         >>> from llmcompress.testing import tiny_model
@@ -96,6 +97,7 @@ def keep_blocks(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> li
         (1, 0)
     """
     change = plan_depth(model, kept)
+    _check_places(model, change.config, change.kept)
     reference = empty_model(model, change.config)
     cuts = []
     for path, indices in change.kept.items():
@@ -167,6 +169,30 @@ def _check_cache(model: PreTrainedModel, config: PreTrainedConfig, kept: Mapping
         raise UnsupportedModelError(
             f"blocks {_listed(kept)} of {type(model).__name__} cannot generate: {error} Keep a block with an attention."
         ) from error
+
+
+def _check_places(model: PreTrainedModel, config: PreTrainedConfig, kept: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if the decoder has more blocks than a cache has places.
+
+    For some encoder-decoders (T5) transformers takes the depth of the encoder for that of the decoder.
+    """
+    from transformers import DynamicCache
+
+    if not (config.is_encoder_decoder and model.can_generate()):
+        return
+    decoder = model.get_decoder()
+    name = next((path for path, module in model.named_modules() if module is decoder), None)
+    before, places = (
+        len(DynamicCache(config=own.get_text_config(decoder=True)).layers) for own in (model.config, config)
+    )
+    for stack in find_stacks(model):
+        depth = len(kept.get(stack.path, range(len(stack))))
+        if stack.path.startswith(f"{name}.") and places < depth <= before:
+            raise UnsupportedModelError(
+                f"blocks {_listed(kept)} of {type(model).__name__} cannot generate: transformers takes the encoder's "
+                f"depth, {places}, for that of the decoder, {depth}. Keep as many blocks of the encoder, or cut "
+                f"the decoder too."
+            )
 
 
 def _keep(model: nn.Module, path: str, indices: tuple[int, ...]) -> None:

@@ -56,7 +56,8 @@ class _StraightThrough(nn.Module):
         self._rounding = rounding
 
     def forward(self, exact: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
+        # Scales of 16 bits are none of what autocast casts, and are to be exact, as they will be when it is rounded.
+        with torch.no_grad(), torch.autocast(exact.device.type, enabled=False):
             error = self._rounding(exact.detach()).to(exact.dtype) - exact
         return exact + error
 
