@@ -74,6 +74,17 @@ def test_with_all_classes_a_cached_run_is_a_live_one(family, tmp_path):
     assert len(entries(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_answers_in_bfloat16_are_kept_too(dtype, tmp_path):
+    # In which `precision="auto"` has the teacher answer on processors with AMX.
+    original = tiny_model("bert")
+    cache = lc.TeacherCache(folder=tmp_path, hidden=(1, 2), dtype=dtype)
+    live, _ = distil(original, precision="bf16", features={"hidden": 1.0})
+    cached, _ = distil(original, precision="bf16", features={"hidden": 1.0}, cache=cache)
+    for ours, theirs in zip(cached.parameters(), live.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 def test_a_bucket_for_the_rest_is_one_class_more_by_brute_force():
     torch.manual_seed(0)
     ours, theirs = 3 * torch.randn(6, 9).double(), 3 * torch.randn(6, 9).double()

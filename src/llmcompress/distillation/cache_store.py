@@ -205,4 +205,6 @@ def _to_numpy(values: torch.Tensor, array: Array) -> np.ndarray[Any, Any]:
         # What half precision cannot hold is its largest number, not infinity.
         limit = torch.finfo(torch.float16).max
         return values.float().clamp(-limit, limit).to(torch.float16).numpy()
+    if values.is_floating_point():
+        values = values.float()  # numpy knows no bfloat16, in which a teacher may have answered
     return values.numpy().astype(array.stored)
