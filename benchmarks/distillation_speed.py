@@ -173,6 +173,7 @@ def compare_steps(
             batch_size=options.batch,
             max_length=options.tokens,
             learning_rate=1e-5,
+            precision="fp32",  # as the parts by hand, also where the hardware would have it otherwise
             **fields,
         )
         return Steps(lambda: lc.compress(teacher, step, data=data, tokenizer=tokenizer, progress=False))
