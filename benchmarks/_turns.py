@@ -35,6 +35,12 @@ def take_turns(
     return times
 
 
+def cell(own: Sequence[float], first: float) -> str:
+    """Return a median [10th, 90th percentile] and how much faster it is than `first`."""
+    low, *_, high = statistics.quantiles(own, n=10)
+    return f"{statistics.median(own):.1f} [{low:.1f}, {high:.1f}] {first / statistics.median(own):.2f}x"
+
+
 def print_table(columns: Mapping[str, Times]) -> None:
     """Print a Markdown row for each engine: median [10th, 90th percentile] and speed relative to the first engine."""
     engines: Sequence[str] = list(next(iter(columns.values())))
@@ -42,7 +48,5 @@ def print_table(columns: Mapping[str, Times]) -> None:
     for name in engines:
         cells = []
         for times in columns.values():
-            ratio = statistics.median(times[engines[0]]) / statistics.median(times[name])
-            low, *_, high = statistics.quantiles(times[name], n=10)
-            cells.append(f"{statistics.median(times[name]):.1f} [{low:.1f}, {high:.1f}] {ratio:.2f}x")
+            cells.append(cell(times[name], statistics.median(times[engines[0]])))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llmcompress as lc
 from _int8_engines import dynamic, torch_ao
 from _machine import describe_machine
+from _turns import cell
+from int8_llama import int4
 
 SIZES = {
     "150m": {
@@ -47,12 +49,6 @@ def llama(size: str) -> LlamaForCausalLM:
         **sizes,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def int4(model: LlamaForCausalLM) -> torch.nn.Module:
-    """Return ours in 4 bits, the head too."""
-    step = lc.WeightOnlyQuantization(group_size=128, symmetric=True, overrides={"lm_head": 4})
-    return step.compress(copy.deepcopy(model), lc.Context())
 
 
 MODELS: dict[str, Callable[[LlamaForCausalLM], torch.nn.Module]] = {
@@ -104,11 +100,7 @@ def main() -> None:
     print("Median milliseconds a token [10th, 90th percentile]; speed relative to the first.\n")
     print("| model | DynamicCache | GrowingCache |\n|---|---|---|")
     for name in models:
-        cells = []
-        for growing in (False, True):
-            own = times[name, growing]
-            low, *_, high = statistics.quantiles(own, n=10)
-            cells.append(f"{statistics.median(own):.1f} [{low:.1f}, {high:.1f}] {first / statistics.median(own):.2f}x")
+        cells = [cell(times[name, growing], first) for growing in (False, True)]
         print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
 
 

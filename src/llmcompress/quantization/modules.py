@@ -173,6 +173,14 @@ class Int8Module(QuantizedModule):
         return [self.weight.numel() - int(torch.count_nonzero(self.weight))]
 
 
+def no_float_input(layer: nn.Module, given: torch.dtype) -> CompressionError:
+    """Return the error of a layer that was given numbers of another kind than floats."""
+    return CompressionError(
+        f"{type(layer).__name__} needs a float input, got {given}: the model casts to the dtype of the weight; leave "
+        f"the layer in float with skip=(...)."
+    )
+
+
 class Int8Linear(Int8Module):
     """A linear layer with int8 weights, one scale an output, and activations coded in 8 bits as they come.
 
@@ -260,10 +268,7 @@ class Int8Linear(Int8Module):
         given = x.dtype
         if given is not torch.float32:
             if not given.is_floating_point:
-                raise CompressionError(
-                    f"{type(self).__name__} needs a float input, got {given}: the model casts to the dtype of the "
-                    f"weight; leave the layer in float with skip=(...)."
-                )
+                raise no_float_input(self, given)
             x = x.float()
         known = self._packed
         # Made anew whenever a tensor was replaced or written to.

@@ -8,11 +8,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from ..errors import CompressionError
 from . import kernels
 from .grid import Coded, Grid, decode
 from .linear_form import LinearForm
-from .modules import CodedEmbedding, NoBackward, QuantizedModule, Spec
+from .modules import CodedEmbedding, NoBackward, QuantizedModule, Spec, no_float_input
 from .packed_matrix import PackedMatrix
 from .packing import pack, packed_width, unpack
 
@@ -196,10 +195,7 @@ class PackedLinear(PackedModule):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point():
-            raise CompressionError(
-                f"PackedLinear needs a float input, got {x.dtype}: the model casts to the dtype of the weight; leave "
-                f"the layer in float with skip=(...)."
-            )
+            raise no_float_input(self, x.dtype)
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
         # Past `nn.Module.__getattr__`, and in few steps: Python takes as long as the smallest products.

@@ -6,6 +6,13 @@
 
 #include <cstdint>
 
+// The number of a tile is a part of the instruction: no function can be given it.
+#define LLMC_TILE_DOT(sum, rows, outputs)                                 \
+  do {                                                                    \
+    if constexpr (is_signed) _tile_dpbsud(sum, rows, outputs);            \
+    else _tile_dpbusd(sum, rows, outputs);                                \
+  } while (false)
+
 namespace llmc {
 namespace {
 
@@ -54,22 +61,12 @@ struct Amx {
       _tile_loadd(6, b, four_bytes);
       _tile_loadd(7, b + 64, four_bytes);
       _tile_loadd(4, a, stride);
-      if constexpr (is_signed) {
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-      } else {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-      }
+      LLMC_TILE_DOT(0, 4, 6);
+      LLMC_TILE_DOT(1, 4, 7);
       if (!both) continue;
       _tile_loadd(5, a + side * stride, stride);
-      if constexpr (is_signed) {
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-      } else {
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-      }
+      LLMC_TILE_DOT(2, 5, 6);
+      LLMC_TILE_DOT(3, 5, 7);
     }
     constexpr int64_t row = 2 * side * static_cast<int64_t>(sizeof(int32_t));
     _tile_stored(0, sums, row);
