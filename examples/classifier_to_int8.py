@@ -6,7 +6,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import llmcompress as lc
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
-# Yours: AutoModelForSequenceClassification.from_pretrained(...) and AutoTokenizer.from_pretrained(...).
+# Yours: AutoModelForSequenceClassification.from_pretrained(...) and AutoTokenizer.from_pretrained(...). The model here
+# is tiny and untrained: what it prints shows the form, not what int8 gains.
 model, tokenizer = tiny_model("bert"), tiny_tokenizer()
 
 result = lc.compress(model, lc.DynamicQuantization(), tokenizer=tokenizer)

@@ -3,7 +3,8 @@
 import llmcompress as lc
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
-# Yours: a fine-tuned AutoModelForSequenceClassification, its AutoTokenizer, and some hundred labelled test texts.
+# Yours: a fine-tuned AutoModelForSequenceClassification, its AutoTokenizer, and some hundred labelled test texts. The
+# model here is untrained and the texts are four: the table shows the form, and says itself how little it can tell.
 model, tokenizer = tiny_model("bert"), tiny_tokenizer()
 test = [("a fine film", 1), ("what a bore", 0), ("warm and wise", 1), ("no idea at all", 0)]
 

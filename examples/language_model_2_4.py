@@ -3,7 +3,8 @@
 import llmcompress as lc
 from llmcompress.testing import tiny_model, tiny_tokenizer
 
-# Yours: AutoModelForCausalLM.from_pretrained(...), its AutoTokenizer, and a text of the kind the model will see.
+# Yours: AutoModelForCausalLM.from_pretrained(...), its AutoTokenizer, and a text of the kind the model will see. The
+# model here is tiny and untrained: zeros cost it nothing, and may even lower its perplexity.
 model, tokenizer = tiny_model("llama"), tiny_tokenizer()
 texts = ["Once upon a time there was a very small model.", "It had few weights, and half of them were zero."] * 4
 

@@ -15,6 +15,15 @@ from llmcompress.testing import tiny_model, tiny_tokenizer
 
 FILMS = [("a good film", 1), ("a bad film", 0), ("so dull", 0), ("what a joy to see", 1)] * 3
 
+RECIPES = {
+    "recipe": "steps:\n- {name: magnitude_pruning, sparsity: 0.5}\n- {name: static_quantization, samples: 8}",
+    "distil": "{name: knowledge_distillation, steps: 2}",
+    "prune": "{name: magnitude_pruning}",
+    "wide": "{name: magnitude_pruning, sparsity: 1.5}",
+    "GPTQ": "{name: gptq, bits: 90}",
+    "back": "steps: [{name: dynamic_quantization}, {name: magnitude_pruning}]",
+}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -22,9 +31,12 @@ def place(tmp_path_factory) -> Path:
     tiny_model("bert").save_pretrained(place / "base")
     tiny_tokenizer().save_pretrained(place / "base")
     (place / "films.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in FILMS), encoding="utf-8")
-    (place / "recipe.yaml").write_text(
-        "steps:\n- {name: magnitude_pruning, sparsity: 0.5}\n- {name: static_quantization, samples: 8}"
-    )
+    tiny_model("bert").save_pretrained(place / "bare")
+    (place / "bare.txt").write_text("a film\nanother film\n")
+    (place / "named.tsv").write_text("a good film\tLABEL_1\na bad film\tawful\n")
+    (place / "empty.csv").write_text("text,label\n")
+    for name, recipe in RECIPES.items():
+        (place / f"{name}.yaml").write_text(recipe)
     return place
 
 
@@ -54,7 +66,6 @@ def test_compress_does_what_python_does(place: Path, compressed: Path) -> None:
 
 
 def test_json_on_standard_output_is_all_there_is(place: Path, compressed: Path) -> None:
-    (place / "prune.yaml").write_text("name: magnitude_pruning")
     # A folder that an earlier run wrote is replaced.
     out = shutil.copytree(compressed, place / "again")
     arguments = ["compress", str(place / "base"), "--recipe", str(place / "prune.yaml"), "--out", str(out)]
@@ -205,3 +216,37 @@ def test_nothing_may_be_inside_of_the_folder_that_is_written(option: str, place:
     ]
     assert main([*arguments, option, str(tmp_path / "out" / "inside")]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan base --recipe recipe.yaml", "static_quantization needs data; pass --data DATA, for instance"),
+        ("plan bare --recipe recipe.yaml --data films.tsv", "needs a tokenizer; pass --tokenizer NAME"),
+        ("plan base --recipe recipe.yaml --data empty.csv", "--data is empty"),
+        ("plan base --recipe distil.yaml --data bare.txt", "knowledge_distillation needs labels"),
+        ("plan base --recipe distil.yaml --data bare.txt", "row 1 of --data has none"),
+        ("plan base --recipe distil.yaml --data named.tsv", "label of row 2 of --data must be a class of Bert"),
+        ("plan base --recipe wide.yaml", "(sparsity): magnitude_pruning.sparsity must be in (0, 1), got 1.5"),
+        ("plan base --recipe GPTQ.yaml", "GPTQ.yaml, line 1 (bits): gptq.bits must be in"),
+        ("plan base --recipe back.yaml", "magnitude_pruning cannot follow dynamic_quantization"),
+        ("compress absent --recipe prune.yaml --out /dev/null/new", "/dev/null/new cannot be written"),
+        ("compress base --recipe prune.yaml --out new TASK bare.txt", "row 1 of --task-data has no label"),
+        ("compress base --recipe prune.yaml --out new TASK films.tsv --min-agreement 3", "--min-agreement must be in"),
+        ("compress base --recipe prune.yaml --out new TASK films.tsv --max-drop f9=1", "--max-drop must be one of"),
+        ("evaluate base --task text_classification --data bare.txt", "row 1 of --data has no label"),
+        ("evaluate base --task text_classification --data films.tsv --set average=all", "--set average must be"),
+        ("fit base --data films.tsv --out new TASK films.tsv", "pass --size '12 MB', --latency '3 ms' or --speedup 4."),
+        ("fit base --data films.tsv --out new TASK films.tsv --size much", "--size must be a quantity such as '12 MB'"),
+        ("sweep base prune.yaml --out new --on moon TASK films.tsv", "--on must be 'processes' or 'ray', got 'moon'"),
+        ("show absent", "show must have a model folder, got 'absent'"),
+        ("list MagnitudePruning", "no compressor is called 'MagnitudePruning'; did you mean 'magnitude_pruning'?"),
+    ],
+)
+def test_an_error_speaks_of_what_can_be_typed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: str, message: str
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(arguments.replace("TASK", "--no-progress --task text_classification --task-data").split()) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("new").exists()

@@ -259,7 +259,7 @@ class TestBadInput:
 
     def test_epochs_out_of_range(self, capsys, tmp_path):
         told = self.refused(capsys, ["--epochs", -1, "--out", tmp_path / "out"])
-        assert "KnowledgeDistillation.epochs" in told
+        assert "knowledge_distillation.epochs" in told
         assert not (tmp_path / "out").exists()
 
 

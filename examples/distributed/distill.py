@@ -4,7 +4,7 @@ import argparse
 import os
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 
@@ -22,6 +22,7 @@ def main() -> None:
 
     first = os.environ.get("RANK", "0") == "0"
     model = AutoModelForCausalLM.from_pretrained(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
     if torch.cuda.is_available():
         model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     step = lc.KnowledgeDistillation(
@@ -32,8 +33,9 @@ def main() -> None:
         max_length=given.max_length,
         gradient_checkpointing=True,
     )
-    # A job that is killed goes on from its last checkpoint when it is started again.
-    result = lc.compress(model, step, data=given.texts, resume_dir=f"{given.out}.stages", progress=first)
+    # A job that is killed goes on from its last checkpoint when it is started again; one that FSDP shards begins anew.
+    stages = f"{given.out}.stages"
+    result = lc.compress(model, step, data=given.texts, tokenizer=tokenizer, resume_dir=stages, progress=first)
     if first:
         result.save_pretrained(given.out)
         print(result)

@@ -22,6 +22,7 @@ from .plan import plan
 from .show import show
 from .support import support
 from .sweep import sweep
+from .wording import Verb
 
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
@@ -40,17 +41,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         typer.echo(f"llmcompress {__version__}")
 
 
-app.command()(compress)
-app.command()(plan)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(sweep)
-app.command()(fit)
-app.command()(show)
-app.command("list")(list_strategies)
-app.command("tasks")(list_tasks)
-app.command()(support)
-app.command()(demo)
+app.command(cls=Verb)(compress)
+app.command(cls=Verb)(plan)
+app.command(cls=Verb)(evaluate)
+app.command(cls=Verb)(compare)
+app.command(cls=Verb)(sweep)
+app.command(cls=Verb)(fit)
+app.command(cls=Verb)(show)
+app.command("list", cls=Verb)(list_strategies)
+app.command("tasks", cls=Verb)(list_tasks)
+app.command(cls=Verb)(support)
+app.command(cls=Verb)(demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

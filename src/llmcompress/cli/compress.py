@@ -23,6 +23,7 @@ from .options import (
     Threads,
     TokenizerFolder,
     check_endings,
+    check_folder,
     make_task,
     read_data,
     read_tokenizer,
@@ -91,7 +92,6 @@ def compress(
         raise ConfigError("compress must have --task NAME and --task-data DATA together, or neither; got one of them.")
     if task is None and settings:
         raise ConfigError(f"--set {settings[0]} is a setting of a task; pass --task NAME --task-data DATA, or drop it.")
-    from ..checkpoint import refuse_foreign
     from ..evaluation.inference import threads_set_to
     from ..gates import failures
     from ..pipeline import Pipeline
@@ -106,7 +106,7 @@ def compress(
             "--min-agreement, or drop it."
         )
     chain = Pipeline.from_yaml(recipe)
-    refuse_foreign(out)  # now, and not when hours of work are to be written
+    check_folder(out)
     for name, place in (("--resume", resume), ("--json", json)):
         if place is not None and place.resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"{name} {place} must not be inside of --out {out}, which is written as a whole.")

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from ..places import check_place
 from .options import (
     PRINTED,
     DataSplit,
@@ -22,6 +21,7 @@ from .options import (
     Threads,
     TokenizerFolder,
     check_endings,
+    check_folder,
     make_task,
     read_data,
     read_tokenizer,
@@ -58,14 +58,10 @@ def fit(
     --task-data test.csv --out small
     """
     check_endings({".json": json})
-    from ..checkpoint import refuse_foreign
     from ..evaluation.inference import threads_set_to
     from ..fitting.fit import fit as run
 
-    # Now, and not when the budget is spent.
-    refuse_foreign(out)
-    if not out.exists():
-        check_place(out)
+    check_folder(out)
     if json not in (None, PRINTED) and json.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"--json {json} must not be inside of --out {out}, which is written as a whole.")
     asked = make_task(task, task_data, split, settings)

@@ -28,7 +28,10 @@ Settings = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="setting of the task, such as window=256; may be repeated"),
 ]
 TokenizerFolder = Annotated[
-    str | None, typer.Option("--tokenizer", metavar="FOLDER", help="tokenizer, where the model's folder has none")
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="NAME", help="folder or hub name of a tokenizer, if the model's folder has none"
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="examples a batch, at most")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="threads of torch; else torch's own choice")]
@@ -75,6 +78,19 @@ def check_endings(places: Mapping[str, Path | None]) -> None:
         if place.suffix.lower() != ending:
             raise ConfigError(f"the file must end in {ending}, got {str(place)!r}.")
         check_place(place)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else, or that cannot be written: now, not when hours of work are to be.
+
+    Raises:
+        CheckpointError: naming the folder.
+    """
+    from ..checkpoint import refuse_foreign
+
+    refuse_foreign(out)
+    if not out.exists():
+        check_place(out)
 
 
 def make_task(name: str, data: str, split: str, settings: Sequence[str] | None) -> Any:
