@@ -21,17 +21,30 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
     """Call every engine with `given` in each round; `time.process_time` is for engines on one thread."""
+
+    def timed(engine: Callable[[Any], object]) -> Callable[[Any], float]:
+        def milliseconds(given: Any) -> float:
+            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
+            engine(given)
+            start = clock()
+            engine(given)
+            return 1000 * (clock() - start)
+
+        return milliseconds
+
+    return by_lot({name: timed(engine) for name, engine in engines.items()}, given, rounds)
+
+
+def by_lot(engines: Mapping[str, Callable[[Any], float]], given: Any, rounds: int) -> Times:
+    """Collect the milliseconds that every engine says it took for `given`, in each round."""
     times: Times = {name: [] for name in engines}
     order = random.Random(0)
     for round_ in range(rounds + _WARM_UP):
         # By lot: in a fixed order each engine would always meet the caches and the clock that one other leaves behind.
         for name in order.sample(list(engines), len(engines)):
-            # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
-            engines[name](given)
-            start = clock()
-            engines[name](given)
+            took = engines[name](given)
             if round_ >= _WARM_UP:
-                times[name].append(1000 * (clock() - start))
+                times[name].append(took)
     return times
 
 

@@ -2,21 +2,24 @@
 
     python benchmarks/linear_stack.py --threads 1
 
-All engines take turns in each round, so that a busy machine slows all of them alike; what counts is the ratio of the
-medians. Prints Markdown.
+Each engine has a process of its own, and all take turns in each round, so that a busy machine slows all of them alike;
+what counts is the ratio of the medians. OpenVINO and llama.cpp run where `openvino` and `llama-cpp-python` are
+installed. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from _ggml import q4_0_stack
 from _machine import describe_machine
-from _turns import print_table, take_turns
+from _turns import print_table
+from _workers import Maker, in_turn, workers
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid
 from llmcompress.quantization.modules import Int8Linear
@@ -26,36 +29,39 @@ LAYERS, WIDTH = 32, 2048
 Engine = Callable[[torch.Tensor], object]
 
 
-def fp32(layers: list[nn.Linear]) -> Engine:
-    return nn.Sequential(*layers)
+def stack() -> list[nn.Linear]:
+    """Return the layers, the same in every process."""
+    torch.manual_seed(0)
+    return [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
 
 
-def bf16(layers: list[nn.Linear]) -> Engine:
-    cast = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in layers))
+def fp32(threads: int) -> Engine:
+    return nn.Sequential(*stack())
+
+
+def bf16(threads: int) -> Engine:
+    cast = nn.Sequential(*stack()).bfloat16()
     return lambda x: cast(x.bfloat16())
 
 
-def int8(layers: list[nn.Linear]) -> Engine:
-    return nn.Sequential(*(Int8Linear.from_float(layer) for layer in layers))
+def int8(threads: int) -> Engine:
+    return nn.Sequential(*(Int8Linear.from_float(layer) for layer in stack()))
 
 
-def fbgemm_int8(layers: list[nn.Linear]) -> Engine:
-    return torch.ao.quantization.quantize_dynamic(nn.Sequential(*layers), {nn.Linear}, torch.qint8)
+def fbgemm_int8(threads: int) -> Engine:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(*stack()), {nn.Linear}, torch.qint8)
 
 
-def packed(grid: Grid, compute: Compute) -> Callable[[list[nn.Linear]], Engine]:
-    def make(layers: list[nn.Linear]) -> Engine:
-        coded = (PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid, compute) for layer in layers)
-        return nn.Sequential(*coded)
-
-    return make
+def packed(grid: Grid, compute: Compute, threads: int) -> Engine:
+    coded = (PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid, compute) for layer in stack())
+    return nn.Sequential(*coded)
 
 
-def plain_read(layers: list[nn.Linear]) -> Engine:
+def plain_read(threads: int) -> Engine:
     """Reads what int4 with groups of 128 has, and does nothing with it."""
     grid = Grid(4, 128)
     read = []
-    for layer in layers:
+    for layer in stack():
         coded = PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid)
         # As whole numbers, which torch adds up as fast as they come; scales and zero points in one piece with them.
         parts = [coded.weight, *(part for _, part in coded.named_buffers())]
@@ -65,28 +71,59 @@ def plain_read(layers: list[nn.Linear]) -> Engine:
     return lambda x: [words.sum() for words in read]
 
 
-def bitsandbytes_nf4(layers: list[nn.Linear]) -> Engine:
+def bitsandbytes_nf4(threads: int) -> Engine:
     import bitsandbytes as bnb
 
     made = []
-    for layer in layers:
+    for layer in stack():
         one = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compute_dtype=torch.float32)
         one.load_state_dict(layer.state_dict())
         made.append(one.to("cpu"))
     return nn.Sequential(*made)
 
 
-def onnx_int4(layers: list[nn.Linear]) -> Engine:
+def llama_cpp_q4_0(threads: int) -> Engine:
+    return q4_0_stack([layer.weight for layer in stack()], threads)
+
+
+def openvino_int4(threads: int) -> Engine:
+    import numpy as np
+    import openvino
+    from openvino import opset13 as operators
+
+    first = last = operators.parameter([-1, WIDTH], np.float32)
+    for layer in stack():
+        codes, scale = symmetric_codes(layer.weight, 128)
+        words = (codes[..., ::2] | (codes[..., 1::2] << 4)).numpy()
+        coded = openvino.Tensor(words, openvino.Shape(codes.shape), openvino.Type.u4)
+        weight = operators.convert(operators.constant(coded), np.float32)
+        centred = operators.subtract(weight, operators.constant(np.float32(8)))
+        scaled = operators.multiply(centred, operators.constant(scale.numpy()))
+        rows = operators.reshape(scaled, operators.constant([WIDTH, WIDTH]), special_zero=False)
+        last = operators.matmul(last, rows, transpose_a=False, transpose_b=True)
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    model = openvino.Core().compile_model(openvino.Model([last], [first]), "CPU", hints)
+    request = model.create_infer_request()
+    return lambda x: request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+
+
+def symmetric_codes(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes 1 to 15 around 8, `(outputs, groups, group)`, and the scales, `(outputs, groups, 1)`."""
+    groups = weight.detach().view(WIDTH, -1, group)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    return ((groups / scale).round() + 8).clamp(0, 15).to(torch.uint8), scale
+
+
+def onnx_int4(threads: int) -> Engine:
     import numpy as np
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
 
     nodes, tensors, block = [], [], 32
+    layers = stack()
     for number, layer in enumerate(layers):
-        groups = layer.weight.detach().view(WIDTH, -1, block)
-        scale = groups.abs().amax(-1, keepdim=True) / 7
-        codes = ((groups / scale).round() + 8).clamp(0, 15).to(torch.uint8)
+        codes, scale = symmetric_codes(layer.weight, block)
         data = (codes[..., ::2] | (codes[..., 1::2] << 4)).numpy()
         tensors += [
             helper.make_tensor(f"w{number}", TensorProto.UINT8, data.shape, data.tobytes(), raw=True),
@@ -108,25 +145,27 @@ def onnx_int4(layers: list[nn.Linear]) -> Engine:
     versions = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=versions, ir_version=9)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(onnx.ModelProto.SerializeToString(model), options)
     return lambda x: session.run(None, {"x0": x.numpy()})
 
 
-ENGINES: dict[str, Callable[[list[nn.Linear]], Engine]] = {
+ENGINES: dict[str, Maker] = {
     "torch fp32": fp32,
     "torch bf16": bf16,
     "fbgemm int8 (torch.ao quantize_dynamic)": fbgemm_int8,
     "llmcompress int8": int8,
-    "llmcompress int4 (groups of 32)": packed(Grid(4, 32), "int8"),
-    "llmcompress int4 (groups of 128)": packed(Grid(4, 128), "int8"),
-    "llmcompress int4 (groups of 128; symmetric)": packed(Grid(4, 128, symmetric=True), "int8"),
-    "llmcompress nf4 (groups of 64)": packed(Grid(4, 64, codebook="nf4"), "int8"),
-    "llmcompress int3 (groups of 64)": packed(Grid(3, 64), "int8"),
-    "llmcompress int4 (groups of 64; compute='float')": packed(Grid(4, 64), "float"),
+    "llmcompress int4 (groups of 32)": partial(packed, Grid(4, 32), "int8"),
+    "llmcompress int4 (groups of 128)": partial(packed, Grid(4, 128), "int8"),
+    "llmcompress int4 (groups of 128; symmetric)": partial(packed, Grid(4, 128, symmetric=True), "int8"),
+    "llmcompress nf4 (groups of 64)": partial(packed, Grid(4, 64, codebook="nf4"), "int8"),
+    "llmcompress int3 (groups of 64)": partial(packed, Grid(3, 64), "int8"),
+    "llmcompress int4 (groups of 64; compute='float')": partial(packed, Grid(4, 64), "float"),
     "read of the bytes of int4 (groups of 128)": plain_read,
     "bitsandbytes nf4": bitsandbytes_nf4,
-    "ONNX Runtime int4": onnx_int4,
+    "ONNX Runtime int4 (groups of 32)": onnx_int4,
+    "OpenVINO int4 (groups of 128)": openvino_int4,
+    "llama.cpp Q4_0 (groups of 32)": llama_cpp_q4_0,
 }
 
 
@@ -139,19 +178,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
-    chosen = [name for name in arguments.engines.split(",") if name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engines = {name: make(layers) for name, make in ENGINES.items() if not chosen or name in chosen}
+    chosen = [name for name in arguments.engines.split(",") if name] or list(ENGINES)
     print(f"# {LAYERS} linear layers of {WIDTH}x{WIDTH}\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
-    print(
-        "Median milliseconds a pass [10th, 90th percentile]; speed relative to torch fp32; rows of the input on top.\n"
-    )
-    with torch.inference_mode():
+    print(f"- rounds: {arguments.rounds}, engines in turn, each in its process, their order drawn anew each round")
+    with workers({name: ENGINES[name] for name in ENGINES if name in chosen}, arguments.threads) as engines:
+        print(
+            "\nMedian milliseconds a pass [10th, 90th percentile]; speed relative to torch fp32; rows of the input on "
+            "top.\n"
+        )
         inputs = {str(batch): torch.randn(batch, WIDTH) for batch in arguments.batches}
-        print_table({batch: take_turns(engines, x, arguments.rounds) for batch, x in inputs.items()})
+        print_table({batch: in_turn(engines, x, arguments.rounds) for batch, x in inputs.items()})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def reference(x, coded, grid, kernels, *, exact):
     weight = decode(coded, grid).double()
     if exact:
         return x.double() @ weight.T
-    if grid.codebook:
+    if by_tiles(kernels, grid, x):
+        weight = decode(coded, grid).bfloat16().double()
+    elif grid.codebook:
         steps, unit = native.codebook_steps(grid.codebook)
         levels = (torch.tensor(steps).double() - 64) * unit
         assert (levels - torch.tensor(LEVELS[grid.codebook])).abs().max() < 1 / 110
@@ -93,6 +95,12 @@ def reference(x, coded, grid, kernels, *, exact):
     limit = native.activation_limit(grid, kernels)
     largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (torch.round(x / largest * limit).double() * (largest / limit).double()) @ weight.T
+
+
+def by_tiles(kernels, grid, x):
+    """Whether the set multiplies these rows by tiles of bfloat16."""
+    whole = grid.group_size is None or grid.group_size >= x.shape[1] or grid.group_size % 16 == 0
+    return kernels.name == "avx512_amx" and x.shape[0] >= 12 and whole
 
 
 @st.composite
@@ -123,6 +131,11 @@ def grids(draw):
 )
 @example(grid=Grid(4, 32), rows=39, columns=96, batch=1, threads=1, exact=False, bias=True)
 @example(grid=Grid(4, None, symmetric=True), rows=64, columns=2100, batch=16, threads=3, exact=False, bias=True)
+@example(grid=Grid(4, 32), rows=70, columns=700, batch=40, threads=2, exact=False, bias=True)
+@example(grid=Grid(3, 16), rows=70, columns=700, batch=17, threads=2, exact=False, bias=False)
+@example(grid=Grid(2, 128), rows=33, columns=1000, batch=33, threads=2, exact=False, bias=True)
+@example(grid=Grid(2, 64), rows=33, columns=1000, batch=33, threads=1, exact=False, bias=False)
+@example(grid=Grid(6, 48), rows=33, columns=1000, batch=33, threads=1, exact=False, bias=True)
 @example(grid=Grid(8, 64), rows=7, columns=1100, batch=3, threads=1, exact=False, bias=False)
 def test_a_packed_product_is_that_of_what_its_codes_stand_for(
     kernels, grid, rows, columns, batch, threads, exact, bias

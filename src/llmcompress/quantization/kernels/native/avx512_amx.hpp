@@ -1,4 +1,4 @@
-// The trait of AVX-512 with AMX.
+// The trait of AVX-512 with AMX, whose tiles take whole numbers and bfloat16.
 #pragma once
 
 #include "amx.hpp"
@@ -12,7 +12,34 @@ struct Avx512Amx : Avx512Vnni {
   static constexpr int64_t depth = Amx::side, beyond = Amx::side - 1;
   using Session = Amx;
 
-  static int64_t depth_of(int64_t fours) { return fours % 16 == 0 ? 16 : fours % 8 == 0 ? 8 : 0; }
+  static Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
+  static Floats load_bytes(const uint8_t* x) {
+    return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  }
+  // To the second-level cache.
+  static void prefetch_far(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T1); }
+  // 32 bytes as words.
+  static Ints load_wide(const uint8_t* x) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  // Of a vector its first `count`.
+  static Floats load_some(const float* x, int64_t count) { return _mm512_maskz_loadu_ps(first(count), x); }
+  static void store_some(float* to, Floats v, int64_t count) { _mm512_mask_storeu_ps(to, first(count), v); }
+  // Two vectors in bfloat16, one behind the other.
+  static Ints pairs(Floats low, Floats high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+  // What the four bits from `place` on choose in each word: of sixteen words in the first half, of sixteen others in the
+  // second.
+  template <int place>
+  static Ints look_up_words(Ints table, Ints words, Ints halves) {
+    // The lowest five bits count, of which the fifth tells the half: (words & 15) | halves.
+    constexpr int choose = (0xF0 & 0xCC) | 0xAA;
+    const Ints own = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, place), _mm512_set1_epi16(15), halves, choose);
+    return _mm512_permutexvar_epi16(own, table);
+  }
+  static Ints halves() { return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1); }
+
+ private:
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>(count < lanes ? (1U << count) - 1 : 0xFFFF); }
 };
 
 }  // namespace

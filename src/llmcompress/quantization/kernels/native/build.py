@@ -29,7 +29,10 @@ _X86: _Flags = {
     "avx2": (["-mavx2", "-mfma", "-mf16c", "-mbmi2"], ["/arch:AVX2"]),
     "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"], ["/arch:AVX2"]),
     "avx512_vnni": ([*_AVX512, *_NO_WARNING], ["/arch:AVX512"]),
-    "avx512_amx": ([*_AVX512, "-mamx-tile", "-mamx-int8", *_NO_WARNING], ["/arch:AVX512"]),
+    "avx512_amx": (
+        [*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", *_NO_WARNING],
+        ["/arch:AVX512"],
+    ),
 }
 _ARM: _Flags = {"neon_dot": (["-march=armv8.2-a+dotprod"], [])}
 _SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}

@@ -28,8 +28,8 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
       for (int64_t row = 0; row < count; row += wide) {
         const int64_t own = count - row < wide ? count - row : wide;
         // Codes of weights come from afar once, for the first rows.
-        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes,
-                             w.fours, depth, row == 0 ? ahead : 0, sums);
+        Amx::multiply(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours,
+                      row == 0 ? ahead : 0, sums);
         for (int64_t half = 0; half < wide; half += lanes)
           finish(w, panel.base + column + half, output + half, sums + half, rows, row, own);
       }

@@ -166,7 +166,7 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
     const int64_t blocks = (count + fit - 1) / fit, items = blocks * w.panels;
     const int64_t parts = count * w.inputs * w.outputs < kFewProducts ? 1 : kParts * threads;
     parallel_for(items, (items + parts - 1) / parts, threads, [&](int64_t begin, int64_t end) {
-      const typename Set::Session session(Set::depth);
+      const typename Set::Session session;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t block = item / w.panels, first = block * count / blocks, past = (block + 1) * count / blocks;
         const Rows<Set> own{codes + first * stride, stride, unit + first, y + (done + first) * w.outputs};

@@ -95,6 +95,8 @@ inline void arrange_floats(const Spans& spans, const float* from, float* to) {
 template <class Set>
 struct CodePanel {
   static constexpr int outputs = 2 * Set::lanes;
+  // Quads behind the last one that are written too.
+  static constexpr int64_t beyond = 4 * Set::lanes;
 
   const PackedMatrix& a;
   const uint8_t* steps;  // what codes are replaced by, or null
@@ -111,7 +113,7 @@ struct CodePanel {
   CodePanel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
       : a(matrix), steps(replaced), spans(matrix), fields(fields_of(matrix, spans)), stride(padded(matrix.columns)),
         rows(stride * outputs), source(rows), source_stride(stride), scale(a.groups * outputs),
-        middle(a.groups * outputs), quads((kQuads + spans.quads + 4 * Set::lanes) * outputs * 4),
+        middle(a.groups * outputs), quads((kQuads + spans.quads + beyond) * outputs * 4),
         grid(matrix, 1, bias) {}
 
   // Behind a row there is room for what is read beyond its last quad.
@@ -141,43 +143,62 @@ struct CodePanel {
     }
   }
 
-  // Brings spans [begin, end) into quads. What lies behind the end of a span meets zeros.
-  void transpose(int64_t begin, int64_t end) {
+  // Calls f(each, quad, half, word) for spans [begin, end): words hold four bytes of codes of one vector of outputs, those
+  // of as many quads as a byte has codes (`each`, a constant), the first of which is `quad`, counted from `begin` on.
+  // Behind the end of a span there are words of what follows, `beyond` quads at most.
+  template <class F>
+  LLMC_INLINED void each_word(int64_t begin, int64_t end, F f) const {
     const bool together = spans.span % 4 == 0 && spans.size % spans.span == 0;
     for (int64_t i = begin; i < end; i = together ? end : i + 1) {
       const int64_t column = spans.begin(i);
       const int64_t inputs = together ? spans.begin(end - 1) + spans.length(end - 1) - column : spans.length(i);
       const int64_t count = (inputs + 3) / 4, to = (i - begin) * spans.quads;
       if (fields == 4)
-        turn<4>(column, count, to);
+        turn<4>(column, count, to, f);
       else if (fields == 2)
-        turn<2>(column, count, to);
+        turn<2>(column, count, to, f);
       else
-        turn<1>(column, count, to);
+        turn<1>(column, count, to, f);
     }
   }
 
- private:
-  // Brings `count` quads of inputs from `column` on to where the quad `to` lies; some behind them are written too.
-  template <int each>
-  void turn(int64_t column, int64_t count, int64_t to) {
+  // Brings spans [begin, end) into `quads`. What lies behind the end of a span meets zeros.
+  void transpose(int64_t begin, int64_t end) {
     const auto table = steps ? Set::load_table(steps) : Set::zero_ints();
+    each_word(begin, end, [&](auto each, int64_t quad, int half, typename Set::Ints word) LLMC_INLINE {
+      constexpr int codes = decltype(each)::value;
+      for (int f = 0; f < codes; ++f) {
+        auto own = Set::template byte_field<8 / codes>(word, f);
+        if (steps) own = Set::look_up(table, own);
+        Set::store(static_cast<void*>(quads + ((quad + f) * 2 + half) * Set::lanes * 4), own);
+      }
+    });
+  }
+
+ private:
+  template <int each, class F>
+  LLMC_INLINED void turn(int64_t column, int64_t count, int64_t to, F f) const {
     for (int64_t q = 0; q < count; q += each * Set::lanes) {
       for (int half = 0; half < 2; ++half) {
         typename Set::Ints turned[Set::lanes];
-        const uint8_t* const from = source + half * Set::lanes * source_stride + (column + q * 4) / each;
-        Set::transpose(from, source_stride, turned);
-        for (int i = 0; i < Set::lanes; ++i) {
-          for (int f = 0; f < each; ++f) {
-            auto own = Set::template byte_field<8 / each>(turned[i], f);
-            if (steps) own = Set::look_up(table, own);
-            Set::store(static_cast<void*>(quads + ((to + q + i * each + f) * 2 + half) * Set::lanes * 4), own);
-          }
-        }
+        Set::transpose(source + half * Set::lanes * source_stride + (column + q * 4) / each, source_stride, turned);
+        for (int i = 0; i < Set::lanes; ++i)
+          f(std::integral_constant<int, each>(), to + q + i * each, half, turned[i]);
       }
     }
   }
 };
+
+// Writes the outputs of a panel from `first` on.
+template <class Set>
+void finish(const PackedMatrix& a, const float* totals, int64_t rows, const float* unit, const float* bias, float* y,
+            int64_t first) {
+  constexpr int outputs = CodePanel<Set>::outputs;
+  const int64_t count = first + outputs < a.rows ? outputs : a.rows - first;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t r = 0; r < count; ++r)
+      y[m * a.rows + first + r] = totals[m * outputs + r] * (unit ? unit[m] : 1.0F) + (bias ? bias[first + r] : 0.0F);
+}
 
 // -- in whole numbers
 
@@ -226,34 +247,6 @@ void add_spans(const CodePanel<Set>& panel, const CodedRows& x, int64_t m0, int6
         float* total = totals + (m0 + m) * CodePanel<Set>::outputs + h * lanes;
         const auto own = Set::fnma(Set::load(panel.middle + at + h * lanes), all, Set::to_floats(sums[m][h]));
         Set::store(total, Set::fma(own, Set::load(panel.scale + at + h * lanes), Set::load(total)));
-      }
-    }
-  }
-}
-
-// The same of all `rows` rows of activations, by tiles of the given depth, which divides a span.
-template <class Set>
-void add_spans_by_tiles(const CodePanel<Set>& panel, const CodedRows& x, int64_t rows, int64_t begin, int64_t end,
-                        int64_t depth, float* totals) {
-  constexpr int64_t outputs = CodePanel<Set>::outputs, wide = 2 * Set::Session::side;
-  static_assert(outputs == wide, "a product has as many outputs as a panel");
-  alignas(64) int32_t sums[wide * wide];
-  const int64_t quads = panel.spans.quads;
-  for (int64_t m0 = 0; m0 < rows; m0 += wide) {
-    const int64_t own = rows - m0 < wide ? rows - m0 : wide;
-    const uint8_t* codes = panel.quads;
-    for (int64_t i = begin; i < end; ++i, codes += quads * outputs * 4) {
-      Set::Session::template multiply<true>(x.codes + m0 * x.stride + i * quads * 4, x.stride, own, codes, outputs * 4,
-                                            quads, depth, 0, sums);
-      const int64_t at = panel.spans.group(i) * outputs;
-      for (int64_t h = 0; h < outputs; h += Set::lanes) {
-        const auto scale = Set::load(panel.scale + at + h), middle = Set::load(panel.middle + at + h);
-        for (int64_t m = 0; m < own; ++m) {
-          float* total = totals + (m0 + m) * outputs + h;
-          const auto whole = Set::to_floats(Set::load(static_cast<const void*>(sums + m * wide + h)));
-          const auto part = Set::fnma(middle, Set::splat(x.sums[(m0 + m) * x.spans + i]), whole);
-          Set::store(total, Set::fma(part, scale, Set::load(total)));
-        }
       }
     }
   }

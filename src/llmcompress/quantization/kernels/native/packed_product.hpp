@@ -5,6 +5,7 @@
 
 #include "packed_panels.hpp"
 #include "packed_rows.hpp"
+#include "packed_tiles.hpp"
 #include "parallel.hpp"
 
 namespace llmc {
@@ -16,14 +17,6 @@ constexpr int64_t kPanels = 12;
 constexpr int kTile = 4;
 // Products of weights and activations, below which there is one thread.
 constexpr int64_t kLittle = 1 << 17;
-// Each thread takes about so many turns: the last one to end keeps nobody waiting for long.
-constexpr int64_t kTurns = 6;
-
-int64_t share(int64_t items, int64_t threads, int64_t least) {
-  const int64_t own = items / (threads * kTurns);
-  return own > least ? own : least;
-}
-
 // Calls f with the number of rows of each tile as a constant, and its first row.
 template <class F>
 void in_tiles(int64_t rows, F f) {
@@ -99,23 +92,12 @@ void by_rows_exactly(const PackedMatrix& a, const float* x, int64_t rows, const 
 
 // -- from panels
 
-// Writes the outputs of a panel from `first` on.
-template <class Set>
-void finish(const PackedMatrix& a, const float* totals, int64_t rows, const float* unit, const float* bias, float* y,
-            int64_t first) {
-  constexpr int outputs = CodePanel<Set>::outputs;
-  const int64_t count = first + outputs < a.rows ? outputs : a.rows - first;
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t r = 0; r < count; ++r)
-      y[m * a.rows + first + r] = totals[m * outputs + r] * (unit ? unit[m] : 1.0F) + (bias ? bias[first + r] : 0.0F);
-}
-
 template <class Set, bool large>
 void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, int64_t threads) {
   const Spans spans(a);
   const int fields = fields_of(a, spans);
   const int64_t stride = spans.stride();
-  Scratch<int8_t> codes((rows + Set::beyond) * stride);
+  Scratch<int8_t> codes(rows * stride);
   Scratch<float> sums(rows * spans.count), unit(rows);
   parallel_for(rows, 1 + kFewFloats / (a.columns + 1), threads, [&](int64_t begin, int64_t end) {
     Scratch<int8_t> linear(a.columns);
@@ -128,23 +110,16 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
   });
   const CodedRows input{codes, sums, unit, stride, spans.count};
   constexpr int64_t outputs = CodePanel<Set>::outputs;
-  const int64_t panels = (a.rows + outputs - 1) / outputs, depth = Set::depth_of(spans.quads);
+  const int64_t panels = (a.rows + outputs - 1) / outputs;
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
     CodePanel<Set> panel(a, a.steps, large ? Set::bias : 0);
     Scratch<float> totals(rows * outputs);
-    const typename Set::Session session(depth ? depth : Set::depth);
     for (int64_t p = begin; p < end; ++p) {
       panel.load(p * outputs);
       memset(totals, 0, rows * outputs * sizeof(float));
       for (int64_t i = 0; i < spans.count; i += panel.block()) {
         const int64_t stop = i + panel.block() < spans.count ? i + panel.block() : spans.count;
         panel.transpose(i, stop);
-        if constexpr (Set::tiled) {
-          if (depth) {
-            add_spans_by_tiles<Set>(panel, input, rows, i, stop, depth, totals);
-            continue;
-          }
-        }
         in_tiles(rows, [&](auto count, int64_t m) {
           add_spans<Set, large, decltype(count)::value>(panel, input, m, i, stop, totals);
         });
@@ -195,6 +170,9 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
   const bool from_rows = rows < kPanels && suits_rows<Set>(a) && !(exact && a.levels);
   if (!from_rows) {
     if (exact) return by_panels_exactly<Set>(a, x, rows, bias, y, threads);
+    if constexpr (Set::tiled) {
+      if (rows >= kPanels && suits_tiles(a)) return by_tiles<Set>(a, x, rows, bias, y, threads);
+    }
     return a.bits > 4 || a.steps ? by_panels<Set, true>(a, x, rows, bias, y, threads)
                        : by_panels<Set, false>(a, x, rows, bias, y, threads);
   }
