@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..evaluation.scoring import paired_tests
 from ..pipeline import compress
 from .budget import Budget
 from .chain import Chain
-from .survey import make
+from .made import make
 from .targets import Targets, drop_of
 from .trial import Cost, Stage, Trial
 
@@ -61,16 +62,15 @@ class Bench:
     _step_seconds: float | None = field(default=None, init=False)
     _training: float = field(default=0.0, init=False)
     _around: float = field(default=0.0, init=False)
-    _costs: dict[str, Cost | CompressionError] = field(default_factory=dict, init=False)
+    _costs: dict[str, Cost] = field(default_factory=dict, init=False)
 
-    def cost(self, chain: Chain) -> Cost | CompressionError:
+    def cost(self, chain: Chain) -> Cost:
         """See `Lab.cost`."""
-        if chain.name not in self._costs:
-            try:
-                self._costs[chain.name] = self.measured(make(self.model, chain.steps(), self.context).model)
-            except CompressionError as error:
-                self._costs[chain.name] = error
-        return self._costs[chain.name]
+        # By the steps: chains that differ in which blocks have 8 bits have one name.
+        steps = json.dumps([step.to_dict() for step in chain.steps()])
+        if steps not in self._costs:
+            self._costs[steps] = self.measured(make(self.model, chain.steps(), self.context).model)
+        return self._costs[steps]
 
     def measured(self, model: PreTrainedModel) -> Cost:
         """Return the bytes of a model, and how fast it is beside the base if that is asked for."""
@@ -86,7 +86,7 @@ class Bench:
         """Run a chain as users do, each step measured and scored."""
         return compress(
             self.model,
-            chain.steps(self._recovery(steps)),
+            chain.steps(self.recovery_of(steps)),
             data=self.context.data,
             tokenizer=self.context.tokenizer,
             task=task,
@@ -95,18 +95,17 @@ class Bench:
         )
 
     def run(self, chain: Chain, steps: int, stage: Stage) -> Trial:
-        """See `Lab.run`."""
+        """See `Lab.run`.
+
+        Raises:
+            CompressionError: its score is no finite number.
+        """
         begin, cost = self.clock.spent(), self.cost(chain)
-        if isinstance(cost, CompressionError):
-            return Trial(chain, stage, steps, None, None, 0.0, self.clock.spent() - begin, str(cost))
-        try:
-            made = make(self.model, self._timed(chain, steps), self.context)
-            score = self.choose.evaluate(made.model, made.tokenizer, progress=False)
-        except CompressionError as error:
-            return Trial(chain, stage, steps, cost, None, 0.0, self.clock.spent() - begin, str(error))
+        made = make(self.model, self._timed(chain, steps), self.context)
+        score = self.choose.evaluate(made.model, made.tokenizer, progress=False)
         seconds, drop = self.clock.spent() - begin, drop_of(self.base, score)
         if not math.isfinite(drop):
-            return Trial(chain, stage, steps, cost, None, 0.0, seconds, f"its {score.primary} is {score.value}")
+            raise CompressionError(f"its {score.primary} is {score.value}")
         noise = noise_of(self.choose, self.base, score)
         self._around = seconds - self._training if steps else self._around
         return Trial(chain, stage, steps, cost, drop, noise, seconds)
@@ -114,7 +113,7 @@ class Bench:
     def _timed(self, chain: Chain, steps: int) -> Iterator[Compressor]:
         """Yield the steps of a chain, and learn from what lies between how long training takes."""
         self._training = 0.0
-        for step in chain.steps(self._recovery(steps)):
+        for step in chain.steps(self.recovery_of(steps)):
             before = self.clock.spent()
             yield step
             if isinstance(step, KnowledgeDistillation):
@@ -136,7 +135,8 @@ class Bench:
         for steps in (1, _PROBED):
             make(self.model, self._timed(chain, steps), self.context)
 
-    def _recovery(self, steps: int) -> KnowledgeDistillation | None:
+    def recovery_of(self, steps: int) -> KnowledgeDistillation | None:
+        """Return a training of so many steps; None where nothing is trained."""
         if self.recovery is None or not steps:
             return None
         return self.recovery.model_copy(update={"steps": steps, "epochs": None})

@@ -40,11 +40,27 @@ def bytes_of_blocks(model: PreTrainedModel, blocks: Sequence[str]) -> tuple[list
     return [float(file_bytes(own) - empty) for own in parts.values()], float(file_bytes(rest))
 
 
+def alike(model: PreTrainedModel, blocks: Sequence[str]) -> list[int]:
+    """Return for each block the number of the first one of its stack with the same tensors: those cost the same.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> alike(tiny_model("bert"), ["bert.encoder.layer.0", "bert.encoder.layer.1"])
+        [0, 0]
+    """
+    first: dict[object, int] = {}
+    found = []
+    for number, path in enumerate(blocks):
+        tensors = tuple((name, tuple(tensor.shape)) for name, tensor in model.get_submodule(path).state_dict().items())
+        found.append(first.setdefault((path.rpartition(".")[0], tensors), number))
+    return found
+
+
 class BlockTimer:
-    """Times blocks on the very inputs that the base's blocks get from a pass at a shape.
+    """Times blocks on the very inputs that the blocks of a model get from a pass at a shape.
 
     Args:
-        model: the base.
+        model: the model.
         blocks: the paths of the blocks that are to be timed.
         shape: rows and tokens.
         seconds: how long each timing goes on, at most.
@@ -61,7 +77,7 @@ class BlockTimer:
             model(**self._inputs)
 
     def block(self, model: PreTrainedModel, path: str) -> float:
-        """Return the milliseconds of one pass through a block of `model`, a model like the base."""
+        """Return the milliseconds of one pass through a block of `model`, which is as wide as that of the inputs."""
         args, kwargs = self._calls[path]
         module = model.get_submodule(path)
         return self._least(lambda: module(*args, **kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,16 @@ class Budget:
         """Show what is being done and how much time is left, as long as this is open."""
         self._show(name)
         begin = self.spent()
-        yield
-        self.stages.append((name, self.spent() - begin))
-        self._show(name)
+        try:
+            yield
+        finally:
+            self.stages.append((name, self.spent() - begin))
+            self._show(name)
+
+    def tell(self, line: str) -> None:
+        """Write a line above the bar, where one is shown."""
+        if not self._bar.disable:
+            self._bar.write(f"fit: {line}", file=sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -54,7 +54,7 @@ def chain_of(predictor: Predictor, solution: Solution) -> Chain:
     """Return the steps that do what a solution says."""
     space, shape, vocabulary = predictor.space, predictor.shape(solution), predictor.vocabulary(solution)
     cuts: list[Compressor] = []
-    words = []
+    words: list[str] = []
     if (cut := vocabulary.step()) is not None:
         cuts.append(cut)
         words.append("seen tokens" if vocabulary.share is None else f"{vocabulary.share:.0%} of the seen tokens")
@@ -62,17 +62,19 @@ def chain_of(predictor: Predictor, solution: Solution) -> Chain:
         cuts.append(narrow)
         words += [f"FFN -{shape.ffn:.0%}"] if shape.ffn else []
         words += [f"heads -{shape.heads:.0%}"] if shape.heads else []
+    depths: list[Compressor] = []
     overrides: dict[str, int] = {}
     for stack, numbers in zip(space.stacks, space.stack_blocks, strict=True):
         kept = [number for number in numbers if number in solution.kept]
         if len(kept) < len(numbers):
             layers = tuple(number - numbers[0] for number in kept)
-            cuts.append(
-                DepthPruning(layers=layers, targets=(glob.escape(stack.path),) if len(space.stacks) > 1 else None)
-            )
-            words.append(f"layers {','.join(map(str, layers))} of {len(numbers)}")
+            alone = len(space.stacks) == 1
+            depths.append(DepthPruning(layers=layers, targets=None if alone else (glob.escape(stack.path),)))
+            words.append(f"{'layers' if alone else stack.path} {','.join(map(str, layers))} of {len(numbers)}")
         for place, number in enumerate(kept):
             overrides[f"{glob.escape(stack.block_path(place))}.*"] = solution.kept[number].bits
+    # A decoder goes first: where it may be no deeper than its encoder, that holds behind each step.
+    cuts += reversed(depths)
     overrides.update({glob.escape(name): solution.rest.bits for name in space.rest})
     scheme = SCHEMES[solution.skeleton.scheme]
     fewest = min(overrides.values(), default=8)
@@ -81,7 +83,7 @@ def chain_of(predictor: Predictor, solution: Solution) -> Chain:
         words.append(f"{fewest} bits packed" if uniform else f"{fewest} and 8 bits packed")
     elif scheme == "int8":
         words.append("int8")
-    last = quantization(scheme, fewest, overrides)
+    last = quantization(scheme, fewest, overrides, space.unpacked)
     rounded = scheme == "packed" and fewest < _TRAINED_FOR
     name = ", ".join(words) or "as it is"
     return Chain(name, solution, tuple(cuts), last, rounded, predictor.float_ms(solution))

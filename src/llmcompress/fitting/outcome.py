@@ -32,11 +32,7 @@ def sentence_of(targets: Targets, found: Found, own: Cost, final: Trial, base: T
     if met:
         return f"Met: {asked}. {is_now}."
     if not found.feasible:
-        least = " and ".join(
-            f"{bytes_text(value)}" if cost == "bytes" else f"{milliseconds_text(value)} a pass"
-            for cost, value in found.least.items()
-        )
-        return f"Not met: {asked}: no chain of these strategies comes below {least}. The nearest found: {is_now}."
+        return f"Not met: {asked}: {_never(targets, found, own)}. The nearest found: {is_now}."
     held = targets.hold(final.cost.bytes, final.cost.ms, final.cost.speedup)
     why = (
         f"it {'loses more' if math.isfinite(final.drop) else 'cannot be shown to lose no more'} than "
@@ -45,6 +41,20 @@ def sentence_of(targets: Targets, found: Found, own: Cost, final: Trial, base: T
         else "no chain that was tried in this time is so small or fast and loses so little"
     )
     return f"Not met: {asked}: {why}. The nearest found: {is_now}."
+
+
+def _never(targets: Targets, found: Found, own: Cost) -> str:
+    """Say which limit no chain keeps; or where one keeps each, that none is expected to keep all with some margin."""
+    limits = {"bytes": targets.size, "ms": None if own.ms is None else targets.milliseconds(own.ms)}
+    above = [
+        bytes_text(value) if cost == "bytes" else f"{milliseconds_text(value)} a pass"
+        for cost, value in found.least.items()
+        if (limit := limits[cost]) is not None and value > limit
+    ]
+    if above:
+        return f"no chain of these strategies comes below {' and '.join(above)}"
+    asked = [name for cost, name in (("bytes", "small"), ("ms", "fast")) if limits[cost] is not None]
+    return f"no chain of these strategies is expected to be so {' and so '.join(asked)}{' at once' * (len(asked) > 1)}"
 
 
 def _cost_text(cost: Cost, own: Cost) -> str:

@@ -44,8 +44,14 @@ class Predictor:
         self.space, self._survey = space, survey
         self.shapes = [one for one in space.shapes if one in survey.widths]
         self.vocabularies = [one for one in space.vocabularies if one in survey.vocabulary]
+        self.forms = [one for one in space.forms if one in survey.rest_ms]
         self.weights = dict(PRIOR)
         self._slowness: dict[tuple[int, int], float] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that can be chosen was looked at."""
+        return not self._survey.skipped
 
     @property
     def base_ms(self) -> float:
@@ -69,7 +75,8 @@ class Predictor:
                     ms=self.slowness(form.number, shape) * found.block_ms[own, form][number],
                 )
                 for shape, own in enumerate(self.shapes)
-                for form in self.space.forms
+                for form in self.forms
+                if (own, form) in found.block_ms
             ]
             blocks.append(ways)
         rests = [
@@ -83,7 +90,7 @@ class Predictor:
                 ms=found.rest_ms[form],
             )
             for index, own in enumerate(self.vocabularies)
-            for form in self.space.forms
+            for form in self.forms
         ]
         return Problem(
             blocks,
@@ -91,6 +98,8 @@ class Predictor:
             together=[weights["depth"] * _finite(value) for value in found.together],
             stacks=self.space.stack_blocks,
             rests=rests,
+            fixed=self.space.fixed,
+            tapers=self.space.tapers,
         )
 
     def damages(self, solution: Solution) -> Damages:
@@ -122,7 +131,7 @@ class Predictor:
 
     def form(self, way: BlockWay | RestWay) -> Form:
         """Return how the weights of a part are stored."""
-        return next(form for form in self.space.forms if (form.number, form.bits) == (way.scheme, way.bits))
+        return next(form for form in self.forms if (form.number, form.bits) == (way.scheme, way.bits))
 
     def float_ms(self, solution: Solution) -> float:
         """Return what a pass takes where its weights are float, in milliseconds."""

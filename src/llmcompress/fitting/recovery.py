@@ -59,9 +59,8 @@ def find_recovery(
     except UnsupportedModelError as error:
         notes.append(f"nothing is trained: {error}")
         return None, 0
-    length = getattr(task, "max_length", None) or getattr(task, "window", None) or _LENGTH
-    drawn = random.Random(0).sample(list(examples), min(len(examples), _SAMPLED))
-    tokens = sum(len(row["input_ids"]) for row in encode(drawn, tokenizer)) * len(examples) / len(drawn)
+    length = length_of(task)
+    tokens = tokens_each(model, task, examples, tokenizer) * len(examples)
     rows = tokens / length if head == "causal_lm" else len(examples)
     body = anatomy(model)
     layers = len(body.stacks[0])
@@ -81,9 +80,23 @@ def find_recovery(
         cache=cache,
         learning_rate=_RATE * min(1.0, _WIDTH / body.hidden),
         batch_size=BATCH,
-        max_length=int(length),
+        max_length=length,
     )
     return training, max(round(_MOST_EPOCHS * rows / BATCH), 1)
+
+
+def length_of(task: Task) -> int:
+    """Return how many tokens of a text are trained on: as many as the task reads."""
+    return int(getattr(task, "max_length", None) or getattr(task, "window", None) or _LENGTH)
+
+
+def tokens_each(
+    model: PreTrainedModel, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Return how many tokens an example has on average, as it is trained on; running text is not cut, but joined."""
+    drawn = random.Random(0).sample(list(examples), min(len(examples), _SAMPLED))
+    length = None if _head(model) == "causal_lm" else length_of(task)
+    return sum(len(row["input_ids"]) for row in encode(drawn, tokenizer, max_length=length)) / len(drawn)
 
 
 def check_rows(model: PreTrainedModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,9 +106,8 @@ def check_rows(model: PreTrainedModel, examples: Sequence[Example], tokenizer: P
         MissingInputError: a row has no text, or no target text where the model writes one.
         ConfigError: a label is none of the model's.
     """
-    try:
-        head = head_of(model)
-    except UnsupportedModelError:
+    head = _head(model)
+    if head is None:
         return  # nothing is trained
     bare = next((index for index, one in enumerate(examples) if not one.pair), None)
     if head == "seq2seq_lm" and bare is not None:
@@ -134,6 +146,13 @@ def affordable(
     )
     chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
     return [examples[index] for index in chosen]
+
+
+def _head(model: PreTrainedModel) -> Head | None:
+    try:
+        return head_of(model)
+    except UnsupportedModelError:
+        return None
 
 
 def _labelled(head: Head, examples: Sequence[Example]) -> bool:

@@ -34,7 +34,7 @@ class FitResult(Result):
         sentence: the outcome in words; where it is not what was asked for, what is the nearest that was found.
         recipe: the chain; `recipe.to_yaml("recipe.yaml")`, and `lc.compress(model, recipe, data=...)` makes it again.
         targets: what was asked for.
-        trials: every chain that was run, in order; the last one is the result.
+        trials: every chain that was run, in order; the last one is the result. Those that broke have an `error`.
         drop: what the result loses on the examples held out, in the unit of the task's primary metric.
         noise: half of the 95 % interval of `drop`, from pairs of answers to the same examples.
         disk_bytes: of the result's safetensors file.
@@ -101,8 +101,8 @@ class FitResult(Result):
         timed = any(trial.cost is not None and trial.cost.ms is not None for trial in self.trials)
         header = ["chain", "run", "steps", "on disk", *(["latency", "faster"] if timed else []), "loss", "seconds"]
         rows = [_row(trial, base, timed) for trial in self.trials]
-        failed = [f"{trial.chain.name}: {trial.error}" for trial in self.trials if trial.error]
-        return Table(header, rows, title="Tried", notes=[*failed, *self.notes])
+        failed = [f"{trial.chain.name} failed: {trial.error}" for trial in self.trials if trial.error]
+        return Table(header, rows, title="Tried", notes=[*dict.fromkeys(failed), *self.notes])
 
     def __str__(self) -> str:
         return f"{self.sentence}\n\n{self.table.text()}\n\n{self.report}"

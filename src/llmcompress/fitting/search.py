@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
-from ..errors import CompressionError
 from .budget import Budget
 from .chain import Chain, chain_of
 from .predictor import Predictor
@@ -38,6 +37,8 @@ _RELAXED = (0.0, 1 / 3, 2 / 3)
 _HALVED = 2
 # Units of time for the final training of what was found so; one is for each that is tried.
 _FINAL = 4
+# How many chains are tried in the last training, should it break.
+_LAST_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,18 @@ class Found:
     """What a search ends with.
 
     Attributes:
-        chain: the one to train for the rest of the time; None where nothing could be built.
-        trials: all that were run, in order.
+        chains: the one to train for the rest of the time, and those that take its place where that breaks; none where
+            none could be built.
+        trials: all that were run, or broke before, in order.
         least: the least that can be reached of each cost that has a limit, as predicted.
-        feasible: whether any chain may be within the limits: one is, or there was no time to try all.
-        within: whether `chain` is.
+        feasible: whether any chain may be within the limits: one is, or there are others that broke, or that there was
+            no time for.
     """
 
-    chain: Chain | None
+    chains: Sequence[Chain]
     trials: Sequence[Trial]
     least: Mapping[Kind, float]
     feasible: bool
-    within: bool
 
 
 class Search:
@@ -79,7 +80,6 @@ class Search:
         self._trials: list[Trial] = []
         self._excluded: set[Skeleton] = {predictor.problem().unchanged}
         self._vocabulary: int | None = None
-        self._failed: list[Trial] = []
         self._over: Chain | None = None
         self._hurried = False
 
@@ -89,23 +89,51 @@ class Search:
         least = self._least(limits)
         with self._budget.stage("solving"):
             first = self._proposals(limits, _CANDIDATES)
-        feasible = bool(first) or self._hurried
+        feasible = bool(first or self._trials) or self._hurried or not self._predictor.complete
         if first:
-            # The teacher answers all rows here, once; it is no part of a unit.
-            with self._budget.stage("the teacher's answers"):
-                self._lab.steps_in(first[0], 1.0)
+            first = self._answered(first)
             first = first[: self._affordable(first)]
         unit = self._left() / _UNITS[max(len(first), 1)]
         short = [self._run(chain, unit, "short") for chain in first]
         if len(short) > 1:
             short += self._proposed_anew(limits, short, unit)
-        longer = [self._run(trial.chain, 2 * unit, "longer") for trial in _best(short)[:2]] if len(short) > 1 else short
+        again = _best(short)[:2] if len(short) > 1 and self._left() else []
+        longer = [self._run(trial.chain, 2 * unit, "longer") for trial in again]
         winner = next(iter(_best(longer) or _best(short)), None)
         if winner is None or self._hopeless(winner, short):
             winner = self._nearest(limits, least, winner)
-        chain = winner.chain if winner is not None else self._over
-        within = winner is not None and self._within(winner.cost)
-        return Found(chain, [*self._failed, *self._trials], least, feasible, within)
+        return Found(self._ranked(winner), self._trials, least, feasible)
+
+    def _ranked(self, winner: Trial | None) -> list[Chain]:
+        """Return the winner's chain, and the next best for where that breaks in the last training."""
+        others = sorted(_best(self._trials), key=lambda trial: not self._within(trial.cost))
+        ranked = [trial.chain for trial in ([winner] if winner is not None else []) + others]
+        if self._over is not None and not any(trial.chain == self._over and trial.error for trial in self._trials):
+            ranked.append(self._over)
+        return [chain for place, chain in enumerate(ranked) if chain not in ranked[:place]][:_LAST_TRIES]
+
+    def _answered(self, chains: Sequence[Chain]) -> list[Chain]:
+        """Have the teacher answer all rows, once, which is no part of a unit; return the chains that bear it."""
+        broken: list[Chain] = []
+        with self._budget.stage("the teacher's answers"):
+            for chain in chains:
+                begin = self._budget.spent()
+                try:
+                    if self._lab.steps_in(chain, 1.0):
+                        break
+                except Exception as error:
+                    self._broke(chain, "short", error, begin)
+                    broken.append(chain)
+        return [chain for chain in chains if chain not in broken]
+
+    def _broke(
+        self, chain: Chain, stage: Stage, error: Exception, begin: float, *, steps: int = 0, cost: Cost | None = None
+    ) -> Trial:
+        """Record and tell that a chain broke, on whatever it was: the others go on."""
+        trial = Trial.failed(chain, stage, error, steps=steps, cost=cost, seconds=self._budget.spent() - begin)
+        self._trials.append(trial)
+        self._budget.tell(f"{chain.name} failed: {trial.error}")
+        return trial
 
     def _hopeless(self, winner: Trial, short: Sequence[Trial]) -> bool:
         """Tell whether a chain loses too much even if each doubling of its training gains as much as the last one."""
@@ -119,11 +147,13 @@ class Search:
 
     def _affordable(self, chains: Sequence[Chain]) -> int:
         """Return how many chains there is time to try with some steps each."""
-        counts = [count for count in range(len(chains), 1, -1) if self._steps(chains[0], count) >= _FEWEST_STEPS]
-        return next(iter(counts), 1) if chains[0].recovers else len(chains)
-
-    def _steps(self, chain: Chain, count: int) -> int:
-        return self._lab.steps_in(chain, self._left() / _UNITS[count])
+        trained = next((chain for chain in chains if chain.recovers), None)
+        if trained is None:
+            return len(chains)
+        # Of few data so many steps are never worth it, whatever the time.
+        enough = min(_FEWEST_STEPS, self._lab.steps_in(trained, self._left()))
+        counts = range(len(chains), 1, -1)
+        return next((n for n in counts if self._lab.steps_in(trained, self._left() / _UNITS[n]) >= enough), 1)
 
     def _left(self) -> float:
         return max(self._budget.left() - self._reserve, 0.0)
@@ -171,10 +201,11 @@ class Search:
 
     def _built(self, solution: Solution, limits: Mapping[Kind, float]) -> Chain | None:
         """Return the chain if it really is within `limits`; else learn from it, or never propose it again."""
-        chain = chain_of(self._predictor, solution)
-        cost = self._lab.cost(chain)
-        if isinstance(cost, CompressionError):
-            self._failed.append(Trial(chain, "untrained", 0, None, None, 0.0, 0.0, str(cost)))
+        chain, begin = chain_of(self._predictor, solution), self._budget.spent()
+        try:
+            cost = self._lab.cost(chain)
+        except Exception as error:
+            self._broke(chain, "untrained", error, begin)
             self._excluded.add(solution.skeleton)
             return None
         # Where time runs out before any is within the limits, this is the nearest that was built.
@@ -206,9 +237,10 @@ class Search:
         ways = set(solution.kept.values())
         even = spread(of, keep)
         mixed = len({way.bits for way in ways}) > 1
-        if len(stacks) > 1 or keep > of / 2 or mixed or set(even) == set(solution.kept):
-            return None
         problem, way = self._predictor.problem(), solution.skeleton
+        possible = len(stacks) == 1 and keep <= of / 2 and set(problem.fixed) <= set(even)
+        if not possible or mixed or set(even) == set(solution.kept):
+            return None
         bits = next(iter(ways)).bits
         kept = {
             number: next(
@@ -221,8 +253,14 @@ class Search:
         return replace(solution, kept=kept)
 
     def _run(self, chain: Chain, seconds: float, stage: Stage) -> Trial:
+        begin, steps, cost = self._budget.spent(), 0, None
         with self._budget.stage(f"{stage}: {chain.name}"):
-            trial = self._lab.run(chain, self._lab.steps_in(chain, seconds), stage)
+            try:
+                cost = self._lab.cost(chain)
+                steps = self._lab.steps_in(chain, seconds)
+                trial = self._lab.run(chain, steps, stage)
+            except Exception as error:
+                return self._broke(chain, stage, error, begin, steps=steps, cost=cost)
         self._trials.append(trial)
         return trial
 
@@ -245,7 +283,9 @@ class Search:
         self._vocabulary = None if best is None else self._vocabulary
 
         def tried(share: float) -> Trial | None:
-            chains = self._proposals(self._relaxed(limits, least, share), 1)
+            # Whatever the time, something must come back.
+            ends = not self._left() and bool(_best(trials))
+            chains = [] if ends else self._proposals(self._relaxed(limits, least, share), 1)
             if not chains:
                 return None
             trials.append(self._run(chains[0], unit, "nearest"))
@@ -274,7 +314,7 @@ class Search:
     def _relaxed(self, limits: Mapping[Kind, float], least: Mapping[Kind, float], share: float) -> dict[Kind, float]:
         """Return the limits moved by `share` of the way to the base, on a scale of ratios, from what can be reached."""
         base = {"bytes": float(self._base.bytes), "ms": self._base.ms or 0.0}
-        floors = {cost: max(limit, least[cost] * 1.001) for cost, limit in limits.items()}
+        floors = {cost: max(limit, least.get(cost, 0.0) * 1.001) for cost, limit in limits.items()}
         return {cost: floor * (base[cost] / floor) ** share for cost, floor in floors.items()}
 
     def _within(self, cost: Cost | None) -> bool:

@@ -6,6 +6,7 @@ that n blocks together do more harm than each of them alone is a term of its own
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -74,6 +75,8 @@ class Problem:
         together: for each number of blocks left out, what that does beyond the sum of `drops`; index 0 is none.
         stacks: the blocks of each stack by number; of each one at least one stays.
         rests: the ways for all else.
+        fixed: numbers of the blocks that must stay.
+        tapers: whether no stack may keep more blocks than the one before it.
     """
 
     blocks: Sequence[Sequence[BlockWay]]
@@ -81,20 +84,23 @@ class Problem:
     together: Sequence[float]
     stacks: Sequence[Sequence[int]]
     rests: Sequence[RestWay]
+    fixed: Collection[int] = ()
+    tapers: bool = False
 
     @property
     def unchanged(self) -> Skeleton:
         """The choice that leaves the model as it is; the first shape, scheme and vocabulary are the model's own."""
-        return Skeleton(len(self.blocks), 0, 0)
+        return Skeleton(len(self.blocks), 0, 0, vocabulary=0)
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What makes chains different: how many blocks stay, how wide, in which scheme."""
+    """What makes chains different: how many blocks stay, how wide, in which scheme; with any vocabulary, or one."""
 
     blocks: int
     shape: int
     scheme: int
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -198,10 +204,16 @@ class _Program:
         by_block: dict[int, list[int]] = {}
         for index, (block, _) in enumerate(self.ways):
             by_block.setdefault(block, []).append(index)
-        for own in by_block.values():
-            self._row(own, 0, 1)
+        for block, own in by_block.items():
+            self._row(own, int(block in problem.fixed), 1)
         for stack in problem.stacks:
             self._row([index for block in stack for index in by_block[block]], 1, np.inf)
+        for earlier, later in itertools.pairwise(problem.stacks) if problem.tapers else ():
+            more, fewer = (
+                dict.fromkeys((index for block in stack for index in by_block[block]), sign)
+                for stack, sign in ((earlier, 1.0), (later, -1.0))
+            )
+            self._rows.append(({**more, **fewer}, 0, np.inf))
         self._row(range(self.rests, self.counts), 1, 1)
         self._row(range(self.counts, self.shapes), 1, 1)
         self._row(range(self.shapes, self.schemes), 1, 1)
@@ -222,9 +234,14 @@ class _Program:
             self._row(others, 0, 0)
 
     def exclude(self, skeleton: Skeleton) -> None:
-        """Forbid one combination of depth, shape and scheme."""
+        """Forbid one combination of depth, shape and scheme, and of a vocabulary if it names one."""
         gone = len(self._problem.blocks) - skeleton.blocks
-        self._row([self.counts + gone, self.shapes + skeleton.shape, self.schemes + skeleton.scheme], 0, 2)
+        taken = [self.counts + gone, self.shapes + skeleton.shape, self.schemes + skeleton.scheme]
+        if skeleton.vocabulary is None:
+            self._row(taken, 0, 2)
+        else:
+            rests = enumerate(self._problem.rests, self.rests)
+            self._row([*taken, *(at for at, rest in rests if rest.vocabulary == skeleton.vocabulary)], 0, 3)
 
     def at_most(self, cost: Cost, limit: float) -> None:
         """Limit what it costs."""

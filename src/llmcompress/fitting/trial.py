@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from ..errors import CompressionError
 from .chain import Chain
+from .failures import let_go, reason_of
 
 Stage = Literal["untrained", "short", "longer", "nearest", "final"]
 
@@ -38,7 +38,8 @@ class Trial:
         drop: lost on the examples to choose by; None where it failed.
         noise: half of the 95 % interval of that drop.
         seconds: that it took.
-        error: why it failed, or None.
+        error: why it failed, in one line, or None.
+        cause: what was raised then.
     """
 
     chain: Chain
@@ -49,6 +50,15 @@ class Trial:
     noise: float
     seconds: float
     error: str | None = None
+    cause: Exception | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def failed(
+        cls, chain: Chain, stage: Stage, error: Exception, *, steps: int = 0, cost: Cost | None = None, seconds: float
+    ) -> Trial:
+        """Return the trial of a chain that broke on `error`, which lets go of the models that its frames hold."""
+        let_go(error)
+        return cls(chain, stage, steps, cost, None, 0.0, seconds, reason_of(error), error)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -59,10 +69,10 @@ class Trial:
 
 
 class Lab(Protocol):
-    """What a search asks for."""
+    """What a search asks for; each raises whatever the chain breaks on."""
 
-    def cost(self, chain: Chain) -> Cost | CompressionError:
-        """Build a chain, untrained, and measure what it comes to; or say why it cannot be built."""
+    def cost(self, chain: Chain) -> Cost:
+        """Build a chain, untrained, and measure what it comes to; once, however often it is asked for."""
 
     def run(self, chain: Chain, steps: int, stage: Stage) -> Trial:
         """Train a chain for so many steps and score it on the examples to choose by."""
