@@ -131,6 +131,7 @@ def grids(draw):
 )
 @example(grid=Grid(4, 32), rows=39, columns=96, batch=1, threads=1, exact=False, bias=True)
 @example(grid=Grid(4, None, symmetric=True), rows=64, columns=2100, batch=16, threads=3, exact=False, bias=True)
+@example(grid=Grid(4, None, symmetric=True), rows=20, columns=20, batch=12, threads=1, exact=False, bias=False)
 @example(grid=Grid(4, 32), rows=70, columns=700, batch=40, threads=2, exact=False, bias=True)
 @example(grid=Grid(3, 16), rows=70, columns=700, batch=17, threads=2, exact=False, bias=False)
 @example(grid=Grid(2, 128), rows=33, columns=1000, batch=33, threads=2, exact=False, bias=True)

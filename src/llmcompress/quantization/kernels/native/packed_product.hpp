@@ -167,7 +167,9 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
   if (rows == 0) return;
   // What takes some microseconds is not worth a second thread.
   if (rows * a.rows * a.columns < kLittle) threads = 1;
-  const bool from_rows = rows < kPanels && suits_rows<Set>(a) && !(exact && a.levels);
+  // Codes that have to be unpacked are unpacked for each tile of rows anew.
+  const int64_t few = width_of(a) == a.bits ? kPanels : kTile + 1;
+  const bool from_rows = rows < few && suits_rows<Set>(a) && !(exact && a.levels);
   if (!from_rows) {
     if (exact) return by_panels_exactly<Set>(a, x, rows, bias, y, threads);
     if constexpr (Set::tiled) {
@@ -176,9 +178,12 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
     return a.bits > 4 || a.steps ? by_panels<Set, true>(a, x, rows, bias, y, threads)
                        : by_panels<Set, false>(a, x, rows, bias, y, threads);
   }
-  if (a.bits == 8)
+  if (width_of(a) == 8)
     return exact ? by_rows_exactly<Set, 8>(a, x, rows, bias, y, threads)
                  : by_rows<Set, 8, false>(a, x, rows, bias, y, threads);
+  if (a.bits == 2)
+    return exact ? by_rows_exactly<Set, 2>(a, x, rows, bias, y, threads)
+                 : by_rows<Set, 2, false>(a, x, rows, bias, y, threads);
   if (exact) return by_rows_exactly<Set, 4>(a, x, rows, bias, y, threads);
   a.steps ? by_rows<Set, 4, true>(a, x, rows, bias, y, threads)
           : by_rows<Set, 4, false>(a, x, rows, bias, y, threads);

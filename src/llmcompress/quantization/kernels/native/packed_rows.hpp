@@ -1,5 +1,6 @@
-// Few rows of activations by a packed matrix, straight from its bytes: each output is a dot product along its row. For
-// codes of 4 and 8 bits whose groups fill vectors or divide them. At one row this reads memory and little else.
+// Few rows of activations by a packed matrix, straight from its bytes: each output is a dot product along its row, whose
+// groups fill vectors or divide them. At one row of 8, 4 or 2 bits this reads memory and little else; codes of other
+// bits are unpacked to bytes, row by row.
 //
 // A vector of codes has `width` bits a code, so 32 / width codes in each lane. Activations lie in the order in which
 // codes leave a vector: of those of one vector the bytes of field 0, then of field 1; as floats likewise by lanes. What
@@ -21,15 +22,17 @@ constexpr int64_t kBytes = 4 * Set::lanes;
 constexpr int64_t kRowsAhead = 4;
 
 template <class Set>
-int64_t codes_a_vector(int64_t bits) {
-  return Set::lanes * 32 / bits;
+int64_t codes_a_vector(int64_t width) {
+  return Set::lanes * 32 / width;
 }
+
+// The bits of a code in vectors: those it is stored in, or a byte.
+inline int64_t width_of(const PackedMatrix& a) { return a.bits == 4 || a.bits == 2 ? a.bits : 8; }
 
 // Whether these kernels can read the matrix.
 template <class Set>
 bool suits_rows(const PackedMatrix& a) {
-  if (a.bits != 4 && a.bits != 8) return false;
-  const int64_t whole = codes_a_vector<Set>(a.bits), lane = 32 / a.bits;
+  const int64_t whole = codes_a_vector<Set>(width_of(a)), lane = 32 / width_of(a);
   // The products of a group are added in 32 bits.
   if (a.columns > (1 << 16) && (a.groups == 1 || a.size > (1 << 16))) return false;
   return a.groups == 1 || a.size % whole == 0 || (whole % a.size == 0 && a.size % lane == 0);
@@ -40,14 +43,16 @@ struct Walk {
   int64_t vectors;  // of a row
   int64_t group;    // vectors in a group; 0: several groups in a vector
   int64_t groups;   // in a vector, else 1
+  int64_t ahead;    // how far behind codes those lie that are fetched beforehand
 };
 
 template <class Set>
 Walk walk_of(const PackedMatrix& a) {
-  const int64_t whole = codes_a_vector<Set>(a.bits), vectors = (a.columns + whole - 1) / whole;
-  if (a.groups == 1) return {vectors, vectors, 1};
-  if (a.size % whole == 0) return {vectors, a.size / whole, 1};
-  return {vectors, 0, whole / a.size};
+  const int64_t whole = codes_a_vector<Set>(width_of(a)), vectors = (a.columns + whole - 1) / whole;
+  const int64_t ahead = width_of(a) == a.bits ? kRowsAhead * a.code_bytes : 0;
+  if (a.groups == 1) return {vectors, vectors, 1, ahead};
+  if (a.size % whole == 0) return {vectors, a.size / whole, 1, ahead};
+  return {vectors, 0, whole / a.size, ahead};
 }
 
 // Moves the `columns` numbers of a row to where the codes of a vector meet them; the rest of `to` is zero already.
@@ -146,7 +151,7 @@ struct WholeSums {
       });
     };
     const int64_t vectors = walk.vectors, in_group = walk.group, in_vector = walk.groups;
-    const int64_t ahead = kRowsAhead * a.code_bytes;
+    const int64_t ahead = walk.ahead;
     if (within || in_group == 1) {
       for (int64_t v = 0; v < vectors; ++v) {
         Ints sums[outputs][rows];
@@ -205,7 +210,7 @@ struct FloatSums {
     Floats all[outputs][rows];
     unrolled<outputs, rows>([&](auto r, auto m) LLMC_INLINE { all[r][m] = Set::zero_floats(); });
     const int64_t vectors = walk.vectors, in_group = within ? 1 : walk.group, in_vector = walk.groups;
-    const int64_t ahead = kRowsAhead * a.code_bytes;
+    const int64_t ahead = walk.ahead;
     for (int64_t v = 0, g = 0; v < vectors; g += in_vector) {
       Floats sums[outputs][rows], zero[outputs];
       unrolled<outputs>([&](auto r) LLMC_INLINE {
@@ -240,20 +245,29 @@ template <class Set, int rows>
 class WholeRows {
  public:
   WholeRows(const PackedMatrix& a, const Walk& walk)
-      : a_(a), read_(walk.vectors * kBytes<Set>), size_(a.rows * a.code_bytes), last_(rows * read_) {}
+      : a_(a), unpacked_(width_of(a) != a.bits), read_(walk.vectors * kBytes<Set>), size_(a.rows * a.code_bytes),
+        own_(rows * (read_ + 8)) {}
 
   // Row r, which is number i of those asked for together.
   const uint8_t* row(int64_t r, int i) {
     const int64_t at = r * a_.code_bytes;
-    if (at + read_ <= size_) return a_.codes + at;
-    memcpy(last_ + i * read_, a_.codes + at, size_ - at < read_ ? size_ - at : read_);
-    return last_ + i * read_;
+    const uint8_t* const codes = a_.codes + at;
+    uint8_t* const own = own_ + i * (read_ + 8);
+    if (unpacked_) {
+      for (int64_t line = 0; line < a_.code_bytes; line += 64) Set::prefetch(codes + kRowsAhead * a_.code_bytes + line);
+      unpack_row<Set>(codes, a_.bits, a_.columns, own);
+      return own;
+    }
+    if (at + read_ <= size_) return codes;
+    memcpy(own, codes, size_ - at < read_ ? size_ - at : read_);
+    return own;
   }
 
  private:
   const PackedMatrix& a_;
+  const bool unpacked_;
   const int64_t read_, size_;
-  Scratch<uint8_t> last_;
+  Scratch<uint8_t> own_;
 };
 
 // Outputs [begin, end) of `rows` rows of activations; y is (rows, a.rows). `within`: a vector has several groups.

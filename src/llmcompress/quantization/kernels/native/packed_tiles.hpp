@@ -154,28 +154,27 @@ void by_tiles(const PackedMatrix& a, bool unpacked, const float* x, int64_t rows
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
     RowGrid<Set> grid(a, outputs, 0);
     // Of rows that are unpacked, or behind which there is nothing to read.
-    Scratch<uint8_t> rest((unpacked ? outputs : 1) * (read + 8));
+    Scratch<uint8_t> own(outputs * (read + 8));
     // Longer by one cache line: else rows fall on the same places of the cache.
     constexpr int64_t stride = kTileInputs + kWords;
     Scratch<uint16_t> weights(outputs * stride);
-    const int64_t width_of = input.blocks() * side;
-    Scratch<float> totals(outputs * (width_of + side));
+    const int64_t length = input.blocks() * side + side;
+    Scratch<float> totals(outputs * length);
     const uint8_t* codes[outputs] = {};
     const Tiles tiles;
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * outputs, count = first + outputs < a.rows ? outputs : a.rows - first;
       for (int64_t r = 0; r < count; ++r) {
-        codes[r] = a.codes + (first + r) * a.code_bytes;
-        if (unpacked) {
-          unpack_row<Set>(codes[r], a.bits, a.columns, rest + r * (read + 8));
-          codes[r] = rest + r * (read + 8);
-        } else if ((first + r) * a.code_bytes + read > size) {
-          memcpy(rest, codes[r], size - (first + r) * a.code_bytes);
-          codes[r] = rest;
-        }
+        const int64_t at = (first + r) * a.code_bytes;
+        const bool whole = !unpacked && at + read <= size;
+        codes[r] = whole ? a.codes + at : own + r * (read + 8);
+        if (unpacked)
+          unpack_row<Set>(a.codes + at, a.bits, a.columns, own + r * (read + 8));
+        else if (!whole)
+          memcpy(own + r * (read + 8), a.codes + at, size - at);
         grid.load(a, first + r, static_cast<int>(r));
       }
-      memset(totals, 0, outputs * (width_of + side) * sizeof(float));
+      memset(totals, 0, outputs * length * sizeof(float));
       for (int64_t v = 0; v < vectors; v += block) {
         const int64_t stop = v + block < vectors ? v + block : vectors;
         for (int64_t r = 0; r < count; ++r)
@@ -184,13 +183,13 @@ void by_tiles(const PackedMatrix& a, bool unpacked, const float* x, int64_t rows
         for (int64_t b = 0; b < input.blocks(); b += 2) {
           const int64_t beside = b + 1 < input.blocks() ? input.block_bytes() : 0;
           Tiles::add(weights, stride * 2, input.block(b) + v * per * side * 64, beside, (stop - v) * per,
-                     totals + b * side, width_of + side);
+                     totals + b * side, length);
         }
       }
       for (int64_t b = 0; b < input.blocks(); ++b) {
         const int64_t m = b * side, own = rows - m < side ? rows - m : side;
         for (int64_t r = 0; r < count; r += side)
-          finish_tile<Set>(a, totals + r * (width_of + side) + m, width_of + side, own, input.unit() + m, bias,
+          finish_tile<Set>(a, totals + r * length + m, length, own, input.unit() + m, bias,
                            y + m * a.rows, first + r);
       }
     }
