@@ -48,7 +48,9 @@ class Int8Weight:
         )
         if not self._handle:
             raise MemoryError(f"no memory for the packed copy of an int8 weight of {self._outputs} x {self._inputs}")
-        weakref.finalize(self, library.llmc_int8_free, self._handle)
+        freed = weakref.finalize(self, library.llmc_int8_free, self._handle)
+        # A thread may still multiply by it when the interpreter ends; then the system takes the memory back.
+        freed.atexit = False
         self.nbytes: int = library.llmc_int8_bytes(self._handle)
         self._multiply = library.llmc_int8_linear
         self._coding: tuple[Activations | Stored, tuple[int, int, int, float]] | None = None
