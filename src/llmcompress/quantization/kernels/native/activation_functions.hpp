@@ -65,7 +65,8 @@ typename Set::Floats gated(typename Set::Floats x) {
   } else {
     s = tanh_of<Set>(Set::mul(a, half));
   }
-  return Set::mul(half, Set::fma(a, s, x));
+  // Halves before the sum: that of two large numbers is no number any more.
+  return Set::fma(Set::mul(half, a), s, Set::mul(half, x));
 }
 
 template <class Set, Gate gate>

@@ -12,6 +12,22 @@ struct Avx512Amx : Avx512Vnni {
   static constexpr int64_t depth = Amx::side, beyond = Amx::side - 1;
   using Session = Amx;
 
+  // Sixty-four codes at a time, of any width below 8: eight codes' bytes go to eight bytes, and each code to its own.
+  static int64_t unpack_odd(const uint8_t* row, int64_t bits, int64_t count, int64_t bytes, uint8_t* codes) {
+    uint8_t place[64], shift[64];
+    for (int i = 0; i < 64; ++i) {
+      place[i] = static_cast<uint8_t>(i / 8 * bits + (i % 8 < bits ? i % 8 : 0));
+      shift[i] = static_cast<uint8_t>(i % 8 * bits);
+    }
+    const Ints places = load(static_cast<const void*>(place)), shifts = load(static_cast<const void*>(shift));
+    const Ints mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
+    int64_t k = 0;
+    for (; k + 64 <= count && k / 8 * bits + 64 <= bytes; k += 64) {
+      const Ints eights = _mm512_permutexvar_epi8(places, load(static_cast<const void*>(row + k / 8 * bits)));
+      store(static_cast<void*>(codes + k), _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, eights), mask));
+    }
+    return k;
+  }
   static Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
   static Floats load_bytes(const uint8_t* x) {
     return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));

@@ -30,7 +30,7 @@ _X86: _Flags = {
     "avx_vnni": (["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"], ["/arch:AVX2"]),
     "avx512_vnni": ([*_AVX512, *_NO_WARNING], ["/arch:AVX512"]),
     "avx512_amx": (
-        [*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", *_NO_WARNING],
+        [*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-mavx512vbmi", *_NO_WARNING],
         ["/arch:AVX512"],
     ),
 }

@@ -82,8 +82,9 @@ bool has_avx512_amx() {
   constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   const auto extended = identify(7, 0);
   const bool tile = bit(extended.d, 24), int8 = bit(extended.d, 25), tile_bf16 = bit(extended.d, 22);
-  const bool bf16 = bit(identify(7, 1).a, 5);
-  return has_avx512_vnni() && saves(0x60000) && tile && int8 && tile_bf16 && bf16 && syscall(SYS_arch_prctl, request, tile_data) == 0;
+  const bool bf16 = bit(identify(7, 1).a, 5), vbmi = bit(extended.c, 1);
+  return has_avx512_vnni() && saves(0x60000) && tile && int8 && tile_bf16 && bf16 && vbmi &&
+         syscall(SYS_arch_prctl, request, tile_data) == 0;
 #else
   return false;
 #endif

@@ -11,6 +11,8 @@ namespace {
 struct Int8Avx512Amx : Int8Avx512Vnni {
   static constexpr bool tiled = Avx512Amx::tiled;
   static constexpr int64_t depth = Avx512Amx::depth, beyond = Avx512Amx::beyond;
+  // Every processor with AMX has 2 MiB of second-level cache a core.
+  static constexpr int64_t block_bytes = 1 << 20;
   // From so many rows on a tile is worth it, though it is not full.
   static constexpr int64_t few = 8;
   // So many bytes of codes are fetched before they are multiplied.
@@ -22,16 +24,23 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
   static void multiply(const Int8Weight& w, const Panel& panel, const Rows& rows, int64_t count) {
     constexpr int64_t wide = 2 * Amx::side, four_bytes = 4 * Panel::width;
     alignas(64) int32_t sums[wide * wide];
+    static_assert(Panel::width == 4 * Amx::side, "a wide product has as many outputs as a panel");
+    if (count <= Amx::side) {
+      Amx::multiply_wide(rows.codes, rows.stride, panel.codes, w.fours, ahead, sums);
+      for (int64_t part = 0; part < Panel::width; part += lanes)
+        finish(w, panel.base + part, panel.number * Panel::width + part, sums + part, Panel::width, rows, 0, count);
+      return;
+    }
     for (int64_t column = 0; column < Panel::width; column += wide) {
       const int64_t output = panel.number * Panel::width + column;
       if (output >= w.outputs) return;
       for (int64_t row = 0; row < count; row += wide) {
         const int64_t own = count - row < wide ? count - row : wide;
         // Codes of weights come from afar once, for the first rows.
-        Amx::multiply(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours,
+        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours,
                       row == 0 ? ahead : 0, sums);
         for (int64_t half = 0; half < wide; half += lanes)
-          finish(w, panel.base + column + half, output + half, sums + half, rows, row, own);
+          finish(w, panel.base + column + half, output + half, sums + half, wide, rows, row, own);
       }
     }
   }
@@ -39,15 +48,15 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
  private:
   // Scales what was summed up for `count` rows from `first` on, and a vector of outputs.
   template <class Rows>
-  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, const Rows& rows,
-                     int64_t first, int64_t count) {
+  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, int64_t apart,
+                     const Rows& rows, int64_t first, int64_t count) {
     const int64_t left = w.outputs - output;
     if (left <= 0) return;
     const auto mask = static_cast<__mmask16>(left < lanes ? (1U << left) - 1 : 0xFFFF);
     const auto zero = load_ints(base);
     const Floats scale = load(w.scale + output), bias = load(w.bias + output);
     float* y = rows.y + first * w.outputs + output;
-    for (int64_t m = 0; m < count; ++m, sums += 2 * Amx::side, y += w.outputs) {
+    for (int64_t m = 0; m < count; ++m, sums += apart, y += w.outputs) {
       const Floats whole = to_floats(add(load_ints(sums), zero));
       _mm512_mask_storeu_ps(y, mask, fma(whole, mul(splat(rows.unit[first + m]), scale), bias));
     }

@@ -17,8 +17,6 @@
 namespace llmc {
 namespace {
 
-// The codes of a block of rows stay in the second-level cache while all panels pass by.
-constexpr int64_t kBlockBytes = 192 << 10;
 // So many rows are coded at a time that their codes stay in the third.
 constexpr int64_t kCodesBytes = 4 << 20;
 constexpr int64_t kCacheLine = 64;
@@ -162,7 +160,8 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
       for (int64_t row = begin; row < end; ++row)
         unit[row] = code_int8_row<Set>(from + row * w.inputs, w.inputs, coding, codes + row * stride);
     });
-    const int64_t fit = kBlockBytes / stride > Set::rows ? kBlockBytes / stride : Set::rows;
+    // The codes of a block of rows stay in the second-level cache while all panels pass by.
+    const int64_t fit = Set::block_bytes / stride > Set::rows ? Set::block_bytes / stride : Set::rows;
     const int64_t blocks = (count + fit - 1) / fit, items = blocks * w.panels;
     const int64_t parts = count * w.inputs * w.outputs < kFewProducts ? 1 : kParts * threads;
     parallel_for(items, (items + parts - 1) / parts, threads, [&](int64_t begin, int64_t end) {

@@ -89,6 +89,7 @@ struct NeonDot : Untiled {
     }
     return k;
   }
+  static int64_t unpack_odd(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*) { return 0; }
   static uint64_t deposit(uint64_t word, uint64_t, int64_t bits) {
     uint64_t codes = 0;
     for (int i = 0; i < 8; ++i) codes |= (word >> (i * bits) & ((uint64_t{1} << bits) - 1)) << (8 * i);

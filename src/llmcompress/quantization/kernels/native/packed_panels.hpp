@@ -39,8 +39,9 @@ struct Spans {
     const int64_t start = begin(i), stop = (group(i) + 1) * size, end = stop < columns ? stop : columns;
     return end - start < span ? end - start : span;
   }
-  // Numbers of a row of activations, in quads.
-  int64_t stride() const { return count * quads * 4; }
+  // Numbers of a row of activations, in quads. Bytes of them are an odd number of cache lines: rows of a tile would
+  // fall on the same places of the cache otherwise.
+  int64_t stride() const { return ((count * quads * 4 + 63) / 64 | 1) * 64; }
 };
 
 // Quads that four bytes of codes give; 0 where codes are unpacked before.
@@ -106,15 +107,17 @@ struct CodePanel {
   Scratch<uint8_t> rows;       // codes, unpacked unless there are `fields`
   const uint8_t* source;       // they, or the matrix itself
   int64_t source_stride;
-  Scratch<float> scale, middle;  // (groups, outputs)
+  Scratch<float> scale, middle;  // (groups, outputs), and room for a vector of groups more
   Scratch<uint8_t> quads;  // (quads, outputs, 4) of a block of spans
   RowGrid<Set> grid;
 
   CodePanel(const PackedMatrix& matrix, const uint8_t* replaced, int bias)
       : a(matrix), steps(replaced), spans(matrix), fields(fields_of(matrix, spans)), stride(padded(matrix.columns)),
-        rows(stride * outputs), source(rows), source_stride(stride), scale(a.groups * outputs),
-        middle(a.groups * outputs), quads((kQuads + spans.quads + beyond) * outputs * 4),
-        grid(matrix, 1, bias) {}
+        rows(stride * outputs), source(rows), source_stride(stride), scale((a.groups + Set::lanes) * outputs),
+        middle((a.groups + Set::lanes) * outputs), quads((kQuads + spans.quads + beyond) * outputs * 4),
+        grid(matrix, outputs, bias) {
+    turn_grid(grid.middle_of(0), middle);
+  }
 
   // Behind a row there is room for what is read beyond its last quad.
   static int64_t padded(int64_t columns) { return (columns + 8 * Set::lanes + 63) / 64 * 64; }
@@ -135,12 +138,10 @@ struct CodePanel {
         unpack_row<Set>(codes, a.bits, a.columns, rows + r * stride);
       else if (!in_place)
         memcpy(rows + r * stride, codes, a.code_bytes);
-      grid.load(a, first + r, 0);
-      for (int64_t g = 0; g < a.groups; ++g) {
-        scale[g * outputs + r] = grid.scale_of(0)[g];
-        middle[g * outputs + r] = grid.middle_of(0)[g];
-      }
+      grid.load(a, first + r, r);
     }
+    turn_grid(grid.scale_of(0), scale);
+    if (a.zero) turn_grid(grid.middle_of(0), middle);
   }
 
   // Calls f(each, quad, half, word) for spans [begin, end): words hold four bytes of codes of one vector of outputs, those
@@ -176,12 +177,27 @@ struct CodePanel {
   }
 
  private:
+  // From (outputs, groups) to (groups, outputs).
+  void turn_grid(const float* from, float* to) {
+    const int64_t apart = grid.scale_of(1) - grid.scale_of(0);
+    for (int64_t g = 0; g < a.groups; g += Set::lanes) {
+      for (int64_t h = 0; h < outputs; h += Set::lanes) {
+        typename Set::Ints turned[Set::lanes];
+        Set::transpose(reinterpret_cast<const uint8_t*>(from + h * apart + g), apart * 4, turned);
+        for (int i = 0; i < Set::lanes; ++i) Set::store(static_cast<void*>(to + (g + i) * outputs + h), turned[i]);
+      }
+    }
+  }
+
   template <int each, class F>
   LLMC_INLINED void turn(int64_t column, int64_t count, int64_t to, F f) const {
     for (int64_t q = 0; q < count; q += each * Set::lanes) {
       for (int half = 0; half < 2; ++half) {
         typename Set::Ints turned[Set::lanes];
-        Set::transpose(source + half * Set::lanes * source_stride + (column + q * 4) / each, source_stride, turned);
+        const uint8_t* const from = source + half * Set::lanes * source_stride + (column + q * 4) / each;
+        // Where they are read in place, those of the next panel are fetched.
+        for (int i = 0; i < Set::lanes; ++i) Set::prefetch(from + (outputs + i) * source_stride);
+        Set::transpose(from, source_stride, turned);
         for (int i = 0; i < Set::lanes; ++i)
           f(std::integral_constant<int, each>(), to + q + i * each, half, turned[i]);
       }
@@ -252,6 +268,55 @@ void add_spans(const CodePanel<Set>& panel, const CodedRows& x, int64_t m0, int6
   }
 }
 
+// The same of all `rows` rows of activations, by tiles, which take spans whole.
+template <class Set>
+void add_spans_by_tiles(const CodePanel<Set>& panel, const CodedRows& x, int64_t rows, int64_t begin, int64_t end,
+                        float* totals) {
+  constexpr int64_t outputs = CodePanel<Set>::outputs, wide = 2 * Set::Session::side;
+  static_assert(outputs == wide, "a product has as many outputs as a panel");
+  // So many spans are summed up before their sums are scaled: a total is read and written once for all of them.
+  constexpr int64_t together = 4;
+  alignas(64) int32_t sums[together][wide * wide];
+  const int64_t quads = panel.spans.quads;
+  for (int64_t m0 = 0; m0 < rows; m0 += wide) {
+    const int64_t own = rows - m0 < wide ? rows - m0 : wide;
+    const uint8_t* codes = panel.quads;
+    const auto sum = [&](int64_t i, int32_t* to) {
+      Set::Session::template multiply<true>(x.codes + m0 * x.stride + i * quads * 4, x.stride, own, codes, outputs * 4,
+                                            quads, 0, to);
+      codes += quads * outputs * 4;
+    };
+    const auto scale_all = [&](auto count, int64_t i) {
+      constexpr int spans = decltype(count)::value;
+      for (int64_t h = 0; h < outputs; h += Set::lanes) {
+        typename Set::Floats scale[spans], middle[spans];
+        for (int s = 0; s < spans; ++s) {
+          const int64_t at = panel.spans.group(i + s) * outputs + h;
+          scale[s] = Set::load(panel.scale + at), middle[s] = Set::load(panel.middle + at);
+        }
+        for (int64_t m = 0; m < own; ++m) {
+          float* const total = totals + (m0 + m) * outputs + h;
+          auto all = Set::load(total);
+          for (int s = 0; s < spans; ++s) {
+            const auto whole = Set::to_floats(Set::load(static_cast<const void*>(sums[s] + m * wide + h)));
+            all = Set::fma(Set::fnma(middle[s], Set::splat(x.sums[(m0 + m) * x.spans + i + s]), whole), scale[s], all);
+          }
+          Set::store(total, all);
+        }
+      }
+    };
+    int64_t i = begin;
+    for (; i + together <= end; i += together) {
+      for (int s = 0; s < together; ++s) sum(i + s, sums[s]);
+      scale_all(std::integral_constant<int, together>(), i);
+    }
+    for (; i < end; ++i) {
+      sum(i, sums[0]);
+      scale_all(std::integral_constant<int, 1>(), i);
+    }
+  }
+}
+
 // -- in floats
 
 // The weights of a block of spans, (inputs, outputs), without a rounding.
@@ -285,7 +350,7 @@ void add_inputs(const float* weights, const float* x, int64_t stride, int64_t co
   constexpr int lanes = Set::lanes;
   typename Set::Floats sums[rows][2];
   for (int m = 0; m < rows; ++m)
-    for (int h = 0; h < 2; ++h) sums[m][h] = Set::load(totals + m * 2 * lanes + h * lanes);
+    for (int h = 0; h < 2; ++h) sums[m][h] = Set::zero_floats();
   for (int64_t k = 0; k < count; ++k, weights += 2 * lanes) {
     const auto low = Set::load(weights), high = Set::load(weights + lanes);
     for (int m = 0; m < rows; ++m) {
@@ -295,7 +360,10 @@ void add_inputs(const float* weights, const float* x, int64_t stride, int64_t co
     }
   }
   for (int m = 0; m < rows; ++m)
-    for (int h = 0; h < 2; ++h) Set::store(totals + m * 2 * lanes + h * lanes, sums[m][h]);
+    for (int h = 0; h < 2; ++h) {
+      float* const total = totals + (m * 2 + h) * lanes;
+      Set::store(total, Set::fma(sums[m][h], Set::splat(1), Set::load(total)));
+    }
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kPanels = 12;
 // Rows of activations that share what is loaded of a matrix: as many as registers hold.
 constexpr int kTile = 4;
+// Of activations that pass by panels together, and the fewest rows of them for which panels are unpacked.
+constexpr int64_t kPanelBytes = 1 << 20, kLeastRows = 64;
 // Products of weights and activations, below which there is one thread.
 constexpr int64_t kLittle = 1 << 17;
 // Calls f with the number of rows of each tile as a constant, and its first row.
@@ -92,12 +94,19 @@ void by_rows_exactly(const PackedMatrix& a, const float* x, int64_t rows, const 
 
 // -- from panels
 
+// Whether spans are multiplied by tiles of whole numbers, for which groups are large enough: twice as many products at
+// once as tiles of bfloat16 have, but the sums of each span are scaled. Activations are slow to arrange for 2 bits.
+template <class Set>
+bool whole_tiles(const PackedMatrix& a, int64_t rows) {
+  return rows >= kPanels && a.bits != 2 && Spans(a).quads % Set::Session::side == 0;
+}
+
 template <class Set, bool large>
 void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, int64_t threads) {
   const Spans spans(a);
   const int fields = fields_of(a, spans);
   const int64_t stride = spans.stride();
-  Scratch<int8_t> codes(rows * stride);
+  Scratch<int8_t> codes((rows + Set::beyond) * stride);
   Scratch<float> sums(rows * spans.count), unit(rows);
   parallel_for(rows, 1 + kFewFloats / (a.columns + 1), threads, [&](int64_t begin, int64_t end) {
     Scratch<int8_t> linear(a.columns);
@@ -114,12 +123,19 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
     CodePanel<Set> panel(a, a.steps, large ? Set::bias : 0);
     Scratch<float> totals(rows * outputs);
+    const typename Set::Session session;
     for (int64_t p = begin; p < end; ++p) {
       panel.load(p * outputs);
       memset(totals, 0, rows * outputs * sizeof(float));
       for (int64_t i = 0; i < spans.count; i += panel.block()) {
         const int64_t stop = i + panel.block() < spans.count ? i + panel.block() : spans.count;
         panel.transpose(i, stop);
+        if constexpr (Set::tiled) {
+          if (whole_tiles<Set>(a, rows)) {
+            add_spans_by_tiles<Set>(panel, input, rows, i, stop, totals);
+            continue;
+          }
+        }
         in_tiles(rows, [&](auto count, int64_t m) {
           add_spans<Set, large, decltype(count)::value>(panel, input, m, i, stop, totals);
         });
@@ -171,9 +187,17 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
   const int64_t few = width_of(a) == a.bits ? kPanels : kTile + 1;
   const bool from_rows = rows < few && suits_rows<Set>(a) && !(exact && a.levels);
   if (!from_rows) {
+    // The codes of so many rows stay in the second-level cache while all panels pass by.
+    const int64_t fit = kPanelBytes / (2 * a.columns + 1), chunk = fit > kLeastRows ? fit : kLeastRows;
+    if (rows > chunk) {
+      for (int64_t m = 0; m < rows; m += chunk)
+        multiply_packed<Set>(a, x + m * a.columns, rows - m < chunk ? rows - m : chunk, bias, y + m * a.rows, exact, threads);
+      return;
+    }
     if (exact) return by_panels_exactly<Set>(a, x, rows, bias, y, threads);
     if constexpr (Set::tiled) {
-      if (rows >= kPanels && suits_tiles(a)) return by_tiles<Set>(a, x, rows, bias, y, threads);
+      if (rows >= kPanels && !whole_tiles<Set>(a, rows) && suits_tiles(a))
+        return by_tiles<Set>(a, x, rows, bias, y, threads);
     }
     return a.bits > 4 || a.steps ? by_panels<Set, true>(a, x, rows, bias, y, threads)
                        : by_panels<Set, false>(a, x, rows, bias, y, threads);

@@ -200,7 +200,7 @@ struct FloatSums {
   explicit FloatSums(const PackedMatrix&) {}
 
   template <bool within, int outputs, int rows>
-  LLMC_INLINED void run(const PackedMatrix& a, const Walk& walk, const uint8_t* const (&codes)[outputs],
+  LLMC_INLINED void run(const PackedMatrix&, const Walk& walk, const uint8_t* const (&codes)[outputs],
                         const RowGrid<Set>& grid, Ints places, const Input<rows>& input,
                         Floats (&totals)[outputs][rows]) const {
     const float *scale[outputs], *middle[outputs];

@@ -29,8 +29,8 @@ void unpack_row(const uint8_t* row, int64_t bits, int64_t count, uint8_t* codes)
     memcpy(codes, row, count);
     return;
   }
-  int64_t done = bits == 4 ? Set::unpack_nibbles(row, count, codes) : 0;
   const int64_t bytes = (count * bits + 7) / 8;
+  int64_t done = bits == 4 ? Set::unpack_nibbles(row, count, codes) : Set::unpack_odd(row, bits, count, bytes, codes);
   // Eight codes are `bits` bytes, which a word holds.
   for (; done < count; done += 8) {
     const int64_t at = done / 8 * bits;

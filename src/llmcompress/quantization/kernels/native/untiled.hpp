@@ -10,6 +10,8 @@ struct Untiled {
   static constexpr bool tiled = false;
   // Fours of int8 inputs that are multiplied at once, and rows behind the last one that are read.
   static constexpr int64_t depth = 2, beyond = 0;
+  // Of activations' codes, for which the second-level cache has room.
+  static constexpr int64_t block_bytes = 192 << 10;
   // What a thread holds while it multiplies by tiles.
   struct Session {
     Session() {}
