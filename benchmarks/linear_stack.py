@@ -3,8 +3,7 @@
     python benchmarks/linear_stack.py --threads 1
 
 Each engine has a process of its own, and all take turns in each round, so that a busy machine slows all of them alike;
-what counts is the ratio of the medians. OpenVINO and llama.cpp run where `openvino` and `llama-cpp-python` are
-installed. Prints Markdown.
+what counts is the ratio of the medians. OpenVINO runs where `openvino` is installed. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from _ggml import q4_0_stack
 from _machine import describe_machine
 from _turns import print_table
 from _workers import Maker, in_turn, workers
@@ -80,10 +78,6 @@ def bitsandbytes_nf4(threads: int) -> Engine:
         one.load_state_dict(layer.state_dict())
         made.append(one.to("cpu"))
     return nn.Sequential(*made)
-
-
-def llama_cpp_q4_0(threads: int) -> Engine:
-    return q4_0_stack([layer.weight for layer in stack()], threads)
 
 
 def openvino_int4(threads: int) -> Engine:
@@ -165,7 +159,6 @@ ENGINES: dict[str, Maker] = {
     "bitsandbytes nf4": bitsandbytes_nf4,
     "ONNX Runtime int4 (groups of 32)": onnx_int4,
     "OpenVINO int4 (groups of 128)": openvino_int4,
-    "llama.cpp Q4_0 (groups of 32)": llama_cpp_q4_0,
 }
 
 

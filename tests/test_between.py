@@ -33,7 +33,9 @@ SWAPPED = {
 @every_set
 @pytest.mark.parametrize("gate", EXACT)
 def test_activation_functions_are_the_exact_ones_to_rounding(kernels, gate):
-    x = torch.cat([torch.linspace(-12, 12, 40001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -1e30, 1e30, 2e38, -2e38, -1000.0])])
+    x = torch.cat(
+        [torch.linspace(-12, 12, 40001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -1e30, 1e30, 2e38, -2e38, -1000.0])]
+    )
     error = (native.activate(gate, x, kernels).double() - EXACT[gate](x.double())).abs()
     assert (error / (1 + x.double().abs())).max() < 1e-6
     odd = torch.tensor([float("inf"), -float("inf"), float("nan")])

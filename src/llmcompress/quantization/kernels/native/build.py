@@ -37,7 +37,13 @@ _X86: _Flags = {
 _ARM: _Flags = {"neon_dot": (["-march=armv8.2-a+dotprod"], [])}
 _SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
 _PORTABLE = ("portable", "cpu", "parallel", "int8_weight")
-_COMMON = (["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"], ["/std:c++17", "/O2"])
+# Without the debug information that Python's own flags ask for: it makes the library ten times as large.
+_COMMON = (
+    ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"],
+    ["/std:c++17", "/O2"],
+)
+# The portable set is there to be measured against, and is worth no minute of a compiler.
+_LESS: tuple[list[str], list[str]] = (["-O2"], [])
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
@@ -83,7 +89,7 @@ def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
                     name: pool.submit(compiled, name, flags[kind])
                     for name, flags in _SETS.get(platform.machine(), {}).items()
                 }
-                objects, known = list(pool.map(compiled, _PORTABLE)), []
+                objects, known = list(pool.map(lambda name: compiled(name, _LESS[kind]), _PORTABLE)), []
             for name, one in sets.items():
                 try:
                     objects.append(one.result())

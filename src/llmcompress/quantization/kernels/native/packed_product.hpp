@@ -185,7 +185,7 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
   if (rows * a.rows * a.columns < kLittle) threads = 1;
   // Codes that have to be unpacked are unpacked for each tile of rows anew.
   const int64_t few = width_of(a) == a.bits ? kPanels : kTile + 1;
-  const bool from_rows = rows < few && suits_rows<Set>(a) && !(exact && a.levels);
+  const bool from_rows = rows < few && suits_rows<Set>(a) && !(exact && (a.levels || a.bits == 2));
   if (!from_rows) {
     // The codes of so many rows stay in the second-level cache while all panels pass by.
     const int64_t fit = kPanelBytes / (2 * a.columns + 1), chunk = fit > kLeastRows ? fit : kLeastRows;
@@ -205,9 +205,7 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
   if (width_of(a) == 8)
     return exact ? by_rows_exactly<Set, 8>(a, x, rows, bias, y, threads)
                  : by_rows<Set, 8, false>(a, x, rows, bias, y, threads);
-  if (a.bits == 2)
-    return exact ? by_rows_exactly<Set, 2>(a, x, rows, bias, y, threads)
-                 : by_rows<Set, 2, false>(a, x, rows, bias, y, threads);
+  if (a.bits == 2) return by_rows<Set, 2, false>(a, x, rows, bias, y, threads);
   if (exact) return by_rows_exactly<Set, 4>(a, x, rows, bias, y, threads);
   a.steps ? by_rows<Set, 4, true>(a, x, rows, bias, y, threads)
           : by_rows<Set, 4, false>(a, x, rows, bias, y, threads);
