@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-_PACKAGES = ("llmcompress", "torch", "transformers", "onnxruntime", "bitsandbytes", "torchao")
+_PACKAGES = ("llmcompress", "torch", "transformers", "onnxruntime", "bitsandbytes", "torchao", "openvino")
 
 
 def describe_machine() -> str:

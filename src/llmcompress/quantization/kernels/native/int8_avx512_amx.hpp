@@ -37,8 +37,8 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
       for (int64_t row = 0; row < count; row += wide) {
         const int64_t own = count - row < wide ? count - row : wide;
         // Codes of weights come from afar once, for the first rows.
-        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes, w.fours,
-                      row == 0 ? ahead : 0, sums);
+        Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes,
+                             w.fours, row == 0 ? ahead : 0, sums);
         for (int64_t half = 0; half < wide; half += lanes)
           finish(w, panel.base + column + half, output + half, sums + half, wide, rows, row, own);
       }
@@ -52,13 +52,12 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
                      const Rows& rows, int64_t first, int64_t count) {
     const int64_t left = w.outputs - output;
     if (left <= 0) return;
-    const auto mask = static_cast<__mmask16>(left < lanes ? (1U << left) - 1 : 0xFFFF);
     const auto zero = load_ints(base);
     const Floats scale = load(w.scale + output), bias = load(w.bias + output);
     float* y = rows.y + first * w.outputs + output;
     for (int64_t m = 0; m < count; ++m, sums += apart, y += w.outputs) {
       const Floats whole = to_floats(add(load_ints(sums), zero));
-      _mm512_mask_storeu_ps(y, mask, fma(whole, mul(splat(rows.unit[first + m]), scale), bias));
+      Avx512Amx::store_some(y, fma(whole, mul(splat(rows.unit[first + m]), scale), bias), left);
     }
   }
 };

@@ -19,6 +19,7 @@ constexpr int kTile = 4;
 constexpr int64_t kPanelBytes = 1 << 20, kLeastRows = 64;
 // Products of weights and activations, below which there is one thread.
 constexpr int64_t kLittle = 1 << 17;
+
 // Calls f with the number of rows of each tile as a constant, and its first row.
 template <class F>
 void in_tiles(int64_t rows, F f) {
@@ -97,8 +98,8 @@ void by_rows_exactly(const PackedMatrix& a, const float* x, int64_t rows, const 
 // Whether spans are multiplied by tiles of whole numbers, for which groups are large enough: twice as many products at
 // once as tiles of bfloat16 have, but the sums of each span are scaled. Activations are slow to arrange for 2 bits.
 template <class Set>
-bool whole_tiles(const PackedMatrix& a, int64_t rows) {
-  return rows >= kPanels && a.bits != 2 && Spans(a).quads % Set::Session::side == 0;
+bool whole_tiles(const PackedMatrix& a) {
+  return a.bits != 2 && Spans(a).quads % Set::Session::side == 0;
 }
 
 template <class Set, bool large>
@@ -118,6 +119,8 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
     }
   });
   const CodedRows input{codes, sums, unit, stride, spans.count};
+  bool by_tile = false;
+  if constexpr (Set::tiled) by_tile = rows >= kPanels && whole_tiles<Set>(a);
   constexpr int64_t outputs = CodePanel<Set>::outputs;
   const int64_t panels = (a.rows + outputs - 1) / outputs;
   parallel_for(panels, share(panels, threads, 1), threads, [&](int64_t begin, int64_t end) {
@@ -131,7 +134,7 @@ void by_panels(const PackedMatrix& a, const float* x, int64_t rows, const float*
         const int64_t stop = i + panel.block() < spans.count ? i + panel.block() : spans.count;
         panel.transpose(i, stop);
         if constexpr (Set::tiled) {
-          if (whole_tiles<Set>(a, rows)) {
+          if (by_tile) {
             add_spans_by_tiles<Set>(panel, input, rows, i, stop, totals);
             continue;
           }
@@ -190,13 +193,15 @@ void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const 
     // The codes of so many rows stay in the second-level cache while all panels pass by.
     const int64_t fit = kPanelBytes / (2 * a.columns + 1), chunk = fit > kLeastRows ? fit : kLeastRows;
     if (rows > chunk) {
-      for (int64_t m = 0; m < rows; m += chunk)
-        multiply_packed<Set>(a, x + m * a.columns, rows - m < chunk ? rows - m : chunk, bias, y + m * a.rows, exact, threads);
+      for (int64_t m = 0; m < rows; m += chunk) {
+        const int64_t own = rows - m < chunk ? rows - m : chunk;
+        multiply_packed<Set>(a, x + m * a.columns, own, bias, y + m * a.rows, exact, threads);
+      }
       return;
     }
     if (exact) return by_panels_exactly<Set>(a, x, rows, bias, y, threads);
     if constexpr (Set::tiled) {
-      if (rows >= kPanels && !whole_tiles<Set>(a, rows) && suits_tiles(a))
+      if (rows >= kPanels && !whole_tiles<Set>(a) && suits_tiles(a))
         return by_tiles<Set>(a, x, rows, bias, y, threads);
     }
     return a.bits > 4 || a.steps ? by_panels<Set, true>(a, x, rows, bias, y, threads)

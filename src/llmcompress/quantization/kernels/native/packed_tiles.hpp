@@ -31,9 +31,10 @@ struct Words {
 
   explicit Words(const PackedMatrix& a) : per(0), unpacked(false) {
     const auto fits = [&](int codes) { return a.groups == 1 || a.size % (16 * codes) == 0; };
-    if (a.bits == 4 || a.bits == 2) per = fits(16 / a.bits) ? 16 / a.bits : fits(8 / a.bits) ? 8 / a.bits : 0;
+    if (a.bits == 4) per = fits(2) ? 2 : 0;
+    if (a.bits == 2) per = fits(8) ? 8 : fits(4) ? 4 : 0;
     unpacked = !per;
-    if (!per) per = fits(1) ? 1 : 0;
+    if (unpacked) per = fits(1) ? 1 : 0;
   }
 };
 
@@ -111,7 +112,8 @@ class TiledRows {
         for (int64_t s = 0; s < steps; ++s) {
           typename Set::Ints turned[side];
           Set::transpose(reinterpret_cast<const uint8_t*>(own + s * kWords), stride * 2, turned);
-          for (int i = 0; i < side; ++i) Set::store(static_cast<void*>(codes_ + block * bytes_ + (s * side + i) * 64), turned[i]);
+          uint8_t* const to = codes_ + block * bytes_ + s * side * 64;
+          for (int i = 0; i < side; ++i) Set::store(static_cast<void*>(to + i * 64), turned[i]);
         }
       }
     });
@@ -187,10 +189,9 @@ void by_tiles(const PackedMatrix& a, bool unpacked, const float* x, int64_t rows
         }
       }
       for (int64_t b = 0; b < input.blocks(); ++b) {
-        const int64_t m = b * side, own = rows - m < side ? rows - m : side;
+        const int64_t m = b * side, left = rows - m < side ? rows - m : side;
         for (int64_t r = 0; r < count; r += side)
-          finish_tile<Set>(a, totals + r * length + m, length, own, input.unit() + m, bias,
-                           y + m * a.rows, first + r);
+          finish_tile<Set>(a, totals + r * length + m, length, left, input.unit() + m, bias, y + m * a.rows, first + r);
       }
     }
   });
@@ -205,9 +206,7 @@ void by_tiles(const PackedMatrix& a, const float* x, int64_t rows, const float* 
   if (words.unpacked)
     return a.bits <= 4 ? by_tiles<Set, 8, 1, true>(a, true, x, rows, bias, y, threads)
                        : by_tiles<Set, 8, 1, false>(a, true, x, rows, bias, y, threads);
-  if (a.bits == 4)
-    return words.per == 4 ? by_tiles<Set, 4, 4, true>(a, false, x, rows, bias, y, threads)
-                          : by_tiles<Set, 4, 2, true>(a, false, x, rows, bias, y, threads);
+  if (a.bits == 4) return by_tiles<Set, 4, 2, true>(a, false, x, rows, bias, y, threads);
   return words.per == 8 ? by_tiles<Set, 2, 8, true>(a, false, x, rows, bias, y, threads)
                         : by_tiles<Set, 2, 4, true>(a, false, x, rows, bias, y, threads);
 }

@@ -19,6 +19,8 @@ void parallel_for(int64_t items, int64_t grain, int64_t threads, F&& f) {
   parallel_ranges(items, grain, threads, body, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+namespace {
+
 // Items of a turn, where each thread takes several turns: the last one to end keeps nobody waiting for long.
 inline int64_t share(int64_t items, int64_t threads, int64_t least) {
   constexpr int64_t turns = 6;
@@ -26,4 +28,5 @@ inline int64_t share(int64_t items, int64_t threads, int64_t least) {
   return own > least ? own : least;
 }
 
+}  // namespace
 }  // namespace llmc
