@@ -115,6 +115,19 @@ def test_an_input_of_another_size_is_refused():
         layer(torch.randn(2, 9))
 
 
+@pytest.mark.parametrize(
+    ("weight", "scale", "bias", "message"),
+    [
+        (torch.zeros(8, 16), torch.ones(8), None, "codes of an int8 layer must be int8"),
+        (torch.zeros(8, 16, dtype=torch.int8), torch.ones(7), None, r"scales .* \(8,\) .* \(7,\)"),
+        (torch.zeros(8, 16, dtype=torch.int8), torch.ones(8), torch.ones(1), r"bias .* \(8,\) .* \(1,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_one_another_are_refused_and_not_read_beyond(weight, scale, bias, message):
+    with pytest.raises(RuntimeError, match=message):
+        kernels.Int8Weight(weight, scale, bias, HERE[0])
+
+
 def test_the_packed_weight_is_little_more_than_the_codes():
     weight = torch.randn(768, 768, generator=torch.Generator().manual_seed(0)) * 32
     copy = kernels.Int8Weight(weight.clamp(-127, 127).to(torch.int8), torch.ones(768), None, HERE[0])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from native_sets import HERE, built
 every_set = pytest.mark.parametrize("kernels", HERE, ids=lambda kernels: kernels.name)
 
 
-def in_a_new_process(code, **environment):
+def in_a_new_process(code, arguments=(), **environment):
     given = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
 
 
 @built
@@ -176,6 +178,71 @@ def test_an_input_of_another_length_is_refused():
     _, matrix = matrix_of(8, 32, Grid(4, 32))
     with pytest.raises(RuntimeError, match="32 inputs"):
         native.NativeProduct(matrix, HERE[0], exact=False)(torch.zeros(1, 31), None, matrix)
+
+
+@built
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.zeros(8, 15, dtype=torch.int8)}, r"codes of a packed layer .* \(8, 16\) .*\(8, 15\)"),
+        ({"weight": torch.zeros(8, 16)}, "int8 or uint8 .* got float32"),
+        ({"scale": torch.ones(8, 2)}, r"scales of a packed layer .* \(8, 1\) .*\(8, 2\)"),
+        ({"scale": torch.ones(8, 1, dtype=torch.float64)}, "got float64"),
+        ({"zero": torch.zeros(7, 1, dtype=torch.uint8)}, r"zero points of a packed layer .* \(8, 1\)"),
+    ],
+)
+def test_a_matrix_that_is_not_what_its_grid_says_is_refused_and_not_read_beyond(changed, message):
+    _, matrix = matrix_of(8, 32, Grid(4, 32))
+    with pytest.raises(RuntimeError, match=message):
+        native.NativeProduct(replace(matrix, **changed), HERE[0], exact=False)
+
+
+@built
+def test_a_bias_of_another_length_is_refused():
+    _, matrix = matrix_of(8, 32, Grid(4, 32))
+    product = native.NativeProduct(matrix, HERE[0], exact=False)
+    with pytest.raises(RuntimeError, match=r"bias of a packed layer must be float32 \(8,\)"):
+        product(torch.zeros(1, 32), torch.ones(1), matrix)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, torch
+from llmcompress.quantization.grid import Grid
+from llmcompress.quantization.kernels import native
+from llmcompress.quantization.packed_matrix import PackedMatrix
+columns, rows = 2**24, int(sys.argv[2])
+grid = Grid(3, None, symmetric=True)
+weight, scale = torch.zeros(1, columns * 3 // 8, dtype=torch.int8), torch.ones(1, 1)
+kernels = native.load(sys.argv[1])
+matrix = PackedMatrix(weight, scale, None, grid, columns)
+product = native.NativeProduct(matrix, kernels, exact=False)
+x = torch.zeros(rows, columns)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = used + int(sys.argv[3]) * 2**20
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+try:
+    product(x, None, matrix)
+except MemoryError as error:
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    print(error)
+"""
+
+
+@built
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+@every_set
+@pytest.mark.parametrize(
+    ("rows", "room"),
+    [
+        pytest.param(1, 4, id="before the loop"),
+        pytest.param(6, 160, id="within it"),
+    ],
+)
+def test_too_little_memory_is_an_error_and_not_the_end_of_the_process(kernels, rows, room):
+    done = in_a_new_process(SHORT_OF_MEMORY, arguments=(kernels.name, str(rows), str(room)))
+    assert done.returncode == 0, done.stderr
+    assert "no memory for the codes of activations" in done.stdout
 
 
 THREADS = """

@@ -10,6 +10,7 @@ import pytest
 from comparisons import CLASSES, MACHINE, comparison, entry, of_scores
 from llmcompress.comparison import Comparison
 from llmcompress.evaluation.statistics import PairedTest
+from llmcompress.evaluation.table import Table
 from llmcompress.evaluation.tasks import ExampleResult, MetricKind, TaskScore
 from llmcompress.report.classes import commonest_confusions, confusions, recalls
 from llmcompress.report.examples import MOST_SHOWN, differences, marked
@@ -319,3 +320,13 @@ class TestLabels:
             assert label.box.overlap(self.FRAME) == pytest.approx(label.box.area)
             assert not any(label.box.overlap(bar) for bar in bars)
             assert not any(label.box.overlap(other.box) for other in labels[number + 1 :])
+
+
+def test_a_table_drawn_in_a_notebook_is_text_and_nothing_that_rich_displays(monkeypatch):
+    table = Table(("model", "size"), (("a", "1 MB"),), title="sizes", notes=("one note",))
+    elsewhere = table.text()
+    shown: list[object] = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *arguments: shown.append(arguments))
+    assert table.text() == elsewhere
+    assert not shown

@@ -37,7 +37,8 @@ class Table:
             table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
-        console = Console(width=width or 500, force_terminal=False, color_system=None)
+        # In a notebook rich would display what it only shall draw.
+        console = Console(width=width or 500, force_terminal=False, force_jupyter=False, color_system=None)
         with console.capture() as capture:
             console.print(table)
         lines = [line.rstrip() for line in capture.get().strip("\n").splitlines()]

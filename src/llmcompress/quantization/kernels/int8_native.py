@@ -7,7 +7,7 @@ import weakref
 import torch
 
 from .int8 import Activations, Stored, activation_bits
-from .native import Native
+from .native import Native, expect
 
 _GRAINS = {"tensor": 0, "token": 1}
 _STORED = 2
@@ -34,12 +34,17 @@ class Int8Weight:
         nbytes: of memory.
 
     Raises:
+        RuntimeError: a tensor has another shape, or is not on the CPU.
         MemoryError: there is too little of it.
     """
 
     def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, kernels: Native) -> None:
         codes, scale = codes.detach().contiguous(), scale.detach().float().contiguous()
         added = None if bias is None else bias.detach().float().contiguous()
+        expect("the codes of an int8 layer", codes, tuple(codes.shape), torch.int8)
+        expect("the scales of an int8 layer", scale, (len(codes),), torch.float32)
+        if added is not None:
+            expect("the bias of an int8 layer", added, (len(codes),), torch.float32)
         pointers = codes.data_ptr(), scale.data_ptr(), None if added is None else added.data_ptr()
         library, self._table = kernels.functions, kernels.table
         self._outputs, self._inputs = codes.shape

@@ -2,6 +2,7 @@
 
 from .activations import code_rows
 from .between import Gate, activate, rms_norm
+from .expected import expect
 from .library import SETS, Native, NotBuilt, load, native, why_absent
 from .packed_product import NativeProduct, activation_limit, codebook_steps
 
@@ -15,6 +16,7 @@ __all__ = [
     "activation_limit",
     "code_rows",
     "codebook_steps",
+    "expect",
     "load",
     "native",
     "rms_norm",

@@ -44,13 +44,17 @@ _COMMON = (
 )
 # The portable set is there to be measured against, and is worth no minute of a compiler.
 _LESS: tuple[list[str], list[str]] = (["-O2"], [])
-_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+# Python's own flags give overflow a meaning, which would hide it from the sanitizer.
+_SANITIZE = [
+    *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined"),
+    *("-fno-wrapv", "-fno-omit-frame-pointer", "-g", "-O1"),
+]
 
 
 def sources_hash() -> str:
-    """Return what tells one state of the sources from another."""
+    """Return what tells one state of the sources, and of how they are compiled, from another."""
     found = hashlib.sha256()
-    for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.hpp")]):
+    for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.hpp"), Path(__file__)]):
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
@@ -66,8 +70,10 @@ def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
         The library.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails.
+        RuntimeError: there is no compiler, or it fails; or the machine keeps numbers in another order than codes.
     """
+    if sys.byteorder != "little":
+        raise RuntimeError("the native kernels read codes in words whose lowest byte is the first one")
     try:
         compiler, errors = _compiler()
     except ImportError as error:
@@ -126,7 +132,7 @@ def _compiler() -> tuple[Any, tuple[type[Exception], ...]]:
         os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
     compiler = new_compiler()
     customize_compiler(compiler)
-    return compiler, (CCompilerError, DistutilsError)
+    return compiler, (CCompilerError, DistutilsError, OSError)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 #include "avx512_amx.hpp"
 #include "int8_avx512_vnni.hpp"
 #include "int8_weight.hpp"
+#include "unrolled.hpp"
 
 namespace llmc {
 namespace {
@@ -27,9 +28,7 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
     static_assert(Panel::width == 4 * Amx::side, "a wide product has as many outputs as a panel");
     if (count <= Amx::side) {
       Amx::multiply_wide(rows.codes, rows.stride, panel.codes, w.fours, ahead, sums);
-      for (int64_t part = 0; part < Panel::width; part += lanes)
-        finish(w, panel.base + part, panel.number * Panel::width + part, sums + part, Panel::width, rows, 0, count);
-      return;
+      return finish<Panel::width / lanes>(w, panel.base, panel.number * Panel::width, sums, rows, 0, count);
     }
     for (int64_t column = 0; column < Panel::width; column += wide) {
       const int64_t output = panel.number * Panel::width + column;
@@ -39,25 +38,32 @@ struct Int8Avx512Amx : Int8Avx512Vnni {
         // Codes of weights come from afar once, for the first rows.
         Amx::multiply<false>(rows.codes + row * rows.stride, rows.stride, own, panel.codes + 4 * column, four_bytes,
                              w.fours, row == 0 ? ahead : 0, sums);
-        for (int64_t half = 0; half < wide; half += lanes)
-          finish(w, panel.base + column + half, output + half, sums + half, wide, rows, row, own);
+        finish<wide / lanes>(w, panel.base + column, output, sums, rows, row, own);
       }
     }
   }
 
  private:
-  // Scales what was summed up for `count` rows from `first` on, and a vector of outputs.
-  template <class Rows>
-  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, int64_t apart,
-                     const Rows& rows, int64_t first, int64_t count) {
+  // Scales what was summed up for `count` rows from `first` on, and `vectors` of outputs: those of a row one behind the
+  // other, as they lie in memory.
+  template <int vectors, class Rows>
+  static void finish(const Int8Weight& w, const int32_t* base, int64_t output, const int32_t* sums, const Rows& rows,
+                     int64_t first, int64_t count) {
     const int64_t left = w.outputs - output;
-    if (left <= 0) return;
-    const auto zero = load_ints(base);
-    const Floats scale = load(w.scale + output), bias = load(w.bias + output);
+    Ints zero[vectors];
+    Floats scale[vectors], bias[vectors];
+    unrolled<vectors>([&](auto v) LLMC_INLINE {
+      zero[v] = load_ints(base + v * lanes);
+      scale[v] = load(w.scale + output + v * lanes), bias[v] = load(w.bias + output + v * lanes);
+    });
     float* y = rows.y + first * w.outputs + output;
-    for (int64_t m = 0; m < count; ++m, sums += apart, y += w.outputs) {
-      const Floats whole = to_floats(add(load_ints(sums), zero));
-      Avx512Amx::store_some(y, fma(whole, mul(splat(rows.unit[first + m]), scale), bias), left);
+    for (int64_t m = 0; m < count; ++m, sums += vectors * lanes, y += w.outputs) {
+      const Floats unit = splat(rows.unit[first + m]);
+      unrolled<vectors>([&](auto v) LLMC_INLINE {
+        const Floats whole = to_floats(add(load_ints(sums + v * lanes), zero[v]));
+        if (left > v * lanes)
+          Avx512Amx::store_some(y + v * lanes, fma(whole, mul(unit, scale[v]), bias[v]), left - v * lanes);
+      });
     }
   }
 };

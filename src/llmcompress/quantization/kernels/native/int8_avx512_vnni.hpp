@@ -13,6 +13,7 @@ struct Int8Avx512Vnni : Avx512Vnni {
   static constexpr int32_t code_shift = 0;
 
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // of NaN and another: the second
+  using Avx512Vnni::max;
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static Ints splat_ints(int32_t v) { return _mm512_set1_epi32(v); }
   static Ints load_ints(const int32_t* v) { return load(static_cast<const void*>(v)); }

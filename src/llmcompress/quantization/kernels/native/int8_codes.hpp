@@ -99,18 +99,18 @@ float code_int8_row(const float* x, int64_t columns, const Coding& coding, typen
   const auto write = [&](int64_t k, Floats steps) {
     Set::store_codes(codes + k, Set::min(Set::add(Set::round(steps), zero), most));
   };
-  float unit = coding.unit, largest = 0;
+  float unit = coding.unit, top = 0;
   if (coding.grain == Grain::token) {
-    const Ends ends = ends_of<Set>(x, columns);
-    largest = -ends.low > ends.high ? -ends.low : ends.high;
-    largest = largest < kTiny ? kTiny : largest;
-    unit = largest / static_cast<float>(coding.levels / 2);
+    top = largest<Set>(x, columns);
+    top = top < kTiny ? kTiny : top;
+    unit = top < INFINITY ? top / static_cast<float>(coding.levels / 2) : NAN;
   }
   if (unit != unit) {
     memset(codes, coding.zero - Set::code_shift, static_cast<size_t>(columns));
   } else if (coding.grain == Grain::token) {
-    const auto divisor = Set::splat(largest), steps = Set::splat(static_cast<float>(coding.levels / 2));
-    each_vector<Set>(x, columns, [&](int64_t k, Floats v) { write(k, Set::mul(Set::div(v, divisor), steps)); });
+    const Quotients<Set> quotients(top);
+    const auto steps = Set::splat(static_cast<float>(coding.levels / 2));
+    each_vector<Set>(x, columns, [&](int64_t k, Floats v) { write(k, Set::mul(quotients.of(v), steps)); });
   } else {
     const auto inverse = Set::splat(1 / unit);
     each_vector<Set>(x, columns, [&](int64_t k, Floats v) { write(k, Set::mul(v, inverse)); });

@@ -13,6 +13,7 @@ struct Int8NeonDot : NeonDot {
   static constexpr int32_t code_shift = 128;
 
   static Floats min(Floats a, Floats b) { return vminq_f32(a, b); }  // of NaN and another: NaN
+  using NeonDot::max;
   static Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
   static Ints splat_ints(int32_t v) { return vdupq_n_s32(v); }
   static Ints load_ints(const int32_t* v) { return vld1q_s32(v); }

@@ -23,6 +23,7 @@ struct Int8Portable : Portable {
   static Floats min(const Floats& a, const Floats& b) {  // of NaN and another: the second
     return each<Floats>([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
   }
+  using Portable::max;
   static Floats max(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
   }

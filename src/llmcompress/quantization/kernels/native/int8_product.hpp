@@ -150,7 +150,8 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   const int64_t stride = kCacheLine * (lines % 16 ? lines : lines + 1);
   const int64_t most = kCodesBytes / stride > Set::rows ? kCodesBytes / stride : Set::rows;
   const int64_t chunk = rows < most ? rows : most;
-  auto* const codes = static_cast<Code*>(int8_scratch((chunk + Set::beyond) * stride + chunk * static_cast<int64_t>(sizeof(float))));
+  const int64_t units = chunk * static_cast<int64_t>(sizeof(float));
+  auto* const codes = static_cast<Code*>(int8_scratch((chunk + Set::beyond) * stride + units));
   if (!codes && chunk) return false;
   auto* const unit = reinterpret_cast<float*>(codes + (chunk + Set::beyond) * stride);
   for (int64_t done = 0; done < rows; done += chunk) {

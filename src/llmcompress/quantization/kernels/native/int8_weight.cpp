@@ -5,10 +5,10 @@
 namespace llmc {
 namespace {
 
-struct Scratch {
+struct Kept {
   void* memory = nullptr;
   int64_t bytes = 0;
-  ~Scratch() { std::free(memory); }
+  ~Kept() { std::free(memory); }
 };
 
 }  // namespace
@@ -22,7 +22,7 @@ void free_int8(Int8Weight* w) {
 }
 
 void* int8_scratch(int64_t bytes) {
-  static thread_local Scratch own;
+  static thread_local Kept own;
   if (bytes > own.bytes) {
     std::free(own.memory);
     own.memory = std::malloc(static_cast<size_t>(bytes));

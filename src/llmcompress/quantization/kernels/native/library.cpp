@@ -4,6 +4,7 @@
 #include "cpu.hpp"
 #include "export.hpp"
 #include "int8_weight.hpp"
+#include "no_memory.hpp"
 #include "packed_matrix.hpp"
 #include "table.hpp"
 
@@ -57,9 +58,15 @@ LLMC_EXPORT int32_t llmc_int8_linear(const Table* table, const llmc::Int8Weight*
   return !table->multiply_int8(*weight, x, rows, y, coding, threads);
 }
 
-LLMC_EXPORT void llmc_multiply_packed(const Table* table, const llmc::PackedMatrix* a, const float* x, int64_t rows,
-                                      const float* bias, float* y, bool exact, int64_t threads) {
-  table->multiply_packed(*a, x, rows, bias, y, exact, threads);
+// Returns 0, or 1 where memory is short.
+LLMC_EXPORT int32_t llmc_multiply_packed(const Table* table, const llmc::PackedMatrix* a, const float* x, int64_t rows,
+                                         const float* bias, float* y, bool exact, int64_t threads) {
+  try {
+    table->multiply_packed(*a, x, rows, bias, y, exact, threads);
+  } catch (const llmc::NoMemory&) {
+    return 1;
+  }
+  return 0;
 }
 
 LLMC_EXPORT void llmc_activate(const Table* table, int64_t gate, const float* x, int64_t count, float* y,

@@ -29,7 +29,7 @@ _PROTOTYPES = {
     "llmc_use_openmp": (None, [_POINTER]),
     "llmc_byte_limit": (_SIZE, [_POINTER]),
     "llmc_multiply_packed": (
-        None,
+        ctypes.c_int32,
         [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_bool, _SIZE],
     ),
     "llmc_activate": (None, [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE]),

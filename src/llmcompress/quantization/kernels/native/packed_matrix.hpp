@@ -7,7 +7,7 @@ namespace llmc {
 
 enum ScaleKind : int64_t { kFloat, kHalf, kBfloat };
 
-// Same order in `packed.py`. A code stands for (code - middle) * scale, or levels[code] * scale with a codebook.
+// Same order in `packed_product.py`. A code stands for (code - middle) * scale, or levels[code] * scale with a codebook.
 struct PackedMatrix {
   const uint8_t* codes;    // rows of `code_bytes`: a little-endian stream of `bits` a code
   const void* scale;       // (rows, groups)

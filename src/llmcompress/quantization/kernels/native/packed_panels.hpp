@@ -62,27 +62,37 @@ inline uint64_t evens_first(uint64_t word) {
   return every_other(word) | every_other(word >> 8) << 32;
 }
 
+// Moves the codes of a span to their quads: those that share four bytes of codes of the matrix with their like.
+template <int fields>
+void arrange_span(const int8_t* from, int64_t length, int8_t* quads) {
+  constexpr int64_t block = 4 * fields;
+  int64_t k = 0;
+  for (; k + block <= length; k += block) {
+    if constexpr (fields == 2) {
+      uint64_t word;
+      memcpy(&word, from + k, sizeof word);
+      word = evens_first(word);
+      memcpy(quads + k, &word, sizeof word);
+    } else {
+      for (int f = 0; f < fields; ++f)
+        for (int i = 0; i < 4; ++i) quads[k + f * 4 + i] = from[k + i * fields + f];
+    }
+  }
+  for (int64_t rest = 0; k + rest < length; ++rest) quads[k + rest % fields * 4 + rest / fields] = from[k + rest];
+}
+
 // Moves the codes of a row of activations to their quads; the rest of `to` is zero already.
 inline void arrange_codes(const Spans& spans, int fields, const int8_t* from, int8_t* to) {
   for (int64_t i = 0; i < spans.count; ++i) {
     const int8_t* own = from + spans.begin(i);
     int8_t* quads = to + i * spans.quads * 4;
     const int64_t length = spans.length(i);
-    int64_t k = 0;
-    if (fields == 2) {
-      for (; k + 8 <= length; k += 8) {
-        uint64_t word;
-        memcpy(&word, own + k, sizeof word);
-        word = evens_first(word);
-        memcpy(quads + k, &word, sizeof word);
-      }
-    }
-    if (fields < 2) {
+    if (fields == 4)
+      arrange_span<4>(own, length, quads);
+    else if (fields == 2)
+      arrange_span<2>(own, length, quads);
+    else
       memcpy(quads, own, length);
-    } else {
-      const int64_t block = 4 * fields;
-      for (; k < length; ++k) quads[k / block * block + k % fields * 4 + k % block / fields] = own[k];
-    }
   }
 }
 

@@ -179,7 +179,7 @@ void by_panels_exactly(const PackedMatrix& a, const float* x, int64_t rows, cons
 }
 
 // y (rows, a.rows) = x (rows, a.columns) . a^T + bias; with `exact` activations stay floats, else they are coded in
-// 8 bits, one scale a row.
+// 8 bits, one scale a row. Throws NoMemory.
 template <class Set>
 void multiply_packed(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, bool exact,
                      int64_t threads) {

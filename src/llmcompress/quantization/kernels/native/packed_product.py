@@ -10,6 +10,8 @@ import torch
 
 from ....errors import CompressionError
 from ...grid import LEVELS, Codebook, Grid
+from ...packing import packed_width
+from .expected import expect
 from .library import Native
 
 if TYPE_CHECKING:
@@ -38,11 +40,15 @@ class NativeProduct:
         matrix: the one it is for; its tensors are read in place, and what is written to them counts at once.
         exact: whether activations stay floats.
         kernels: what computes.
+
+    Raises:
+        RuntimeError: a tensor of the matrix is not what its grid says.
     """
 
     nbytes = 0
 
     def __init__(self, matrix: PackedMatrix, kernels: Native, *, exact: bool) -> None:
+        _check(matrix)
         grid, columns = matrix.grid, matrix.columns
         levels, steps, unit = _codebook(grid.codebook) if grid.codebook else (None, None, 1.0)
         weight, scale, zero = matrix.weight, matrix.scale.contiguous(), matrix.zero
@@ -61,7 +67,12 @@ class NativeProduct:
         self._multiply, self._table = kernels.functions.llmc_multiply_packed, kernels.table
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor:
-        """Multiply in float32, whatever the dtype of `x`, whose the result has."""
+        """Multiply in float32, whatever the dtype of `x`, whose the result has.
+
+        Raises:
+            RuntimeError: `x` or the bias is of another width, or not on the CPU.
+            MemoryError: there is too little for the codes of `x`.
+        """
         *shape, columns = x.shape
         if columns != self._columns or not x.is_cpu:
             raise RuntimeError(
@@ -77,8 +88,10 @@ class NativeProduct:
         exact = x.contiguous() if given is torch.float32 else x.float().contiguous()
         if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
             bias = bias.float().contiguous()
+        if bias is not None and (bias.numel() != self._outputs or not bias.is_cpu):
+            expect("the bias of a packed layer", bias, (self._outputs,), torch.float32)
         product = exact.new_empty((*shape, self._outputs))
-        self._multiply(
+        failed = self._multiply(
             self._table,
             self._address,
             exact.data_ptr(),
@@ -88,7 +101,21 @@ class NativeProduct:
             self._exact,
             torch.get_num_threads(),
         )
+        if failed:
+            raise MemoryError(f"no memory for the codes of activations {tuple(x.shape)}")
         return product if given is torch.float32 else product.to(given)
+
+
+def _check(matrix: PackedMatrix) -> None:
+    """Refuse a matrix whose tensors do not fit its grid."""
+    grid, columns, outputs = matrix.grid, matrix.columns, len(matrix.weight)
+    groups = grid.groups(columns)
+    codes = (outputs, packed_width(columns, grid.bits))
+    expect("the codes of a packed layer", matrix.weight, codes, torch.int8, torch.uint8)
+    expect("the scales of a packed layer", matrix.scale, (outputs, groups), *_KINDS)
+    if matrix.zero is not None:
+        zero = (outputs, packed_width(groups, grid.zero_width))
+        expect("the zero points of a packed layer", matrix.zero, zero, torch.uint8)
 
 
 def activation_limit(grid: Grid, kernels: Native) -> int:

@@ -23,6 +23,7 @@ struct Work {
   Body body;
   void* context;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> short_of_memory{false};
 };
 
 // Each thread takes what is next: nothing is left over where the runtime gives fewer threads than it was asked for, as
@@ -33,18 +34,24 @@ void take(void* data) {
     const int64_t begin = work.next.fetch_add(work.grain, std::memory_order_relaxed);
     if (begin >= work.items) return;
     const int64_t end = begin + work.grain;
-    work.body(work.context, begin, end < work.items ? end : work.items);
+    if (!work.body(work.context, begin, end < work.items ? end : work.items)) {
+      work.short_of_memory.store(true, std::memory_order_relaxed);
+      return;
+    }
   }
 }
 
 }  // namespace
 
-void parallel_ranges(int64_t items, int64_t grain, int64_t threads, Body body, void* context) {
+bool parallel_ranges(int64_t items, int64_t grain, int64_t threads, Body body, void* context) {
   Work work{items, grain > 0 ? grain : 1, body, context};
   const auto run = gomp_parallel.load(std::memory_order_relaxed);
   const bool alone = threads < 2 || items <= work.grain || !run || forked.load(std::memory_order_relaxed);
-  if (alone) return take(&work);
-  run(take, &work, static_cast<unsigned>(threads), 0);
+  if (alone)
+    take(&work);
+  else
+    run(take, &work, static_cast<unsigned>(threads), 0);
+  return !work.short_of_memory.load(std::memory_order_relaxed);
 }
 
 }  // namespace llmc

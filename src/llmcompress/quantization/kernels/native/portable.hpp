@@ -14,6 +14,7 @@ namespace {
 
 struct Portable : Untiled {
   static constexpr int lanes = 8, byte_limit = 127, bias = 0;
+  static constexpr bool fused = false;
   struct Floats {
     float at[lanes];
   };
@@ -91,7 +92,11 @@ struct Portable : Untiled {
     return each<Ints>([&](int i) { return bits.at[i] & 0x7FFFFFFF; });
   }
   static Ints round(const Floats& x) {
-    return each<Ints>([&](int i) { return static_cast<int32_t>(nearbyintf(x.at[i])); });
+    // What is not a number, or none that an integer holds, has no meaning in C++; processors give the least integer.
+    return each<Ints>([&](int i) {
+      const float whole = nearbyintf(x.at[i]);
+      return whole >= -2147483648.0F && whole < 2147483648.0F ? static_cast<int32_t>(whole) : INT32_MIN;
+    });
   }
   static void store_bytes(int8_t* to, const Ints& v) {
     for (int i = 0; i < lanes; ++i) to[i] = static_cast<int8_t>(v.at[i]);

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "no_memory.hpp"
+
 namespace llmc {
 namespace {
 
@@ -12,9 +14,9 @@ namespace {
 template <class T>
 class Scratch {
  public:
-  // Zeroed, so that what is read beyond the last number is a number.
+  // Zeroed, so that what is read beyond the last number is a number. Throws NoMemory.
   explicit Scratch(int64_t size) : whole_(static_cast<char*>(calloc(size * sizeof(T) + kLine, 1))) {
-    if (!whole_) abort();
+    if (!whole_) throw NoMemory{};
     const auto past = reinterpret_cast<uintptr_t>(whole_) % kLine;
     start_ = reinterpret_cast<T*>(whole_ + (kLine - past) % kLine);
   }

@@ -1,6 +1,6 @@
 // The kernels of one instruction set. Each set is a translation unit of its own, compiled with its own flags; what it
 // includes lies in an unnamed namespace or is a template over its trait, so that the linker never takes one set's code
-// for another's. For the same reason it calls nothing inline of the standard library.
+// for another's. For the same reason it takes nothing inline from the standard library but constants.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 namespace llmc {
 namespace {
 
-// Eight codes of fewer than 8 bits, the first at the lowest byte, from `left` bytes or more: no byte beyond is read.
+// Eight codes of at most 8 bits, the first at the lowest byte, from `left` bytes or more: no byte beyond is read.
 template <class Set>
 LLMC_INLINED uint64_t eight_codes(const uint8_t* from, int64_t bits, int64_t left) {
   uint64_t word = 0;

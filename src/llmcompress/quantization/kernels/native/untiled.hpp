@@ -8,6 +8,8 @@ namespace {
 
 struct Untiled {
   static constexpr bool tiled = false;
+  // Whether `fma` rounds once.
+  static constexpr bool fused = true;
   // Fours of int8 inputs that are multiplied at once, and rows behind the last one that are read.
   static constexpr int64_t depth = 2, beyond = 0;
   // Of activations' codes, for which the second-level cache has room.
