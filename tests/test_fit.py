@@ -113,11 +113,36 @@ def test_labels_that_only_some_rows_have_are_told(tmp_path):
     model, notes = tiny_model("bert"), []
     rows = [lc.Example("text", label=1), lc.Example("text"), lc.Example("text", label=0)]
     task = lc.TextClassification([("text", 0)])
-    recovery, _ = find_recovery(model, task, rows, tiny_tokenizer(), str(tmp_path), notes)
+    recovery, _ = find_recovery(model, task, rows, tiny_tokenizer(), str(tmp_path), 3, notes)
     assert recovery.alpha == 1.0
     assert notes == ["labels are not trained on: 1 of 3 examples have none"]
-    find_recovery(model, task, rows[1:2], tiny_tokenizer(), str(tmp_path), notes)
+    find_recovery(model, task, rows[1:2], tiny_tokenizer(), str(tmp_path), 3, notes)
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize(("most_rows", "spans", "epochs"), [(40, None, 12), (79, None, 12), (80, 1, 12), (999, 5, 18)])
+def test_texts_are_joined_by_their_spans_where_the_teacher_has_time_for_them(most_rows, spans, epochs, tmp_path):
+    model = tiny_model("bert")
+    rows = [lc.Example("some words of a text", label=1)] * 40
+    task = lc.TextClassification([("text", 0)])
+    recovery, most_steps = find_recovery(model, task, rows, tiny_tokenizer(), str(tmp_path), most_rows, [])
+    assert (recovery.augment and recovery.augment.copies) == spans
+    # A span has no label; the teacher alone says what it is.
+    assert recovery.alpha == (0.5 if spans is None else 1.0)
+    assert most_steps == epochs * 40 / 16
+    words = tiny_model("llama")
+    recovery, _ = find_recovery(words, lc.LanguageModeling(["a text"]), rows, tiny_tokenizer(), str(tmp_path), 999, [])
+    assert recovery.augment is None
+
+
+def test_there_are_no_more_spans_than_the_answers_have_room_for(tmp_path, monkeypatch):
+    model, task = tiny_model("bert"), lc.TextClassification([("text", 0)])
+    rows = [lc.Example("some words of a text", label=1)] * 40
+    one = len(lc.data.encode(rows[:1], tiny_tokenizer())[0]["input_ids"]) * 40 * model.config.hidden_size * 4
+    for room, spans, features in ((2.3, 2, True), (1.1, None, True), (0.9, 5, False)):
+        monkeypatch.setattr("llmcompress.fitting.recovery._MOST_BYTES", room * one)
+        recovery, _ = find_recovery(model, task, rows, tiny_tokenizer(), str(tmp_path), 999, [])
+        assert (recovery.augment and recovery.augment.copies, bool(recovery.features)) == (spans, features)
 
 
 def test_an_original_without_a_score_is_refused():

@@ -231,16 +231,15 @@ except MemoryError as error:
 
 @built
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
-@every_set
 @pytest.mark.parametrize(
-    ("rows", "room"),
+    ("name", "rows", "room"),
     [
-        pytest.param(1, 4, id="before the loop"),
-        pytest.param(6, 160, id="within it"),
+        pytest.param(HERE[0].name if HERE else "", 1, 4, id="before the loop"),
+        pytest.param("portable", 6, 160, id="on its threads"),
     ],
 )
-def test_too_little_memory_is_an_error_and_not_the_end_of_the_process(kernels, rows, room):
-    done = in_a_new_process(SHORT_OF_MEMORY, arguments=(kernels.name, str(rows), str(room)))
+def test_too_little_memory_is_an_error_and_not_the_end_of_the_process(name, rows, room):
+    done = in_a_new_process(SHORT_OF_MEMORY, arguments=(name, str(rows), str(room)))
     assert done.returncode == 0, done.stderr
     assert "no memory for the codes of activations" in done.stdout
 

@@ -21,7 +21,7 @@ from .final import finish
 from .holdout import hold_out
 from .original import measure
 from .predictor import Predictor
-from .recovery import affordable, check_rows, find_recovery, tokens_each
+from .recovery import affordable, answered_rows, check_rows, find_recovery, tokens_each
 from .search import Search
 from .space import find_space
 from .survey import survey
@@ -148,13 +148,14 @@ def _fit(
     with clock.stage("the original"):
         original = measure(model, choose, verify, context, targets, clock)
         reading = original.reading * tokens_each(model, choose, examples, tokenizer)
-        examples = affordable(examples, reading, clock.left(), seed, notes)
+        most_rows = answered_rows(reading, clock.left())
+        examples = affordable(examples, most_rows, seed, notes)
         context = replace(context, data=examples)
     with clock.stage("sensitivities and times of the parts"):
         space = find_space(model, context)
         unseen = [one for one in choose.examples[:_UNSEEN] if isinstance(getattr(one, "text", None), str)]
         predictor = Predictor(space, survey(model, space, context, unseen, targets.shape, clock))
-    recovery, most = find_recovery(model, choose, examples, tokenizer, folder, space.notes)
+    recovery, most = find_recovery(model, choose, examples, tokenizer, folder, most_rows, space.notes)
     bench = Bench(model, context, recovery, targets, choose, original.base, predictor.base_ms, most, clock)
     reserve = original.last + _SPARE * targets.budget
     found = Search(predictor, bench, targets, original.cost, clock, reserve).run()

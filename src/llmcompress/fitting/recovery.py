@@ -13,6 +13,7 @@ from ..distillation.cache import TeacherCache
 from ..distillation.distillation import KnowledgeDistillation
 from ..distillation.heads import LANGUAGE_MODELS, Head, head_of
 from ..distillation.labels import check_labels
+from ..distillation.random_spans import RandomSpans
 from ..errors import MissingInputError, UnsupportedModelError
 from ..evaluation.units import count_text
 
@@ -24,16 +25,23 @@ if TYPE_CHECKING:
 BATCH = 16
 """Rows a step."""
 
-_MOST_EPOCHS = 12
+# So many rounds of the texts are worth it at most; of the texts with their spans, where there are any.
+_MOST_EPOCHS, _MOST_WITH_SPANS = 12, 3
+# Of each text, where there is time for so many; more have shown no gain.
+_MOST_SPANS = 5
+# Tokens of a span, as a share of its text's, about.
+_SPAN = 0.6
 _LENGTH = 128
 # Of a model of 384 features; wider ones take smaller steps.
 _RATE, _WIDTH = 5e-4, 384
 # Hidden states of the teacher take so many bytes at most, and of what is free on the disk so large a share.
-_MOST_BYTES, _MOST_FREE = 2**31, 0.25
+_MOST_BYTES, _MOST_FREE = 2**32, 0.25
 _SAMPLED = 200
 # Share of the budget in which the teacher must have answered all rows.
 _TEACHER_SHARE = 0.15
 _UNCACHED: frozenset[Head] = frozenset({"masked_lm"})
+# A run of words has an answer of its own there, which the teacher gives.
+_OF_WHOLE_TEXTS: frozenset[Head] = frozenset({"classification", "multi_label", "regression"})
 
 
 def find_recovery(
@@ -42,6 +50,7 @@ def find_recovery(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
+    most_rows: int,
     notes: list[str],
 ) -> tuple[KnowledgeDistillation | None, int]:
     """Return the training, without its steps, and how many steps are worth it; None where the model has no such head.
@@ -52,6 +61,7 @@ def find_recovery(
         examples: what will be trained on.
         tokenizer: the base's.
         folder: where the teacher's answers are kept.
+        most_rows: that the teacher can answer in its share of the time; beyond the examples, spans of them.
         notes: is told why nothing is trained.
     """
     try:
@@ -60,13 +70,15 @@ def find_recovery(
         notes.append(f"nothing is trained: {error}")
         return None, 0
     length = length_of(task)
+    spans = min(most_rows // len(examples) - 1, _MOST_SPANS) if head in _OF_WHOLE_TEXTS else 0
     tokens = tokens_each(model, task, examples, tokenizer) * len(examples)
     rows = tokens / length if head == "causal_lm" else len(examples)
     body = anatomy(model)
     layers = len(body.stacks[0])
-    size = tokens * body.hidden * 2 * layers
-    fits = size <= min(_MOST_BYTES, _MOST_FREE * shutil.disk_usage(folder).free)
-    inside = fits and len(body.stacks) == 1 and head not in _UNCACHED
+    size, room = tokens * body.hidden * 2 * layers, min(_MOST_BYTES, _MOST_FREE * shutil.disk_usage(folder).free)
+    inside = size <= room and len(body.stacks) == 1 and head not in _UNCACHED
+    if inside:
+        spans = min(spans, int((room / size - 1) / _SPAN))
     cache = None
     if head not in _UNCACHED:
         cache = TeacherCache(folder=folder, hidden=tuple(range(1, layers + 1)) if inside else ())
@@ -75,14 +87,17 @@ def find_recovery(
         notes.append(f"labels are not trained on: {count_text(bare)} of {count_text(len(examples))} examples have none")
     training = KnowledgeDistillation(
         steps=1,
-        alpha=0.5 if labelled else 1.0,
+        alpha=0.5 if labelled and not spans else 1.0,
         features={"hidden": 1.0} if inside else {},
+        augment=RandomSpans(copies=spans) if spans else None,
+        dropout=0.0 if spans else None,
         cache=cache,
         learning_rate=_RATE * min(1.0, _WIDTH / body.hidden),
         batch_size=BATCH,
         max_length=length,
     )
-    return training, max(round(_MOST_EPOCHS * rows / BATCH), 1)
+    epochs = max(_MOST_EPOCHS, _MOST_WITH_SPANS * (1 + spans))
+    return training, max(round(epochs * rows / BATCH), 1)
 
 
 def length_of(task: Task) -> int:
@@ -127,17 +142,24 @@ def check_rows(model: PreTrainedModel, examples: Sequence[Example], tokenizer: P
         check_labels(head, model, examples)
 
 
-def affordable(
-    examples: Sequence[Example], seconds_each: float, budget: float, seed: int, notes: list[str]
-) -> list[Example]:
-    """Return as many examples as the teacher can answer in its share of the budget, drawn at random.
+def answered_rows(seconds_each: float, budget: float) -> int:
+    """Return how many rows the teacher can answer in its share of the budget.
+
+    Example:
+        >>> answered_rows(1.0, 200.0)
+        30
+    """
+    return max(int(_TEACHER_SHARE * budget / max(seconds_each, 1e-9)), BATCH)
+
+
+def affordable(examples: Sequence[Example], most: int, seed: int, notes: list[str]) -> list[Example]:
+    """Return as many examples as the teacher can answer, drawn at random.
 
     Example:
         >>> notes = []
-        >>> len(affordable([Example("a")] * 100, 1.0, 200.0, 0, notes)), notes
+        >>> len(affordable([Example("a")] * 100, 30, 0, notes)), notes
         (30, ['trained on 30 of 100 examples: the teacher answers no more in this budget'])
     """
-    most = max(int(_TEACHER_SHARE * budget / max(seconds_each, 1e-9)), BATCH)
     if most >= len(examples):
         return list(examples)
     notes.append(
