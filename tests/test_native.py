@@ -231,6 +231,7 @@ except MemoryError as error:
 
 @built
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs memory of its own")
 @pytest.mark.parametrize(
     ("name", "rows", "room"),
     [

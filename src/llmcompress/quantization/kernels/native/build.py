@@ -79,13 +79,12 @@ def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
     except ImportError as error:
         raise RuntimeError("the native kernels need setuptools, which knows the compilers; install it") from error
     kind = compiler.compiler_type == "msvc"
-    common, link = list(_COMMON[kind]), []
-    if sanitize:
-        common, link = [*common, *_SANITIZE], _SANITIZE[:1]
+    sanitizers = _SANITIZE if sanitize else []
     with tempfile.TemporaryDirectory() as folder:
 
         def compiled(name: str, flags: Sequence[str] = ()) -> str:
-            made = compiler.compile([str(FOLDER / f"{name}.cpp")], output_dir=folder, extra_postargs=[*common, *flags])
+            all_flags = [*_COMMON[kind], *flags, *sanitizers]
+            made = compiler.compile([str(FOLDER / f"{name}.cpp")], output_dir=folder, extra_postargs=all_flags)
             return str(made[0])
 
         try:
@@ -106,7 +105,7 @@ def build(*, sanitize: bool = False, quiet: bool = False) -> Path:
             objects.append(compiled("library", [*known, f'-DLLMC_SOURCES="{sources_hash()}"']))
             # Made beside and moved: a process that has the old library open keeps it.
             made = Path(folder) / LIBRARY.name
-            compiler.link_shared_object(objects, str(made), target_lang="c++", extra_postargs=link)
+            compiler.link_shared_object(objects, str(made), target_lang="c++", extra_postargs=sanitizers[:1])
             os.replace(_moved(made), LIBRARY)
         except errors as error:
             raise RuntimeError(f"the native kernels did not compile: {error}") from error
