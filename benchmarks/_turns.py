@@ -6,10 +6,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 _WARM_UP = 2
 
+Name = TypeVar("Name")
 Times = dict[str, list[float]]
 """Milliseconds of each round, by engine."""
 
@@ -35,9 +36,9 @@ def take_turns(
     return by_lot({name: timed(engine) for name, engine in engines.items()}, given, rounds)
 
 
-def by_lot(engines: Mapping[str, Callable[[Any], float]], given: Any, rounds: int) -> Times:
+def by_lot(engines: Mapping[Name, Callable[[Any], float]], given: Any, rounds: int) -> dict[Name, list[float]]:
     """Collect the milliseconds that every engine says it took for `given`, in each round."""
-    times: Times = {name: [] for name in engines}
+    times: dict[Name, list[float]] = {name: [] for name in engines}
     order = random.Random(0)
     for round_ in range(rounds + _WARM_UP):
         # By lot: in a fixed order each engine would always meet the caches and the clock that one other leaves behind.

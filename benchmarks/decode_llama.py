@@ -1,26 +1,29 @@
 """Milliseconds a token of a Llama that writes: `python benchmarks/decode_llama.py --threads 2`.
 
-Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine generates greedily behind a prompt,
-with transformers' own cache and with `lc.GrowingCache`; a turn takes the time of a long answer less that of a short
-one, so that the prompt's pass cancels out. All take turns in each round, their order drawn anew. Prints Markdown.
+Random weights, 150 million by default, 1.1 billion with `--size 1b`. Each engine has a process of its own and generates
+greedily behind a prompt, with transformers' own cache and with `lc.GrowingCache`; llama.cpp, where llama-cpp-python and
+gguf are installed, with its own. A turn takes the time of a long answer less that of a short one, so that the prompt's
+pass cancels out. All take turns in each round, their order drawn anew. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import random
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import _llama_cpp
 import llmcompress as lc
 from _int8_engines import dynamic, torch_ao
 from _machine import describe_machine
-from _turns import cell
+from _turns import by_lot, cell
+from _workers import Maker, Worker, workers
 from int8_llama import int4
 
 SIZES = {
@@ -51,6 +54,22 @@ def llama(size: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+class Writing(NamedTuple):
+    """What an engine is asked for.
+
+    Attributes:
+        prompt: its tokens.
+        tokens: how many to write.
+        growing: whether the cache grows in place; llama.cpp has one way only.
+    """
+
+    prompt: list[int]
+    tokens: int
+    growing: bool
+
+
+Engine = Callable[[Writing], object]
+
 MODELS: dict[str, Callable[[LlamaForCausalLM], torch.nn.Module]] = {
     "torch fp32": lambda model: model,
     "torch bf16": lambda model: copy.deepcopy(model).bfloat16(),
@@ -58,17 +77,33 @@ MODELS: dict[str, Callable[[LlamaForCausalLM], torch.nn.Module]] = {
     "llmcompress int8": dynamic,
     "llmcompress int4": int4,
 }
+PEER = "llama.cpp Q4_0"
 
 
-def milliseconds(model: torch.nn.Module, ids: torch.Tensor, tokens: int, *, growing: bool) -> float:
-    """Return the time of a token, of `tokens` in one answer."""
-    spent = []
-    for length in (SHORT, SHORT + tokens):
-        cache = lc.GrowingCache(model.config) if growing else None
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=False, past_key_values=cache)
-        spent.append(time.perf_counter() - start)
-    return 1000 * (spent[1] - spent[0]) / tokens
+def of_transformers(name: str, size: str, threads: int) -> Engine:
+    """Return one of `MODELS`, which writes by `generate`."""
+    model = MODELS[name](llama(size))
+
+    def write(asked: Writing) -> object:
+        cache = lc.GrowingCache(model.config) if asked.growing else None
+        given, length = torch.tensor([asked.prompt]), asked.tokens
+        return model.generate(
+            given, max_new_tokens=length, min_new_tokens=length, do_sample=False, past_key_values=cache
+        )
+
+    return write
+
+
+def of_llama_cpp(size: str, threads: int) -> Engine:
+    """Return llama.cpp."""
+    write = _llama_cpp.engine(SIZES[size], threads)
+    return lambda asked: write(asked.prompt, asked.tokens)
+
+
+def a_token(worker: Worker, asked: Writing) -> float:
+    """Return the milliseconds of a token."""
+    short, long = (worker.milliseconds(asked._replace(tokens=tokens)) for tokens in (SHORT, SHORT + asked.tokens))
+    return (long - short) / asked.tokens
 
 
 def main() -> None:
@@ -78,30 +113,37 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens that the answers stand behind")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--size", default="150m", choices=list(SIZES))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=[*MODELS, PEER], choices=[*MODELS, PEER])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    base = llama(arguments.size)
-    print(f"# Decoding, a Llama of {base.num_parameters() / 1e6:.0f} million weights\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}; {arguments.tokens} tokens behind {arguments.prompt}\n")
-    models = {name: MODELS[name](base) for name in arguments.models}
-    engines = [(name, growing) for name in models for growing in (False, True)]
-    ids = torch.randint(1000, 20000, (1, arguments.prompt))
-    times: dict[tuple[str, bool], list[float]] = {engine: [] for engine in engines}
-    order = random.Random(0)
-    with torch.inference_mode():
-        for round_ in range(arguments.rounds + 1):
-            for name, growing in order.sample(engines, len(engines)):
-                one = milliseconds(models[name], ids, arguments.tokens, growing=growing)
-                if round_:
-                    times[name, growing].append(one)
-    first = statistics.median(times[engines[0]])
-    print("Median milliseconds a token [10th, 90th percentile]; speed relative to the first.\n")
+    makers: dict[str, Maker] = {
+        name: partial(of_llama_cpp if name == PEER else partial(of_transformers, name), arguments.size)
+        for name in arguments.models
+    }
+    print(f"# Decoding, a Llama of {weights(arguments.size) / 1e6:.0f} million weights\n\n{describe_machine()}")
+    print(f"- threads of the engines: {arguments.threads}, each in a process of its own")
+    print(f"- rounds: {arguments.rounds}; {arguments.tokens} tokens behind {arguments.prompt}")
+    prompt = torch.randint(1000, 20000, (arguments.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    with workers(makers, arguments.threads) as engines:
+        turns = {(name, growing): engines[name] for name in engines for growing in (False, True)[: 1 + (name != PEER)]}
+        asked = {key: partial(_turn, worker, growing=key[1]) for key, worker in turns.items()}
+        times = by_lot(asked, Writing(prompt, arguments.tokens, growing=False), arguments.rounds)
+        names = list(engines)
+    first = statistics.median(times[names[0], False])
+    print("\nMedian milliseconds a token [10th, 90th percentile]; speed relative to the first.\n")
     print("| model | DynamicCache | GrowingCache |\n|---|---|---|")
-    for name in models:
-        cells = [cell(times[name, growing], first) for growing in (False, True)]
+    for name in names:
+        cells = [cell(times[name, growing], first) if (name, growing) in times else "" for growing in (False, True)]
         print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+def _turn(worker: Worker, asked: Writing, *, growing: bool) -> float:
+    return a_token(worker, asked._replace(growing=growing))
+
+
+def weights(size: str) -> int:
+    """Return how many weights a model has."""
+    with torch.device("meta"):
+        return llama(size).num_parameters()
 
 
 if __name__ == "__main__":
