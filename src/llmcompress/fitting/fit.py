@@ -70,7 +70,7 @@ def fit(
         task: what it must still be good at.
         data: texts to train with, like those of the task but not the same; anything that `load_examples` takes. With
             labels they count as well as the original's answers; all must have one for that, and `notes` tells where
-            only some have.
+            only some have. Where there is time for random spans of them, which have none, the answers alone count.
         size: the most bytes on disk, such as `"12 MB"` (decimal, as in reports; `"12 MiB"` is binary) or `12_000_000`.
         latency: the longest a forward pass at `shape` may take, such as `"3 ms"`.
         speedup: how many times faster than the original it must at least be, at `shape`.

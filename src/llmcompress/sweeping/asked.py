@@ -73,6 +73,10 @@ def check_settings(*, workers: int, on: str, threads: int | None, seed: int, fol
     check_seed(seed)
     if folder is not None and not isinstance(folder, (str, Path)):
         raise ConfigError(f"folder must be a path or None, got {folder!r}; pass folder='sweep'.")
+    if folder is not None and (Path(folder) / "config.json").is_file():
+        raise ConfigError(
+            f"folder must be one for stages and models, got {str(folder)!r}, which is a model's own; pass folder='sweep'."
+        )
     if on not in ("processes", "ray"):
         raise ConfigError(f"on must be 'processes' or 'ray', got {on!r}.")
 
