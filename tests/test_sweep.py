@@ -300,6 +300,6 @@ def test_a_folder_that_is_a_models_own_is_refused(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path)
     before = sorted(tmp_path.iterdir())
     chains = {"int8": lc.DynamicQuantization()}
-    with pytest.raises(lc.ConfigError, match="folder must be one for stages and models, got .* a model's own"):
+    with pytest.raises(lc.ConfigError, match=r"folder must be one for stages and models, got .* a model's own"):
         lc.sweep(tiny_model("bert"), chains, lc.TextClassification(TEXTS), tokenizer=tiny_tokenizer(), folder=tmp_path)
     assert sorted(tmp_path.iterdir()) == before

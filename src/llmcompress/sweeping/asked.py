@@ -75,7 +75,8 @@ def check_settings(*, workers: int, on: str, threads: int | None, seed: int, fol
         raise ConfigError(f"folder must be a path or None, got {folder!r}; pass folder='sweep'.")
     if folder is not None and (Path(folder) / "config.json").is_file():
         raise ConfigError(
-            f"folder must be one for stages and models, got {str(folder)!r}, which is a model's own; pass folder='sweep'."
+            f"folder must be one for stages and models, got {str(folder)!r}, which is a model's own; pass "
+            f"folder='sweep'."
         )
     if on not in ("processes", "ray"):
         raise ConfigError(f"on must be 'processes' or 'ray', got {on!r}.")
