@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from scipy.optimize import nnls
 from .solver import BlockWay, Problem, RestWay, Solution
 from .space import Form, Shape, Space, Vocabulary
 from .survey import Survey
+from .times import Timed, Times
 
 Kind = Literal["depth", "width", "int8", "packed8", "packed4", "vocabulary"]
 Damages = dict[Kind, float]
@@ -23,8 +23,6 @@ PRIOR: dict[Kind, float] = {
 
 # How many outcomes the prior is worth.
 _TRUST = 1.0
-# Share of a chain's time that its blocks take at least, where the rest was surveyed to take all of it.
-_LEAST = 0.1
 # More than any damage that is measured: nothing that cannot be computed is chosen.
 _BROKEN = 1e3
 
@@ -46,7 +44,7 @@ class Predictor:
         self.vocabularies = [one for one in space.vocabularies if one in survey.vocabulary]
         self.forms = [one for one in space.forms if one in survey.rest_ms]
         self.weights = dict(PRIOR)
-        self._slowness: dict[tuple[int, int], float] = {}
+        self._times = Times()
 
     @property
     def complete(self) -> bool:
@@ -72,7 +70,7 @@ class Predictor:
                     damage=weights["width"] * _finite(found.widths[own][number])
                     + weights[_kind(form)] * _finite(found.rounding[form][number]),
                     bytes=found.block_bytes[own, form][number],
-                    ms=self.slowness(form.number, shape) * found.block_ms[own, form][number],
+                    ms=self._times.blocks(form.number, shape) * found.block_ms[own, form][number],
                 )
                 for shape, own in enumerate(self.shapes)
                 for form in self.forms
@@ -87,7 +85,7 @@ class Predictor:
                 damage=weights["vocabulary"] * _finite(found.vocabulary[own])
                 + weights[_kind(form)] * _finite(found.rest_rounding[form]),
                 bytes=found.rest_bytes[own, form],
-                ms=found.rest_ms[form],
+                ms=self._times.rest(form.number) * found.rest_ms[form],
             )
             for index, own in enumerate(self.vocabularies)
             for form in self.forms
@@ -142,29 +140,16 @@ class Predictor:
         """Weigh the kinds anew by what chains really lost: `outcomes` are choices with their drops."""
         self.weights = calibrated([(self.damages(choice), drop) for choice, drop in outcomes], PRIOR)
 
-    def time_of(self, solution: Solution, measured: float) -> None:
-        """Correct the times of a scheme and a shape by what one of their chains really took, in milliseconds.
-
-        All that differs from the survey is laid on the blocks: the chain is then predicted exactly, whatever is learned
-        of others.
-        """
+    def surveyed(self, solution: Solution, measured: float) -> Timed:
+        """Return what the survey says of the times of a choice, beside what its chain took, in milliseconds."""
         way, found = solution.skeleton, self._survey
-        rest = found.rest_ms[self.form(solution.rest)]
         shape = self.shape(solution)
         blocks = sum(found.block_ms[shape, self.form(own)][number] for number, own in solution.kept.items())
-        if blocks > 0:
-            self._slowness[way.scheme, way.shape] = max(measured - rest, _LEAST * measured) / blocks
+        return Timed(way.scheme, way.shape, found.rest_ms[self.form(solution.rest)], blocks, measured)
 
-    def slowness(self, scheme: int, shape: int) -> float:
-        """Return the milliseconds that blocks were measured to take over those of the survey.
-
-        Known of a scheme and a shape of which a chain was measured; another shape is thought to be like the scheme's
-        mean, so that one bad measurement does not make a whole scheme slow or fast.
-        """
-        if (scheme, shape) in self._slowness:
-            return self._slowness[scheme, shape]
-        own = [ratio for (other, _), ratio in self._slowness.items() if other == scheme]
-        return geometric_mean(own) if own else 1.0
+    def time_of(self, solution: Solution, measured: float) -> None:
+        """Learn of times from what a chain really took, in milliseconds."""
+        self._times.learn(self.surveyed(solution, measured))
 
 
 def calibrated(
