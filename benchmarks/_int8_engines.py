@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,52 +14,48 @@ import torch
 
 import llmcompress as lc
 from _machine import describe_machine
+from _turns import print_table
+from _workers import Maker, in_turn, workers
 from llmcompress.testing import tiny_data, tiny_tokenizer
 
 Engine = Callable[[dict[str, torch.Tensor]], object]
 
 
 def command_line(description: str | None, columns: str, default: str, told: str) -> argparse.Namespace:
-    """Read the options, `--columns` among them under the name of what a column is, and set torch's threads.
+    """Read the options, `--columns` among them under the name of what a column is.
 
     Args:
         description: of the script.
         columns: what the columns of the table are, in the plural.
         default: the columns, comma-separated.
         told: what they are, in words.
-
-    Returns:
-        The options, and `clock`, by which passes are timed.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that does other work too")
     parser.add_argument(f"--{columns}", default=default, help=f"{told}, comma-separated")
     parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
-    arguments = parser.parse_args()
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time needs --threads 1")
-    arguments.clock = time.process_time if arguments.cpu_time else time.perf_counter
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    return arguments
+    return parser.parse_args()
 
 
-def chosen(
-    makers: Mapping[str, Callable[[Any, int], Any]], model: Any, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Make the engines that are asked for."""
-    names = [name for name in arguments.engines.split(",") if name] or makers
-    return {name: make(model, arguments.threads) for name, make in makers.items() if name in names}
+def print_turns(
+    title: str, makers: Mapping[str, Maker], columns: Mapping[str, Any], arguments: argparse.Namespace
+) -> None:
+    """Time the engines that are asked for in turns, each in its process, and print what the table is of and the table.
 
-
-def print_head(title: str, arguments: argparse.Namespace) -> None:
-    """Print what the table is of."""
+    Args:
+        title: of the table.
+        makers: of all engines, by name.
+        columns: what each engine is given, by the name of the column.
+        arguments: from `command_line`.
+    """
+    names = [name for name in arguments.engines.split(",") if name] or list(makers)
     print(f"# {title}\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round\n")
-    clock = " of the CPU" if arguments.cpu_time else ""
-    print(f"Median milliseconds{clock} a pass [10th, 90th percentile]; speed relative to fp32 eager.\n", flush=True)
+    print(f"- threads of the engines: {arguments.threads}, each in a process of its own")
+    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round", flush=True)
+    with workers({name: make for name, make in makers.items() if name in names}, arguments.threads) as engines:
+        print("\nMedian milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n", flush=True)
+        print_table({column: in_turn(engines, given, arguments.rounds) for column, given in columns.items()})
 
 
 def eager(run: Callable[..., object]) -> Engine:

@@ -1,33 +1,31 @@
 """int8 against its peers on a model of BERT-base's shape (random weights): `python benchmarks/int8_bert.py`.
 
-All engines take turns in each round, so that a busy machine slows all of them alike; what counts is the ratio of the
-medians. Prints Markdown.
+Each engine has a process of its own, and all take turns in each round, so that a busy machine slows all of them alike;
+what counts is the ratio of the medians. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from _int8_engines import Engine, chosen, command_line, dynamic, eager, onnx_int8, print_head, static, torch_ao
-from _turns import print_table, take_turns
+from _int8_engines import Engine, command_line, dynamic, eager, onnx_int8, print_turns, static, torch_ao
 
 
 def main() -> None:
     arguments = command_line(__doc__, "shapes", "1x16,1x128,8x128", "batch x tokens")
-    model = BertForSequenceClassification(BertConfig()).eval()
-    engines = chosen(ENGINES, model, arguments)
-    print_head("int8, BERT-base shape", arguments)
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
-    print_table(
-        {
-            f"{batch}x{tokens}": take_turns(engines, inputs_of(batch, tokens), arguments.rounds, arguments.clock)
-            for batch, tokens in shapes
-        }
-    )
+    columns = {f"{batch}x{tokens}": inputs_of(batch, tokens) for batch, tokens in shapes}
+    print_turns("int8, BERT-base shape", {name: partial(engine, name) for name in ENGINES}, columns, arguments)
+
+
+def engine(name: str, threads: int) -> Engine:
+    """Return one of `ENGINES`, in its own process."""
+    return ENGINES[name](BertForSequenceClassification(BertConfig()).eval(), threads)
 
 
 def inputs_of(batch: int, tokens: int) -> dict[str, torch.Tensor]:

@@ -1,21 +1,21 @@
 """int8 and 4 bits against their peers on a Llama of 150 million random weights: `python benchmarks/int8_llama.py`.
 
-Two passes: `prefill`, 128 tokens, logits of the last; and `decode`, one token behind 128 that are in the cache. All
-engines take turns in each round. Prints Markdown.
+Two passes: `prefill`, 128 tokens, logits of the last; and `decode`, one token behind 128 that are in the cache. Each
+engine has a process of its own, and all take turns in each round. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import llmcompress as lc
-from _int8_engines import Engine, chosen, command_line, dynamic, eager, onnx_int8, print_head, static, torch_ao
-from _turns import print_table, take_turns
+from _int8_engines import Engine, command_line, dynamic, eager, onnx_int8, print_turns, static, torch_ao
 
 _TOKENS = 128
 _CONFIG = LlamaConfig(
@@ -30,20 +30,17 @@ _CONFIG = LlamaConfig(
 
 def main() -> None:
     arguments = command_line(__doc__, "passes", "prefill,decode", "which passes")
-    model = LlamaForCausalLM(_CONFIG).eval()
-    print_head(f"int8 and 4 bits, a Llama of {model.num_parameters() / 1e6:.0f} million weights", arguments)
-    engines = chosen(ENGINES, model, arguments)
-    print_table(
-        {
-            name: take_turns(
-                {engine: own[name] for engine, own in engines.items()},
-                inputs_of(name),
-                arguments.rounds,
-                arguments.clock,
-            )
-            for name in arguments.passes.split(",")
-        }
-    )
+    with torch.device("meta"):
+        weights = LlamaForCausalLM(_CONFIG).num_parameters()
+    columns = {name: (name, inputs_of(name)) for name in arguments.passes.split(",")}
+    title = f"int8 and 4 bits, a Llama of {weights / 1e6:.0f} million weights"
+    print_turns(title, {name: partial(engine, name) for name in ENGINES}, columns, arguments)
+
+
+def engine(name: str, threads: int) -> Callable[[tuple[str, dict[str, torch.Tensor]]], object]:
+    """Return one of `ENGINES`, in its own process: it is given the name of a pass, and its inputs."""
+    passes = ENGINES[name](LlamaForCausalLM(_CONFIG).eval(), threads)
+    return lambda given: passes[given[0]](given[1])
 
 
 def inputs_of(name: str) -> dict[str, torch.Tensor]:
