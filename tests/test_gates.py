@@ -219,6 +219,12 @@ def test_gates_that_cannot_be_told_are_refused_before_any_step(bert, task, monke
         lc.compress(bert, STEPS, **{"task": task, "gates": gates, "progress": False, **inputs})
 
 
+def test_a_metric_that_a_task_never_has_is_refused_before_the_base_is_scored(bert, task, monkeypatch):
+    monkeypatch.setattr(lc.TextClassification, "evaluate", lambda *_, **__: pytest.fail("the base was scored"))
+    with pytest.raises(lc.ConfigError, match=r"MaxDrop.metric must be one of the task's, got 'perplexity'"):
+        lc.compress(bert, STEPS, task=task, gates=lc.MaxDrop("perplexity", 0.1), progress=False)
+
+
 def test_values_of_a_gate_are_checked():
     for wrong in (lambda: lc.MaxDrop("accuracy", -0.1), lambda: lc.MaxDrop("accuracy"), lambda: lc.MinAgreement(0)):
         with pytest.raises(lc.ConfigError, match=r"M\w+\.(drop|share) must be"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -77,6 +77,14 @@ class Gate(Settings, ABC):
         """Whether base and stage must run side by side, since the scores alone do not tell."""
         return False
 
+    def check_names(self, task: Task) -> None:
+        """Refuse a task that cannot tell, as far as it is known before anything was scored; by default nothing is.
+
+        Raises:
+            ConfigError: says what task is needed.
+        """
+        return
+
     @abstractmethod
     def check(self, task: Task, base: TaskScore) -> None:
         """Refuse a task that cannot tell.
@@ -128,13 +136,21 @@ class MaxDrop(Gate):
     drop: float = Field(ge=0, description="the largest loss that passes")
     proven: bool = Field(False, description="the interval's far end must keep the bound")
 
+    def check_names(self, task: Task) -> None:
+        """Refuse a task that never has the metric, whatever its data."""
+        if task.metric_names is not None:
+            self._refuse_unknown(task, task.metric_names)
+
     def check(self, task: Task, base: TaskScore) -> None:
         """Refuse a task without the metric."""
-        if self.metric not in base.metrics:
-            hint = did_you_mean(self.metric, base.metrics) or "."
+        self._refuse_unknown(task, base.metrics)
+
+    def _refuse_unknown(self, task: Task, names: Collection[str]) -> None:
+        if self.metric not in names:
+            hint = did_you_mean(self.metric, names) or "."
             raise ConfigError(
                 f"MaxDrop.metric must be one of the task's, got {self.metric!r}{hint} {type(task).__name__} has: "
-                f"{', '.join(base.metrics)}."
+                f"{', '.join(names)}."
             )
 
     def judge(self, evidence: Evidence) -> Verdict:
@@ -263,6 +279,9 @@ def read_gates(given: Any, on_fail: str, task: Task | None, *, inplace: bool) ->
         raise ConfigError(
             f"{type(found[0]).__name__} needs a task to measure on; pass task=lc.TextClassification(...)."
         )
+    if task is not None:
+        for gate in found:
+            gate.check_names(task)
     if found and inplace and on_fail == "rollback":
         raise ConfigError(
             "on_fail='rollback' needs the model before each step, which inplace=True overwrites; drop inplace, or pass "
