@@ -78,7 +78,7 @@ def _trained(bench: Bench, verify: Task, chain: Chain, clock: Budget, verifying:
     scored = 1 + len(chain.steps(bench.recovery))
     steps = bench.steps_in(chain, max(clock.left() - scored * verifying, 0.0))
     result = bench.final(chain, steps, verify)
-    cost = bench.measured(result.model)
+    cost = bench.result_cost(result.model)
     base, score = result.report.base_score, result.report.steps[-1].score
     assert base is not None
     assert score is not None
