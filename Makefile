@@ -46,7 +46,7 @@ schema: install
 	$(RUN) -m llmcompress.report.schema > docs/comparison.schema.json
 	$(RUN) -m llmcompress.recipe.schema > docs/recipe.schema.json
 
-# Runs the notebooks in earnest (about ten minutes), and keeps what they print.
+# Runs the notebooks in earnest (about twenty minutes), and keeps what they print.
 notebooks: install
 	$(PIP) --editable ".[notebooks]"
 	$(RUN) examples/notebooks/run.py

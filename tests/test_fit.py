@@ -186,7 +186,7 @@ def test_chains_of_one_name_have_costs_of_their_own(monkeypatch):
     monkeypatch.setattr(
         bench_module, "make", lambda model, steps, context: made.append(steps) or SimpleNamespace(model=0)
     )
-    monkeypatch.setattr(Bench, "measured", lambda bench, model: Cost(len(made)))
+    monkeypatch.setattr(Bench, "_measured", lambda bench, model, share: Cost(len(made)))
     chains = [
         SimpleNamespace(name="4 and 8 bits packed", steps=lambda bits=bits: [lc.WeightOnlyQuantization(bits=bits)])
         for bits in (4, 8)
@@ -632,6 +632,33 @@ def test_what_was_too_slow_comes_again_within_wider_limits(predictor, monkeypatc
     assert not search._too_slow({"ms": 2 * max(search._slow.values())})
     # Without a limit on the time, as where only bytes are asked for.
     assert not search._too_slow({"bytes": 1e6})
+
+
+def test_what_few_examples_say_is_drawn_towards_what_is_expected(predictor, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(budget_module, "now", clock)
+    targets = Targets(None, 6.0, None, 0.05, (1, 128), 600.0)
+    search = Search(
+        predictor, FakeLab(clock, predictor), targets, Cost(58_000_000, 10.0, 1.0), Budget(600.0, progress=False)
+    )
+    chains = search._proposals({"ms": 6.0}, 3)
+    harms = sorted(chains, key=lambda chain: sum(predictor.damages(chain.solution).values()))
+    harmless, harmful = harms[0], harms[-1]
+
+    def ranked(noise, first, second):
+        cost = Cost(1, 1.0, 2.0)
+        trials = [
+            Trial(chain, "short", 50, cost, drop, noise, 1.0) for chain, drop in ((harmless, first), (harmful, second))
+        ]
+        failed = Trial.failed(harmless, "short", ValueError("broken"), seconds=1.0)
+        return [trial.chain for trial in search._likely([failed, *trials])]
+
+    # A point of accuracy less, which hundreds of examples do not tell: the chain that cuts less is likely the better.
+    assert ranked(0.03, 0.030, 0.020) == [harmless, harmful]
+    # Told without noise, or by far, it counts.
+    assert ranked(0.0, 0.030, 0.020) == [harmful, harmless]
+    assert ranked(0.03, 0.30, 0.02) == [harmful, harmless]
+    assert search._likely([]) == []
 
 
 def test_the_search_halves_and_keeps_to_its_budget(predictor, monkeypatch):

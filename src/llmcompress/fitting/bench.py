@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import Task, TaskScore
     from ..result import Result
 
-# Steps that tell how long one takes, once the teacher's answers are there.
-_PROBED = 6
+# Trainings of so many steps tell how long one takes: the first one has the teacher answer, the second one is hardly
+# more than what surrounds the steps.
+_PROBED = (1, 2, 24)
 # A model is timed for such a share of the budget, and the result for longer, within such seconds: what a neighbour of a
 # shared machine does in half a second is no speed.
 _TIMED, _RESULT_TIMED = 0.002, 0.006
@@ -140,8 +141,14 @@ class Bench:
 
     def _probe(self, chain: Chain) -> None:
         """Have the teacher answer all rows once, and find how long a step takes."""
-        for steps in (1, _PROBED):
+        took = []
+        for steps in _PROBED:
             make(self.model, self._timed(chain, steps), self.context)
+            took.append(self._training)
+        *_, few, many = _PROBED
+        each = (took[-1] - took[-2]) / (many - few)
+        if each > 0:
+            self._step_seconds = each / self._share(chain)
 
     def recovery_of(self, steps: int) -> KnowledgeDistillation | None:
         """Return a training of so many steps; None where nothing is trained."""

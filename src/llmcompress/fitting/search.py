@@ -33,6 +33,8 @@ _TRIES = 4
 _PROPOSING = 0.15
 # Where a limit cannot be met: how far towards the base, on a scale of ratios, the nearest ones are looked for.
 _RELAXED = (0.0, 1 / 3, 2 / 3)
+# How far from what is expected of a chain its loss is, as a share of that.
+_UNSURE = 0.3
 # Between the nearest that failed and the first that did not, how many more are tried, each in the middle.
 _HALVED = 2
 # Units of time for the final training of what was found so; one is for each that is tried.
@@ -98,9 +100,9 @@ class Search:
         short = [self._run(chain, unit, "short") for chain in first]
         if len(short) > 1:
             short += self._proposed_anew(limits, short, unit)
-        again = _best(short)[:2] if len(short) > 1 and self._left() else []
+        again = self._likely(short)[:2] if len(short) > 1 and self._left() else []
         longer = [self._run(trial.chain, 2 * unit, "longer") for trial in again]
-        winner = next(iter(_best(longer) or _best(short)), None)
+        winner = next(iter(self._likely(longer) or self._likely(short)), None)
         if winner is None or self._hopeless(winner, short):
             winner = self._nearest(limits, least, winner)
         return Found(self._ranked(winner), self._trials, least, feasible)
@@ -135,6 +137,24 @@ class Search:
         self._trials.append(trial)
         self._budget.tell(f"{chain.name} failed: {trial.error}")
         return trial
+
+    def _likely(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return those that did not fail, the one that is likely to lose least first.
+
+        A few hundred examples tell a drop to some points only. Each is drawn towards what is expected of its chain, the
+        more the less the examples tell (an empirical Bayes estimate).
+        """
+        done = _best(trials)
+        self._predictor.calibrate([(trial.chain.solution, trial.drop) for trial in done if trial.drop is not None])
+
+        def likely(trial: Trial) -> float:
+            assert trial.drop is not None
+            expected = self._predictor.expected(trial.chain.solution)
+            unsure, noise = (_UNSURE * expected) ** 2, (trial.noise / 1.96) ** 2
+            share = unsure / (unsure + noise) if noise else 1.0
+            return expected + share * (trial.drop - expected)
+
+        return sorted(done, key=likely)
 
     def _hopeless(self, winner: Trial, short: Sequence[Trial]) -> bool:
         """Tell whether a chain loses too much even if each doubling of its training gains as much as the last one."""
