@@ -661,6 +661,20 @@ def test_what_few_examples_say_is_drawn_towards_what_is_expected(predictor, monk
     assert search._likely([]) == []
 
 
+def test_evenly_spread_blocks_are_as_fast_and_judged_as_those_that_the_solver_chose(predictor, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(budget_module, "now", clock)
+    lab = FakeLab(clock, predictor)
+    targets = Targets(None, 2.0, None, 0.05, (1, 128), 600.0)
+    search = Search(predictor, lab, targets, Cost(58_000_000, 10.0, 1.0), Budget(600.0, progress=False))
+    chosen, even = search._proposals({"ms": 2.0}, 4)[:2]
+    assert chosen.solution.skeleton == even.solution.skeleton
+    assert sorted(even.solution.kept) == list(search_module.spread(6, len(even.solution.kept)))
+    assert sum(predictor.damages(even.solution).values()) > sum(predictor.damages(chosen.solution).values())
+    found = [Trial(one, "short", 50, lab.cost(one), drop, 0.03, 1.0) for one, drop in ((chosen, 0.021), (even, 0.02))]
+    assert [trial.chain for trial in search._likely(found)] == [even, chosen]
+
+
 def test_the_search_halves_and_keeps_to_its_budget(predictor, monkeypatch):
     targets = Targets(9_000_000, None, None, 0.05, (1, 128), 600.0)
     found, lab, clock = searched(predictor, monkeypatch, targets)

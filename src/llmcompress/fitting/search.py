@@ -82,6 +82,7 @@ class Search:
         self._trials: list[Trial] = []
         self._excluded: set[Skeleton] = {predictor.problem().unchanged}
         self._slow: dict[Skeleton, float] = {}
+        self._evened: list[tuple[Solution, Solution]] = []
         self._vocabulary: int | None = None
         self._over: Chain | None = None
         self._hurried = False
@@ -145,16 +146,26 @@ class Search:
         more the less the examples tell (an empirical Bayes estimate).
         """
         done = _best(trials)
-        self._predictor.calibrate([(trial.chain.solution, trial.drop) for trial in done if trial.drop is not None])
+        self._predictor.calibrate(self._outcomes(done))
 
         def likely(trial: Trial) -> float:
             assert trial.drop is not None
-            expected = self._predictor.expected(trial.chain.solution)
+            expected = self._predictor.expected(self._judged_as(trial.chain.solution))
             unsure, noise = (_UNSURE * expected) ** 2, (trial.noise / 1.96) ** 2
             share = unsure / (unsure + noise) if noise else 1.0
             return expected + share * (trial.drop - expected)
 
         return sorted(done, key=likely)
+
+    def _outcomes(self, trials: Sequence[Trial]) -> list[tuple[Solution, float]]:
+        return [(self._judged_as(trial.chain.solution), trial.drop) for trial in trials if trial.drop is not None]
+
+    def _judged_as(self, solution: Solution) -> Solution:
+        """Return the choice by whose damages a chain is judged.
+
+        Evenly spread blocks do more harm than those that the solver chose until they are trained, and no more then.
+        """
+        return next((chosen for even, chosen in self._evened if even is solution), solution)
 
     def _hopeless(self, winner: Trial, short: Sequence[Trial]) -> bool:
         """Tell whether a chain loses too much even if each doubling of its training gains as much as the last one."""
@@ -216,7 +227,10 @@ class Search:
                 continue
             chains.append(chain)
             even = self._spread(solution) if len(chains) == 1 < count else None
-            if even is not None and (other := self._built(even, limits)) is not None:
+            # Of the same skeleton it is as fast.
+            untimed: dict[Kind, float] = {cost: limit for cost, limit in limits.items() if cost != "ms"}
+            if even is not None and (other := self._built(even, untimed)) is not None:
+                self._evened.append((even, solution))
                 chains.append(other)
         return chains
 
@@ -294,7 +308,7 @@ class Search:
 
     def _proposed_anew(self, limits: Mapping[Kind, float], short: Sequence[Trial], unit: float) -> list[Trial]:
         """Run one more chain where the outcomes say that it may be better than those that were run."""
-        outcomes = [(trial.chain.solution, trial.drop) for trial in short if trial.drop is not None]
+        outcomes = self._outcomes(short)
         if not outcomes:
             return []
         self._predictor.calibrate(outcomes)
