@@ -28,8 +28,18 @@ def engine(sizes: dict[str, int], threads: int) -> Callable[[list[int], int], li
     Raises:
         ImportError: llama-cpp-python or gguf is not installed.
     """
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_cpp
 
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_tiles() -> object:
+        # Its tiles of AMX (llama-cpp-python 0.3.36) are multiplied before they are configured: an illegal instruction.
+        # What is lost with them is its repacking of weights too.
+        found = defaults()
+        found.use_extra_bufts = False
+        return found
+
+    llama_cpp.llama_model_default_params = without_tiles
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llama-q4_0.gguf"
         write_gguf(sizes, path)

@@ -77,7 +77,7 @@ MODELS: dict[str, Callable[[LlamaForCausalLM], torch.nn.Module]] = {
     "llmcompress int8": dynamic,
     "llmcompress int4": int4,
 }
-PEER = "llama.cpp Q4_0"
+PEER = "llama.cpp Q4_0, without AMX and repacking"
 
 
 def of_transformers(name: str, size: str, threads: int) -> Engine:
