@@ -1,61 +1,19 @@
-"""Engines that run a model in int8 on a CPU, ours and its peers, and the command line by which they are timed."""
+"""Engines that run a model in int8 on a CPU, ours and its peers."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import llmcompress as lc
-from _machine import describe_machine
-from _turns import print_table
-from _workers import Maker, in_turn, workers
 from llmcompress.testing import tiny_data, tiny_tokenizer
 
 Engine = Callable[[dict[str, torch.Tensor]], object]
-
-
-def command_line(description: str | None, columns: str, default: str, told: str) -> argparse.Namespace:
-    """Read the options, `--columns` among them under the name of what a column is.
-
-    Args:
-        description: of the script.
-        columns: what the columns of the table are, in the plural.
-        default: the columns, comma-separated.
-        told: what they are, in words.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(f"--{columns}", default=default, help=f"{told}, comma-separated")
-    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
-    return parser.parse_args()
-
-
-def print_turns(
-    title: str, makers: Mapping[str, Maker], columns: Mapping[str, Any], arguments: argparse.Namespace
-) -> None:
-    """Time the engines that are asked for in turns, each in its process, and print what the table is of and the table.
-
-    Args:
-        title: of the table.
-        makers: of all engines, by name.
-        columns: what each engine is given, by the name of the column.
-        arguments: from `command_line`.
-    """
-    names = [name for name in arguments.engines.split(",") if name] or list(makers)
-    print(f"# {title}\n\n{describe_machine()}")
-    print(f"- threads of the engines: {arguments.threads}, each in a process of its own")
-    print(f"- rounds: {arguments.rounds}, engines in turn, their order drawn anew each round", flush=True)
-    with workers({name: make for name, make in makers.items() if name in names}, arguments.threads) as engines:
-        print("\nMedian milliseconds a pass [10th, 90th percentile]; speed relative to fp32 eager.\n", flush=True)
-        print_table({column: in_turn(engines, given, arguments.rounds) for column, given in columns.items()})
 
 
 def eager(run: Callable[..., object]) -> Engine:

@@ -1,6 +1,7 @@
 """llama.cpp as an engine of the benchmarks: a Llama of random weights in Q4_0, which llama-cpp-python runs.
 
-Needs `pip install llama-cpp-python gguf`. All matrices have 4 bits, the embedding and the head too (`--pure` of
+Needs `pip install llama-cpp-python gguf`, on a machine with AMX by the command in `WITHOUT_AMX`. All matrices have 4
+bits, the embedding and the head too (`--pure` of
 llama.cpp's own quantizer), so that as many bytes are read a token as of other engines' 4 bits in groups of 32.
 """
 
@@ -16,6 +17,11 @@ import numpy as np
 
 # Of the quantizer's input: what the codes are makes no difference to the time.
 _SEED = 0
+WITHOUT_AMX = (
+    'CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile" '
+    "pip install --no-binary llama-cpp-python llama-cpp-python"
+)
+_FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
 def engine(sizes: dict[str, int], threads: int) -> Callable[[list[int], int], list[int]]:
@@ -26,20 +32,13 @@ def engine(sizes: dict[str, int], threads: int) -> Callable[[list[int], int], li
         threads: of a product.
 
     Raises:
-        ImportError: llama-cpp-python or gguf is not installed.
+        ImportError: llama-cpp-python or gguf is not installed, or it was built with AMX.
     """
     from llama_cpp import Llama, llama_cpp
 
-    defaults = llama_cpp.llama_model_default_params
-
-    def without_tiles() -> object:
-        # Its tiles of AMX (llama-cpp-python 0.3.36) are multiplied before they are configured: an illegal instruction.
-        # What is lost with them is its repacking of weights too.
-        found = defaults()
-        found.use_extra_bufts = False
-        return found
-
-    llama_cpp.llama_model_default_params = without_tiles
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+        # Its tiles (llama-cpp-python 0.3.36) are multiplied before they are configured: an illegal instruction.
+        raise ImportError(f"a build of llama-cpp-python without AMX: {WITHOUT_AMX}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llama-q4_0.gguf"
         write_gguf(sizes, path)
@@ -59,9 +58,6 @@ def engine(sizes: dict[str, int], threads: int) -> Callable[[list[int], int], li
         return written
 
     return write
-
-
-_FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
 def write_gguf(sizes: dict[str, int], path: Path) -> None:

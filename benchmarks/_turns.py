@@ -15,21 +15,16 @@ Times = dict[str, list[float]]
 """Milliseconds of each round, by engine."""
 
 
-def take_turns(
-    engines: Mapping[str, Callable[[Any], object]],
-    given: Any,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Times:
-    """Call every engine with `given` in each round; `time.process_time` is for engines on one thread."""
+def take_turns(engines: Mapping[str, Callable[[Any], object]], given: Any, rounds: int) -> Times:
+    """Call every engine with `given` in each round."""
 
     def timed(engine: Callable[[Any], object]) -> Callable[[Any], float]:
         def milliseconds(given: Any) -> float:
             # Untimed first: the threads of the engine before may still spin, and its weights fill the caches.
             engine(given)
-            start = clock()
+            start = time.perf_counter()
             engine(given)
-            return 1000 * (clock() - start)
+            return 1000 * (time.perf_counter() - start)
 
         return milliseconds
 

@@ -77,7 +77,7 @@ MODELS: dict[str, Callable[[LlamaForCausalLM], torch.nn.Module]] = {
     "llmcompress int8": dynamic,
     "llmcompress int4": int4,
 }
-PEER = "llama.cpp Q4_0, without AMX and repacking"
+PEER = "llama.cpp Q4_0"
 
 
 def of_transformers(name: str, size: str, threads: int) -> Engine:
@@ -100,8 +100,9 @@ def of_llama_cpp(size: str, threads: int) -> Engine:
     return lambda asked: write(asked.prompt, asked.tokens)
 
 
-def a_token(worker: Worker, asked: Writing) -> float:
+def a_token(worker: Worker, asked: Writing, *, growing: bool) -> float:
     """Return the milliseconds of a token."""
+    asked = asked._replace(growing=growing)
     short, long = (worker.milliseconds(asked._replace(tokens=tokens)) for tokens in (SHORT, SHORT + asked.tokens))
     return (long - short) / asked.tokens
 
@@ -124,9 +125,12 @@ def main() -> None:
     print(f"- rounds: {arguments.rounds}; {arguments.tokens} tokens behind {arguments.prompt}")
     prompt = torch.randint(1000, 20000, (arguments.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     with workers(makers, arguments.threads) as engines:
-        turns = {(name, growing): engines[name] for name in engines for growing in (False, True)[: 1 + (name != PEER)]}
-        asked = {key: partial(_turn, worker, growing=key[1]) for key, worker in turns.items()}
-        times = by_lot(asked, Writing(prompt, arguments.tokens, growing=False), arguments.rounds)
+        turns = {
+            (name, growing): partial(a_token, worker, growing=growing)
+            for name, worker in engines.items()
+            for growing in ([False] if name == PEER else [False, True])
+        }
+        times = by_lot(turns, Writing(prompt, arguments.tokens, growing=False), arguments.rounds)
         names = list(engines)
     first = statistics.median(times[names[0], False])
     print("\nMedian milliseconds a token [10th, 90th percentile]; speed relative to the first.\n")
@@ -134,10 +138,6 @@ def main() -> None:
     for name in names:
         cells = [cell(times[name, growing], first) if (name, growing) in times else "" for growing in (False, True)]
         print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
-
-
-def _turn(worker: Worker, asked: Writing, *, growing: bool) -> float:
-    return a_token(worker, asked._replace(growing=growing))
 
 
 def weights(size: str) -> int:

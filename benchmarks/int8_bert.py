@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from _int8_engines import Engine, command_line, dynamic, eager, onnx_int8, print_turns, static, torch_ao
+from _int8_engines import Engine, dynamic, eager, onnx_int8, static, torch_ao
+from _workers import command_line, print_turns
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import llmcompress as lc
-from _int8_engines import Engine, command_line, dynamic, eager, onnx_int8, print_turns, static, torch_ao
+from _int8_engines import Engine, dynamic, eager, onnx_int8, static, torch_ao
+from _workers import command_line, print_turns
 
 _TOKENS = 128
 _CONFIG = LlamaConfig(

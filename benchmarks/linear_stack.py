@@ -8,16 +8,13 @@ what counts is the ratio of the medians. OpenVINO runs where `openvino` is insta
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 
-from _machine import describe_machine
-from _turns import print_table
-from _workers import Maker, in_turn, workers
+from _workers import Maker, command_line, print_turns
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid
 from llmcompress.quantization.modules import Int8Linear
@@ -163,24 +160,11 @@ ENGINES: dict[str, Maker] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 32, 128])
-    parser.add_argument("--engines", default="", help="comma-separated part of the engines; all by default")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = command_line(__doc__, "batches", "1,4,32,128", "rows of the input")
     torch.manual_seed(0)
-    chosen = [name for name in arguments.engines.split(",") if name] or list(ENGINES)
-    print(f"# {LAYERS} linear layers of {WIDTH}x{WIDTH}\n\n{describe_machine()}")
-    print(f"- rounds: {arguments.rounds}, engines in turn, each in its process, their order drawn anew each round")
-    with workers({name: ENGINES[name] for name in ENGINES if name in chosen}, arguments.threads) as engines:
-        print(
-            "\nMedian milliseconds a pass [10th, 90th percentile]; speed relative to torch fp32; rows of the input on "
-            "top.\n"
-        )
-        inputs = {str(batch): torch.randn(batch, WIDTH) for batch in arguments.batches}
-        print_table({batch: in_turn(engines, x, arguments.rounds) for batch, x in inputs.items()})
+    inputs = {batch: torch.randn(int(batch), WIDTH) for batch in arguments.batches.split(",")}
+    title = f"{LAYERS} linear layers of {WIDTH}x{WIDTH}; the columns are rows of the input"
+    print_turns(title, ENGINES, inputs, arguments)
 
 
 if __name__ == "__main__":

@@ -517,8 +517,7 @@ class FakeLab:
     def cost(self, chain):
         self.clock.seconds += 1.0
         solution = chain.solution
-        surveyed = self.predictor.surveyed(solution, 1.0)
-        ms = self.times.setdefault(chain.name, 1.2 * (surveyed.rest + surveyed.blocks))
+        ms = self.times.setdefault(chain.name, 1.2 * sum(self.predictor.surveyed(solution)))
         return Cost(int(solution.bytes), ms, 10.0 / ms)
 
     def steps_in(self, chain, seconds):
@@ -577,11 +576,19 @@ def searched(predictor, monkeypatch, targets, floor=0.0):
     return found, lab, clock
 
 
+def unrun(predictor, monkeypatch, ms):
+    """Return a search for chains of at most so many milliseconds, which is not run, and its lab."""
+    clock = Clock()
+    monkeypatch.setattr(budget_module, "now", clock)
+    targets, lab = Targets(None, ms, None, 0.05, (1, 128), 600.0), FakeLab(clock, predictor)
+    return Search(predictor, lab, targets, Cost(58_000_000, 10.0, 1.0), Budget(600.0, progress=False)), lab
+
+
 def test_times_of_chains_are_learned_from_those_that_were_measured(predictor):
     # What really is: a rest of 0.2 ms, blocks that take 1.5 times as long as surveyed, the narrow ones 1.2 times.
     def real(solution):
-        surveyed = predictor.surveyed(solution, 1.0)
-        return 0.2 + (1.5, 1.2)[solution.skeleton.shape] * surveyed.blocks
+        _, blocks = predictor.surveyed(solution)
+        return 0.2 + (1.5, 1.2)[solution.skeleton.shape] * blocks
 
     def chain(count, shape):
         scheme = predictor.forms[1].number
@@ -593,8 +600,7 @@ def test_times_of_chains_are_learned_from_those_that_were_measured(predictor):
         rest = next(rest for rest in predictor.problem().rests if rest.scheme == scheme)
         return Solution(kept, rest, 0.0, 0.0, sum(way.ms for way in kept.values()) + rest.ms)
 
-    surveyed = predictor.surveyed(chain(2, 0), 1.0)
-    assert chain(2, 0).ms == pytest.approx(surveyed.rest + surveyed.blocks)
+    assert chain(2, 0).ms == pytest.approx(sum(predictor.surveyed(chain(2, 0))))
     predictor.time_of(chain(2, 0), real(chain(2, 0)))
     assert chain(2, 0).ms == pytest.approx(real(chain(2, 0)), rel=0.02)
     # Of one depth it is not known what is the rest and what the blocks: the other depth tells.
@@ -602,7 +608,7 @@ def test_times_of_chains_are_learned_from_those_that_were_measured(predictor):
     for count in range(2, 7):
         assert chain(count, 0).ms == pytest.approx(real(chain(count, 0)), rel=0.05)
     # A shape not measured is thought to be like the others; one measured has its own factor.
-    blocks = [predictor.surveyed(chain(3, shape), 1.0).blocks for shape in (0, 1)]
+    blocks = [predictor.surveyed(chain(3, shape))[1] for shape in (0, 1)]
     assert (chain(3, 0).ms - chain(3, 0).rest.ms) / blocks[0] == (
         pytest.approx((chain(3, 1).ms - chain(3, 1).rest.ms) / blocks[1], rel=0.02)
     )
@@ -621,11 +627,7 @@ def test_one_absurd_time_makes_nothing_free(predictor):
 
 
 def test_what_was_too_slow_comes_again_within_wider_limits(predictor, monkeypatch):
-    targets = Targets(None, 4.0, None, 0.05, (1, 128), 600.0)
-    clock = Clock()
-    monkeypatch.setattr(budget_module, "now", clock)
-    lab = FakeLab(clock, predictor)
-    search = Search(predictor, lab, targets, Cost(58_000_000, 10.0, 1.0), Budget(600.0, progress=False))
+    search, _ = unrun(predictor, monkeypatch, 4.0)
     search._proposals({"ms": 4.0}, 2)
     assert search._slow
     assert search._too_slow({"ms": 4.0}) == set(search._slow)
@@ -635,12 +637,7 @@ def test_what_was_too_slow_comes_again_within_wider_limits(predictor, monkeypatc
 
 
 def test_what_few_examples_say_is_drawn_towards_what_is_expected(predictor, monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(budget_module, "now", clock)
-    targets = Targets(None, 6.0, None, 0.05, (1, 128), 600.0)
-    search = Search(
-        predictor, FakeLab(clock, predictor), targets, Cost(58_000_000, 10.0, 1.0), Budget(600.0, progress=False)
-    )
+    search, _ = unrun(predictor, monkeypatch, 6.0)
     chains = search._proposals({"ms": 6.0}, 3)
     harms = sorted(chains, key=lambda chain: sum(predictor.damages(chain.solution).values()))
     harmless, harmful = harms[0], harms[-1]
@@ -662,11 +659,7 @@ def test_what_few_examples_say_is_drawn_towards_what_is_expected(predictor, monk
 
 
 def test_evenly_spread_blocks_are_as_fast_and_judged_as_those_that_the_solver_chose(predictor, monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(budget_module, "now", clock)
-    lab = FakeLab(clock, predictor)
-    targets = Targets(None, 2.0, None, 0.05, (1, 128), 600.0)
-    search = Search(predictor, lab, targets, Cost(58_000_000, 10.0, 1.0), Budget(600.0, progress=False))
+    search, lab = unrun(predictor, monkeypatch, 2.0)
     chosen, even = search._proposals({"ms": 2.0}, 4)[:2]
     assert chosen.solution.skeleton == even.solution.skeleton
     assert sorted(even.solution.kept) == list(search_module.spread(6, len(even.solution.kept)))

@@ -140,16 +140,16 @@ class Predictor:
         """Weigh the kinds anew by what chains really lost: `outcomes` are choices with their drops."""
         self.weights = calibrated([(self.damages(choice), drop) for choice, drop in outcomes], PRIOR)
 
-    def surveyed(self, solution: Solution, measured: float) -> Timed:
-        """Return what the survey says of the times of a choice, beside what its chain took, in milliseconds."""
-        way, found = solution.skeleton, self._survey
-        shape = self.shape(solution)
+    def surveyed(self, solution: Solution) -> tuple[float, float]:
+        """Return what the survey says of a choice: of all that is in no block, and of the blocks, in milliseconds."""
+        found, shape = self._survey, self.shape(solution)
         blocks = sum(found.block_ms[shape, self.form(own)][number] for number, own in solution.kept.items())
-        return Timed(way.scheme, way.shape, found.rest_ms[self.form(solution.rest)], blocks, measured)
+        return found.rest_ms[self.form(solution.rest)], blocks
 
     def time_of(self, solution: Solution, measured: float) -> None:
         """Learn of times from what a chain really took, in milliseconds."""
-        self._times.learn(self.surveyed(solution, measured))
+        way = solution.skeleton
+        self._times.learn(Timed(way.scheme, way.shape, *self.surveyed(solution), measured))
 
 
 def calibrated(

@@ -77,7 +77,7 @@ def find_recovery(
     layers = len(body.stacks[0])
     size, room = tokens * body.hidden * 2 * layers, min(_MOST_BYTES, _MOST_FREE * shutil.disk_usage(folder).free)
     inside = size <= room and len(body.stacks) == 1 and head not in _UNCACHED
-    if inside:
+    if inside and spans:
         spans = min(spans, int((room / size - 1) / _SPAN))
     cache = None
     if head not in _UNCACHED:

@@ -143,7 +143,7 @@ class Search:
         """Return those that did not fail, the one that is likely to lose least first.
 
         A few hundred examples tell a drop to some points only. Each is drawn towards what is expected of its chain, the
-        more the less the examples tell (an empirical Bayes estimate).
+        more the less the examples tell (an empirical Bayes estimate); the predictor is calibrated by all of them first.
         """
         done = _best(trials)
         self._predictor.calibrate(self._outcomes(done))

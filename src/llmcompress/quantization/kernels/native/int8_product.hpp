@@ -139,9 +139,9 @@ void multiply_panel(const Int8Weight& w, int64_t number, int32_t zero, Rows<Set>
   }
 }
 
-// y (rows, outputs) of float32 x (rows, inputs). False where there is no memory for the codes.
+// y (rows, outputs) of float32 x (rows, inputs). Throws NoMemory.
 template <class Set>
-bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, Coding coding, int64_t threads) {
+void multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, Coding coding, int64_t threads) {
   using Code = typename Set::Code;
   if (coding.grain == Grain::tensor) find_range<Set>(x, rows * w.inputs, threads, &coding);
   if (coding.grain == Grain::token) coding.zero = (coding.levels + 1) / 2;
@@ -152,7 +152,6 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   const int64_t chunk = rows < most ? rows : most;
   const int64_t units = chunk * static_cast<int64_t>(sizeof(float));
   auto* const codes = static_cast<Code*>(int8_scratch((chunk + Set::beyond) * stride + units));
-  if (!codes && chunk) return false;
   auto* const unit = reinterpret_cast<float*>(codes + (chunk + Set::beyond) * stride);
   for (int64_t done = 0; done < rows; done += chunk) {
     const int64_t count = rows - done < chunk ? rows - done : chunk;
@@ -174,7 +173,6 @@ bool multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
       }
     });
   }
-  return true;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 
+#include "no_memory.hpp"
+
 namespace llmc {
 namespace {
 
@@ -27,6 +29,7 @@ void* int8_scratch(int64_t bytes) {
     std::free(own.memory);
     own.memory = std::malloc(static_cast<size_t>(bytes));
     own.bytes = own.memory ? bytes : 0;
+    if (!own.memory) throw NoMemory{};
   }
   return own.memory;
 }

@@ -10,6 +10,21 @@
 
 using llmc::Table;
 
+namespace {
+
+// Calls f; returns 0, or 1 where memory is short.
+template <class F>
+int32_t status_of(F f) {
+  try {
+    f();
+  } catch (const llmc::NoMemory&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
 // What the library was built of; the loader takes no other than that of the sources beside it.
 LLMC_EXPORT const char* llmc_sources() { return LLMC_SOURCES; }
 
@@ -55,18 +70,13 @@ LLMC_EXPORT int32_t llmc_int8_linear(const Table* table, const llmc::Int8Weight*
                                      int64_t threads) {
   const llmc::Coding coding{static_cast<llmc::Grain>(grain), static_cast<int32_t>(levels), static_cast<int32_t>(zero),
                             unit};
-  return !table->multiply_int8(*weight, x, rows, y, coding, threads);
+  return status_of([&] { table->multiply_int8(*weight, x, rows, y, coding, threads); });
 }
 
 // Returns 0, or 1 where memory is short.
 LLMC_EXPORT int32_t llmc_multiply_packed(const Table* table, const llmc::PackedMatrix* a, const float* x, int64_t rows,
                                          const float* bias, float* y, bool exact, int64_t threads) {
-  try {
-    table->multiply_packed(*a, x, rows, bias, y, exact, threads);
-  } catch (const llmc::NoMemory&) {
-    return 1;
-  }
-  return 0;
+  return status_of([&] { table->multiply_packed(*a, x, rows, bias, y, exact, threads); });
 }
 
 LLMC_EXPORT void llmc_activate(const Table* table, int64_t gate, const float* x, int64_t count, float* y,

@@ -86,9 +86,9 @@ class NativeProduct:
                 "torch.export.export or torch.compile, or trace what llmcompress.dequantize(model) returns."
             )
         exact = x.contiguous() if given is torch.float32 else x.float().contiguous()
-        if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
-            bias = bias.float().contiguous()
-        if bias is not None and (bias.numel() != self._outputs or not bias.is_cpu):
+        if bias is not None:
+            if bias.dtype is not torch.float32 or not bias.is_contiguous():
+                bias = bias.float().contiguous()
             expect("the bias of a packed layer", bias, (self._outputs,), torch.float32)
         product = exact.new_empty((*shape, self._outputs))
         failed = self._multiply(

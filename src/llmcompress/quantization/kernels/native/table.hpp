@@ -16,7 +16,7 @@ struct Table {
                     int64_t threads);
   Int8Weight* (*pack_int8)(const int8_t* codes, const float* scale, const float* bias, int64_t outputs, int64_t inputs,
                            int64_t threads);
-  bool (*multiply_int8)(const Int8Weight& weight, const float* x, int64_t rows, float* y, Coding coding,
+  void (*multiply_int8)(const Int8Weight& weight, const float* x, int64_t rows, float* y, Coding coding,
                         int64_t threads);
   void (*multiply_packed)(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, bool exact,
                           int64_t threads);
