@@ -1,8 +1,8 @@
 """llama.cpp as an engine of the benchmarks: a Llama of random weights in Q4_0, which llama-cpp-python runs.
 
 Needs `pip install llama-cpp-python gguf`, on a machine with AMX by the command in `WITHOUT_AMX`. All matrices have 4
-bits, the embedding and the head too (`--pure` of
-llama.cpp's own quantizer), so that as many bytes are read a token as of other engines' 4 bits in groups of 32.
+bits, the embedding and the head too (`--pure` of llama.cpp's own quantizer), so that as many bytes are read a token as
+of other engines' 4 bits in groups of 32.
 """
 
 from __future__ import annotations

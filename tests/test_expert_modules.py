@@ -278,6 +278,23 @@ def test_the_folder_is_read_and_saved_again_bit_equal_and_read_in_a_fresh_proces
     reloads.append(folder)
 
 
+@pytest.mark.parametrize("step", [lc.DynamicQuantization(), lc.WeightOnlyQuantization()])
+def test_experts_in_codes_are_stored_as_the_model_has_them(step, tmp_path):
+    # Of transformers' versions, some store each expert by itself, by a pattern that codes match too.
+    model = step.compress(tiny_model("mixtral"), lc.Context())
+    own = {key for key in model.state_dict() if ".experts." in key}
+    for folder in ("once", "twice"):
+        names = [pattern for one in model._weight_conversions for pattern in one.target_patterns]
+        assert not any("experts" in name for name in names)
+        model.save_pretrained(tmp_path / folder)
+        written = load_file(tmp_path / folder / "model.safetensors")
+        assert {key.replace("block_sparse_moe", "mlp") for key in written if ".experts." in key} == own
+        model = lc.load(tmp_path / folder)
+    # Of a float model the experts are stored as ever.
+    lc.dequantize(model).save_pretrained(tmp_path / "float")
+    assert any(".experts.0.w1" in key for key in load_file(tmp_path / "float" / "model.safetensors"))
+
+
 def test_whoever_asks_for_a_missing_weight_is_told(tmp_path):
     model = lc.DynamicQuantization().compress(tiny_model("mixtral"), lc.Context())
     model.save_pretrained(tmp_path)

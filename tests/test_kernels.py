@@ -279,25 +279,3 @@ def test_scales_and_offsets_are_those_of_torch_int4_products(grid):
     found = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, grid.group_size, scales)
     expected = x.float() @ decode(coded, grid).T
     assert ((found.float() - expected).norm() / expected.norm()).item() < 0.01
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("bias", [True, False])
-def test_int4_on_cuda_is_the_unpacked_product(bias):
-    linear, grid = nn.Linear(256, 64, bias=bias), Grid(4, 64)
-    layer = PackedLinear.from_coded(linear, quantize(linear.weight, grid), grid)
-    x = torch.randn(2, 3, 256)
-    with torch.no_grad():
-        expected = x @ layer.dequantized().T + (linear.bias if bias else 0)
-        found = layer.cuda()(x.cuda().bfloat16()).float().cpu()
-    assert int4pack.runs(torch.device("cuda", 0))
-    assert ((found - expected).norm() / expected.norm()).item() < 0.02
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_trial_of_int4_on_cuda_does_not_hang_on_the_default_device():
-    device = torch.device("cuda", torch.cuda.current_device())
-    with torch.device("cuda"):
-        assert int4pack.runs.__wrapped__(device) == int4pack.runs(device)

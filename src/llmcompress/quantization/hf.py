@@ -28,6 +28,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from .between import use_native
 from .modules import QuantizedModule, replace_modules
 from .schemes import SCHEMES
+from .whole_codes import keep_codes_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -225,6 +226,7 @@ def _note(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     from transformers import PreTrainedModel
 
     quantized = bool(config.groups)
+    keep_codes_whole(model)
     if quantized:
         use_native(model)
         model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)

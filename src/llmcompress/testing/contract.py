@@ -88,7 +88,14 @@ def check_declaration(cls: type[Compressor]) -> None:
         _require(any(word in doc for word in sources), f"the docstring of {cls.__name__} names no source (arXiv, URL)")
 
 
-def check_compression(step: Compressor, family: str, *, folder: Path | None = None, twice: bool = True) -> Result:
+def check_compression(
+    step: Compressor,
+    family: str,
+    *,
+    folder: Path | None = None,
+    twice: bool = True,
+    device: torch.device | str = "cpu",
+) -> Result:
     """Check a run of `step` on the tiny model of `family`.
 
     The caller's model stays bit-identical, and its mode; the result is smaller or sparser, or the step says what else
@@ -101,6 +108,7 @@ def check_compression(step: Compressor, family: str, *, folder: Path | None = No
         family: one of `FAMILIES` or `IMAGE_FAMILIES`.
         folder: where the result is saved for `check_reloads`, or None.
         twice: whether it runs once more, to see that the same seed gives the same weights.
+        device: where the model is.
 
     Returns:
         The result of the run.
@@ -110,7 +118,7 @@ def check_compression(step: Compressor, family: str, *, folder: Path | None = No
         >>> check_compression(lc.MagnitudePruning(), "bert").model.training
         True
     """
-    model = tiny_model(family).train()
+    model = tiny_model(family).to(device).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
     data = tiny_data(model)
@@ -199,7 +207,7 @@ def _asked_the_same(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], 
     """Return the base's logits for the same tokens, which it may know by other ids, and of no others."""
     assert result.tokenizer is not None
     old, new = tiny_tokenizer().get_vocab(), result.tokenizer.get_vocab()
-    tokens = torch.tensor([old[name] for name in sorted(new, key=new.__getitem__)])
+    tokens = torch.tensor([old[name] for name in sorted(new, key=new.__getitem__)], device=model.device)
     base = probe_outputs(model, {key: tokens[ids] if key.endswith("ids") else ids for key, ids in inputs.items()})
     return base[..., tokens] if model.get_output_embeddings() is not None else base
 

@@ -79,7 +79,7 @@ class Int4PackProduct:
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """Map `rows` (rows, inputs) to (rows, outputs), bfloat16."""
-        exact = rows.to(torch.bfloat16)
+        exact = rows.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int4pack_mm(exact, self._weight, self._group, self._scales)
 
 

@@ -113,7 +113,9 @@ def int_mm_linear(
     columns = weight
     if weight.is_cuda:
         small = F.pad(small, (0, -inputs % _MULTIPLE, 0, max(_FEWEST_ROWS - rows, 0)))
-        columns = F.pad(weight, (0, -inputs % _MULTIPLE, 0, -outputs % _MULTIPLE))
+        # Not by nothing: torch would copy the weight.
+        if inputs % _MULTIPLE or outputs % _MULTIPLE:
+            columns = F.pad(weight, (0, -inputs % _MULTIPLE, 0, -outputs % _MULTIPLE))
     product = torch._int_mm(small, columns.t())[:rows, :outputs]
     if activations != "token":
         product = product + (shift - zero).to(torch.int32) * weight.sum(dim=1, dtype=torch.int32)
