@@ -18,7 +18,7 @@ import torch
 import llmcompress as lc
 from _int8_engines import dynamic
 from _machine import describe_machine
-from _turns import Times, by_lot, print_table
+from _turns import by_lot, print_table
 from decode_llama import SHORT, SIZES, llama
 from int8_llama import int4
 
@@ -88,15 +88,15 @@ def main() -> None:
         held[name] = torch.cuda.memory_allocated() - before
     held["torch bf16"] = sum(tensor.nbytes for tensor in base.parameters())
     ids = torch.randint(1000, 20000, (8, TOKENS), generator=torch.Generator().manual_seed(0)).cuda()
-    columns: dict[str, Times] = {}
+    print("\nMedian milliseconds [10th, 90th percentile]; speed relative to the first.", flush=True)
     for told, take, given in (
         (f"1x{TOKENS}", a_pass, ids[:1]),
         (f"8x{TOKENS}", a_pass, ids),
         ("a token", a_token, ids[:1, :PROMPT]),
     ):
-        columns[told] = by_lot({name: partial(take, one) for name, one in engines.items()}, given, arguments.rounds)
-    print("\nMedian milliseconds [10th, 90th percentile]; speed relative to the first.\n")
-    print_table(columns)
+        times = by_lot({name: partial(take, one) for name, one in engines.items()}, given, arguments.rounds)
+        print()
+        print_table({told: times})
     print("\n| model | GB of weights, with copies for kernels |\n|---|---|")
     for name, size in held.items():
         print(f"| {name} | {size / 1e9:.2f} |")

@@ -25,6 +25,10 @@ KINDS = {
     "int8": {"kind": "int8"},
 }
 
+on_cpus = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="transformers loads models of bitsandbytes on the GPU; see test_cuda.py"
+)
+
 
 def quantized(family="llama", **fields):
     return lc.BitsAndBytesQuantization(**fields).compress(tiny_model(family), lc.Context())
@@ -62,6 +66,7 @@ def test_logits_stay_near_and_the_original_untouched(family, kind, bound):
     assert not result.training
 
 
+@on_cpus
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_passes_and_state_dicts_may_alternate(family, kind, tmp_path):
@@ -130,6 +135,7 @@ def test_the_path_of_products_on_cpus_is_named(has, monkeypatch):
     assert ("torch._int_mm" if has else "no int8 product") in eight[1]
 
 
+@on_cpus
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_what_is_stored_is_what_transformers_stores(kind, tmp_path):
     model = tiny_model("llama")
@@ -212,6 +218,7 @@ def test_generates_with_and_without_cache_alike():
     assert torch.equal(model.generate(**settings, use_cache=True), model.generate(**settings, use_cache=False))
 
 
+@on_cpus
 def test_a_plain_auto_class_reads_it(tmp_path):
     model = quantized("gpt2")
     model.save_pretrained(tmp_path)

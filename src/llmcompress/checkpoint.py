@@ -206,7 +206,8 @@ def load(folder: str | Path, *, model_class: type[PreTrainedModel] | None = None
             has no weights for, a head for instance, are new then.
 
     Returns:
-        The model in eval mode, in the dtypes it was saved in, on the CPU.
+        The model in eval mode, in the dtypes it was saved in, on the CPU (one of bitsandbytes on a GPU where there is
+        one, as transformers has it).
 
     Raises:
         CheckpointError: it is no folder of a model, fails `verify`, or its weights do not fill the model; with

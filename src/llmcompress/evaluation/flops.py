@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .inference import evaluating
 from .latency import forward_inputs
@@ -128,7 +128,9 @@ def _expert_of_zeros(module: Any) -> Callable[[str, int, torch.Tensor], torch.Te
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    """Queries meet keys, and what comes of it the values; one head of these may serve several of queries."""
+    rows, heads, asked, width = query
+    return int(2 * rows * heads * asked * key[-2] * (width + value[-1]))
 
 
 def _grouped(left: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -142,10 +144,15 @@ def _vectors(matrix: Any, vector: Any, *_: Any, out_shape: Any = None, **__: Any
     return int(2 * rows * vector[0])
 
 
-# What torch's counter leaves out, though ordinary models use it on CPUs.
+# What torch's counter leaves out, though ordinary models use it on CPUs; and attention, since that of torch before 2.12
+# does not know of grouped heads.
 _FORMULAS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._grouped_mm: _grouped,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention,
     torch.ops.aten.mv: _vectors,
     torch.ops.aten.dot: _vectors,
 }
+if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.8
+    _FORMULAS[torch.ops.aten._grouped_mm] = _grouped

@@ -10,9 +10,10 @@ A model of which only sizes are noted is not quantized: it trains, casts and is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -159,6 +160,8 @@ class LLMCompressQuantizer(HfQuantizer):
             tied, partner = (model.get_submodule(key.rpartition(".")[0]) for key in (target, source))
             if isinstance(tied, QuantizedModule) and isinstance(partner, QuantizedModule) and target.endswith("weight"):
                 tied.tie(partner)
+        # Before transformers 5.23 a tensor of another shape is taken as it is.
+        self._shapes = {name: tensor.shape for name, tensor in _tensors(model)}
         # A base model read from a folder with a head (or the reverse) has other paths than the folder.
         self.quantization_config = LLMCompressConfig.of(model, sizes, getattr(config, "per_layer_config", None))
 
@@ -167,13 +170,19 @@ class LLMCompressQuantizer(HfQuantizer):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is None:
                     continue
+                told = self._shapes.get(f"{path}.{name}".removeprefix("."), tensor.shape)
                 if isinstance(module, QuantizedModule):
-                    if not getattr(tensor, "_is_hf_initialized", False):
+                    if tensor.shape != told or not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(
-                            f"model.safetensors has no {path}.{name} of the shape {tuple(tensor.shape)} that "
+                            f"model.safetensors has no {path}.{name} of the shape {tuple(told)} that "
                             "config.json tells; load it without other sizes (num_labels, ignore_mismatched_sizes) or "
                             "offloading, or else the folder is damaged: save the model again."
                         )
+                elif tensor.shape != told:
+                    raise CheckpointError(
+                        f"{path}.{name} has the shape {tuple(tensor.shape)}, where config.json tells {tuple(told)}; "
+                        "one of the two files was edited or comes from elsewhere: save the model again."
+                    )
                 elif isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
                     raise CheckpointError(
                         f"model.safetensors holds codes for {path}.{name}, but quantization_config in config.json does "
@@ -244,6 +253,11 @@ def _note(model: PreTrainedModel, config: LLMCompressConfig) -> None:
             vars(module.config).pop("_is_quantized", None)
             if quantized:
                 module.config._is_quantized = True
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 class _Paths:
