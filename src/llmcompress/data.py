@@ -20,6 +20,9 @@ from .sentences import Sentence, class_names, read_sentence
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What to pass where labels are missing.
+LABELLED = "(text, label) tuples, or rows with a column 'label'"
+
 
 @dataclass(frozen=True)
 class Span:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .anatomy.module_sizes import quantized_by
 from .class_labels import by_class_names
 from .compressor import Compressor
-from .data import Example, find_tokenizer, load_examples
+from .data import LABELLED, Example, find_tokenizer, load_examples
 from .errors import ConfigError, MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def check_inputs(
         if "labels" in step.needs and examples is not None:
             bare = next((index for index, example in enumerate(examples) if example.label is None), None)
             if bare is not None:
-                raise MissingInputError(f"{who} needs labels, and data[{bare}] has none; pass (text, label) pairs.")
+                raise MissingInputError(f"{who} needs labels, and data[{bare}] has none; pass {LABELLED}.")
         if "teacher" in step.needs and inplace:
             raise MissingInputError(
                 f"{who} needs the original as teacher, which inplace=True overwrites; drop inplace."

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..class_labels import class_indices, labels_are_flags, read_labels
-from ..data import Example, Span
+from ..data import LABELLED, Example, Span
 from ..errors import ConfigError, MissingInputError, did_you_mean
 from .heads import IGNORED, Head
 
@@ -37,8 +37,8 @@ def check_labels(head: Head, model: PreTrainedModel, examples: Sequence[Example]
     bare = next((index for index, example in enumerate(examples) if example.label is None), None)
     if bare is not None:
         raise MissingInputError(
-            f"KnowledgeDistillation needs labels for its hard loss, and data[{bare}] has none; pass (text, label) "
-            f"pairs, or alpha=1.0 to learn from the teacher alone."
+            f"KnowledgeDistillation needs labels for its hard loss, and data[{bare}] has none; pass {LABELLED}; or "
+            f"alpha=1.0 to learn from the teacher alone."
         )
     labels_of(head, model, examples)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from ...class_labels import by_class_names, class_indices, foreign_names, labels_are_flags
-from ...data import encode
+from ...data import LABELLED, encode
 from ...errors import ConfigError, MissingInputError, UnsupportedModelError, did_you_mean
 from ...registry import tasks
 from ..resampling import Metrics
@@ -99,10 +99,7 @@ class TextClassification(ForwardTask):
         super().__post_init__()
         without = next((i for i, example in enumerate(self.examples) if example.label is None), None)
         if without is not None:
-            raise MissingInputError(
-                f"TextClassification.data[{without}] has no label; pass (text, label) tuples, or rows with a column "
-                "'label'."
-            )
+            raise MissingInputError(f"TextClassification.data[{without}] has no label; pass {LABELLED}.")
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model that does not end in a classifier."""
