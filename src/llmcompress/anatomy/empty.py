@@ -125,3 +125,16 @@ def noted_zeros(weight: torch.Tensor) -> int:
     """Return how many zeros were noted on a weight without content; 0 where nothing was."""
     zeros: int = getattr(weight, _ZEROS, 0)
     return zeros
+
+
+def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return which parameters transformers loads in another dtype than `dtype`, by patterns of their names.
+
+    Example:
+        >>> from llmcompress.testing import tiny_model
+        >>> dtype_plan(tiny_model("bert"), torch.bfloat16)
+        {}
+    """
+    if hasattr(model, "_get_dtype_plan"):
+        return dict(model._get_dtype_plan(dtype))
+    return dict(model.dtype_plan)  # the first releases of transformers 5

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..anatomy.empty import empty_of_class, weightless
+from ..anatomy.empty import dtype_plan, empty_of_class, weightless
 from ..anatomy.module_sizes import resize
 from ..checkpoint import saved_class
 from ..errors import CheckpointError, ConfigError
@@ -80,7 +80,7 @@ def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: 
     finally:
         torch.set_default_dtype(usual)
     # What transformers keeps in float32 whatever the folder's dtype is.
-    exact = tuple(empty._get_dtype_plan(dtype))
+    exact = tuple(dtype_plan(empty, dtype))
     for name, parameter in empty.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if _is_in(name, exact) else dtype)

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from ..anatomy.empty import dtype_plan
 from ..anatomy.stacks import find_stacks
 from ..anatomy.turns import block_of
 from ..errors import CheckpointError
@@ -42,7 +43,7 @@ class Reading:
         self._empty = empty
         self._mapping = get_model_conversion_mapping(empty)
         # Parameters that stay in float32 whatever the dtype of the rest.
-        self._plan = empty._get_dtype_plan(empty.dtype)
+        self._plan = dtype_plan(empty, empty.dtype)
         stacks = find_stacks(empty)
         self._blocks = {stack.block_path(index): block for stack in stacks for index, block in enumerate(stack.blocks)}
         self._groups: dict[str, dict[str, Stored]] = defaultdict(dict)
@@ -84,7 +85,8 @@ class Reading:
 
     def conversions(self) -> list[Any]:
         """Return those of transformers' conversions that the names of this folder ask for, as loading notes them."""
-        return [conversion for conversion in self._mapping if conversion.was_used()]
+        # The first releases of transformers 5 do not note which; they revert all when they save.
+        return [one for one in self._mapping if not hasattr(one, "was_used") or one.was_used()]
 
     def _convert(self, block: str) -> dict[str, Any]:
         views = {name: stored.view()[0] for name, stored in self._groups[block].items()}
