@@ -17,8 +17,9 @@ import numpy as np
 
 # Of the quantizer's input: what the codes are makes no difference to the time.
 _SEED = 0
+_NO_AMX = r"-mno-amx-tile\ -mno-amx-int8\ -mno-amx-bf16"
 WITHOUT_AMX = (
-    'CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile" '
+    f'CMAKE_ARGS="-DCMAKE_C_FLAGS={_NO_AMX} -DCMAKE_CXX_FLAGS={_NO_AMX}" '
     "pip install --no-binary llama-cpp-python llama-cpp-python"
 )
 _FLOATS = ctypes.POINTER(ctypes.c_float)

@@ -23,8 +23,6 @@ from decode_llama import SHORT, SIZES, llama
 from int8_llama import int4
 
 TOKENS, PROMPT, WRITTEN = 512, 128, 48
-Engine = Callable[[torch.Tensor], float]
-"""Given ids, the milliseconds that it took."""
 
 
 def by(step: lc.Compressor) -> Callable[[torch.nn.Module], torch.nn.Module]:

@@ -137,4 +137,4 @@ def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
     """
     if hasattr(model, "_get_dtype_plan"):
         return dict(model._get_dtype_plan(dtype))
-    return dict(model.dtype_plan)  # the first releases of transformers 5
+    return dict(model.dtype_plan)  # transformers 5.0

@@ -187,7 +187,7 @@ def _eager_attention(model: PreTrainedModel, body: Anatomy) -> Iterator[None]:
     inside = [module for path in paths for module in model.get_submodule(path).modules()]
     try:
         model.set_attn_implementation("eager")
-        # Before transformers 5.23 it does not reach T5's two halves, which have configs of their own.
+        # In older transformers (5.17) it does not reach T5's two halves, which have configs of their own.
         for config, _ in before.values():
             config._attn_implementation_internal = "eager"
         with dropout_of(inside, 0.0):

@@ -144,8 +144,8 @@ def _vectors(matrix: Any, vector: Any, *_: Any, out_shape: Any = None, **__: Any
     return int(2 * rows * vector[0])
 
 
-# What torch's counter leaves out, though ordinary models use it on CPUs; and attention, since that of torch before 2.12
-# does not know of grouped heads.
+# What torch's counter leaves out, though ordinary models use it on CPUs; and attention, since older counters (that of
+# torch 2.11) do not know of grouped heads.
 _FORMULAS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention: _attention,
@@ -154,5 +154,5 @@ _FORMULAS: dict[Any, Any] = {
     torch.ops.aten.mv: _vectors,
     torch.ops.aten.dot: _vectors,
 }
-if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.8
+if hasattr(torch.ops.aten, "_grouped_mm"):  # not in torch 2.5
     _FORMULAS[torch.ops.aten._grouped_mm] = _grouped

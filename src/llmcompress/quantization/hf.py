@@ -160,7 +160,7 @@ class LLMCompressQuantizer(HfQuantizer):
             tied, partner = (model.get_submodule(key.rpartition(".")[0]) for key in (target, source))
             if isinstance(tied, QuantizedModule) and isinstance(partner, QuantizedModule) and target.endswith("weight"):
                 tied.tie(partner)
-        # Before transformers 5.23 a tensor of another shape is taken as it is.
+        # Older transformers (5.17) take a tensor of another shape as it is.
         self._shapes = {name: tensor.shape for name, tensor in _tensors(model)}
         # A base model read from a folder with a head (or the reverse) has other paths than the folder.
         self.quantization_config = LLMCompressConfig.of(model, sizes, getattr(config, "per_layer_config", None))

@@ -143,13 +143,13 @@ def _candidates(
 ) -> tuple[list[tuple[float, bool]], torch.Tensor]:
     """Return exponent and variant of each candidate, and its scales, (candidates, channels); the first is all ones."""
     device = readers[0].weight.device
-    columns = site.columns.to(device)
+    columns = site.columns.cpu()
 
     def by_channel(values: torch.Tensor) -> torch.Tensor:
         # Under grouped-query attention several inputs read one channel.
         sums = torch.zeros(site.channels, dtype=torch.float32)
         # On the CPU: a GPU adds them in another order each time, and the same seed must give the same scales.
-        return sums.scatter_reduce(0, columns.cpu(), values.cpu(), "mean", include_self=False).to(device)
+        return sums.scatter_reduce(0, columns, values.cpu(), "mean", include_self=False).to(device)
 
     tokens = sum(reader.inputs.count for reader in readers)
     inputs = by_channel(torch.stack([reader.inputs.magnitudes for reader in readers]).sum(0) / tokens)

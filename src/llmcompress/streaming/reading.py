@@ -85,7 +85,7 @@ class Reading:
 
     def conversions(self) -> list[Any]:
         """Return those of transformers' conversions that the names of this folder ask for, as loading notes them."""
-        # The first releases of transformers 5 do not note which; they revert all when they save.
+        # transformers 5.0 does not note which, and reverts all when it saves.
         return [one for one in self._mapping if not hasattr(one, "was_used") or one.was_used()]
 
     def _convert(self, block: str) -> dict[str, Any]:
