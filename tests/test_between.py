@@ -12,7 +12,7 @@ from torch import nn
 import llmcompress as lc
 from llmcompress.anatomy.probe import probe_inputs, probe_outputs
 from llmcompress.quantization import between
-from llmcompress.quantization.between import Activation, Between, RMSNorm, use_native
+from llmcompress.quantization.between import Activation, Between, LayerNorm, RMSNorm, use_native
 from llmcompress.quantization.kernels import native
 from llmcompress.support.tiny_models import build_tiny
 from llmcompress.testing import tiny_model
@@ -21,8 +21,8 @@ from native_sets import HERE, built
 every_set = pytest.mark.parametrize("kernels", HERE, ids=lambda kernels: kernels.name)
 EXACT = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 SWAPPED = {
-    "bert": {("Activation", "GELUActivation")},
-    "gpt2": {("Activation", "NewGELUActivation")},
+    "bert": {("Activation", "GELUActivation"), ("LayerNorm", "LayerNorm")},
+    "gpt2": {("Activation", "NewGELUActivation"), ("LayerNorm", "LayerNorm")},
     "llama": {("Activation", "SiLUActivation"), ("RMSNorm", "LlamaRMSNorm")},
     # Its norm multiplies by 1 + weight, and stays.
     "gemma": {("Activation", "GELUTanh")},
@@ -55,6 +55,29 @@ def test_rms_norm_is_the_formula(kernels, rows, columns, exponent, seed):
 
 
 @built
+@every_set
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 4), columns=st.integers(1, 150), offset=st.integers(-3, 3), seed=st.integers(0, 99))
+def test_layer_norm_is_the_formula(kernels, rows, columns, offset, seed):
+    source = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(size, generator=source) for size in ((rows, columns), (columns,), (columns,)))
+    x += offset
+    exact = F.layer_norm(x.double(), (columns,), weight.double(), bias.double(), 1e-5)
+    found = native.layer_norm(x, weight, bias, 1e-5, kernels).double()
+    assert torch.allclose(found, exact, rtol=1e-5, atol=1e-4 if columns < 3 else 1e-5)
+
+
+@built
+@every_set
+def test_layer_norm_of_what_is_not_finite_is_nan_in_its_row_alone(kernels):
+    x = torch.randn(3, 40)
+    x[1, 7] = float("inf")
+    y = native.layer_norm(x, torch.ones(40), torch.zeros(40), 1e-5, kernels)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@built
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_change_nothing(threads):
     before, x = torch.get_num_threads(), torch.randn(3, 99, 301)
@@ -64,8 +87,10 @@ def test_threads_change_nothing(threads):
         torch.set_num_threads(threads)
         assert torch.equal(native.activate("gelu", x, HERE[0]), torch.stack(alone))
         normed = native.rms_norm(x, weight, 1e-5, HERE[0])
+        centred = native.layer_norm(x, weight, weight, 1e-5, HERE[0])
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(centred[1, 5:6], native.layer_norm(x[1, 5:6].contiguous(), weight, weight, 1e-5, HERE[0]))
     assert torch.equal(normed[1, 5:6], native.rms_norm(x[1, 5:6].contiguous(), weight, 1e-5, HERE[0]))
 
 
@@ -120,6 +145,28 @@ def test_the_plain_module_runs_where_the_native_one_cannot():
     plain[0].weight = nn.Parameter(torch.full((16,), 2.0), requires_grad=False)
     assert torch.allclose(model(x.detach()), plain(x.detach()), atol=1e-6)
     assert torch.equal(model.half()(x.half()), plain.half()(x.half()))
+
+
+@built
+def test_a_layer_norm_is_native_and_knows_new_tensors():
+    model = nn.Sequential(nn.LayerNorm(16, eps=1e-3)).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    use_native(model)
+    assert isinstance(model[0], LayerNorm)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x = torch.randn(3, 4, 16) * 0.01
+    for one in (model, plain):
+        one[0].bias = nn.Parameter(torch.full((16,), 2.0), requires_grad=False)
+    assert torch.allclose(model(x), plain(x), atol=1e-5)
+    assert torch.equal(model(x[:0]), plain(x[:0]))
+    assert torch.equal(model.half()(x.half()), plain.half()(x.half()))
+
+
+@built
+def test_norms_without_a_bias_or_over_more_than_one_axis_stay():
+    model = nn.Sequential(nn.LayerNorm(8, bias=False), nn.LayerNorm((4, 8)), nn.LayerNorm(8, elementwise_affine=False))
+    use_native(model)
+    assert all(type(module) is nn.LayerNorm for module in model)
 
 
 class Gated(nn.Module):

@@ -147,7 +147,7 @@ def _block(model: PreTrainedModel, path: str, layers: list[WeightLayer], layouts
 def _attentions(model: PreTrainedModel, block: str, layers: list[WeightLayer], layouts: _Layouts) -> list[Attention]:
     groups: dict[str, dict[str, WeightLayer]] = {}
     for layer in layers:
-        role = _role(layer)
+        role = attention_role(layer.path)
         if role:
             groups.setdefault(layer.path.rpartition(".")[0], {})[role] = layer
     found: list[Attention] = []
@@ -167,7 +167,7 @@ def _attention(
     o = _projection(output)
     parts = {role: _projection(layer) for role, layer in roles.items()}
     first = parts.get("q") or parts["qkv"]
-    head_dim = _head_dim(model, first.path.rpartition(".")[0], o.inputs)
+    head_dim = head_dim_of(model, first.path.rpartition(".")[0], o.inputs)
     heads = o.inputs // head_dim
     qkv = parts.get("qkv") if "q" not in parts else None
     kv_outputs = (qkv.outputs - o.inputs) // 2 if qkv is not None else parts["k"].outputs
@@ -206,7 +206,7 @@ def _output_of(
         rest = [layer for layer in layers if layer.path.startswith(f"{scope}.") and layer.path not in taken]
         if rest:
             # A gated attention may hold more; the output is the last that is called so, or else that has no role.
-            bare = [layer for layer in rest if _role(layer) is None]
+            bare = [layer for layer in rest if attention_role(layer.path) is None]
             named = [layer for layer in bare if layer.path.rpartition(".")[2].lower() in _OUTPUT]
             return scope, next(reversed(named or bare), None)
         scope = scope.rpartition(".")[0]
@@ -234,7 +234,7 @@ def _feed_forward(
     model: PreTrainedModel, path: str, layers: list[WeightLayer], layouts: _Layouts
 ) -> FeedForward | None:
     parts = [_projection(layer) for layer in layers]
-    down = next((part for part in reversed(parts) if not _is_gate(part)), parts[-1])
+    down = next((part for part in reversed(parts) if not is_gate(part.path)), parts[-1])
     width, hidden = down.inputs, down.outputs
     ups = [part for part in parts if part is not down and part.inputs == hidden and part.outputs in {width, 2 * width}]
     if not ups or len(ups) != len(parts) - 1:
@@ -248,7 +248,7 @@ def _feed_forward(
     if len(ups) == 1:
         return FeedForward(path, down, width, up=ups[0], inner=inner)
     if len(ups) == 2 and ups[0].outputs == ups[1].outputs == width:
-        gate = next((part for part in ups if _is_gate(part)), ups[0])
+        gate = next((part for part in ups if is_gate(part.path)), ups[0])
         up = next(part for part in ups if part is not gate)
         return FeedForward(path, down, width, up=up, gate=gate, inner=inner)
     return None
@@ -311,8 +311,14 @@ def _router(model: PreTrainedModel, experts: str, count: int) -> str | None:
     return None
 
 
-def _role(layer: WeightLayer) -> str | None:
-    word = layer.path.rpartition(".")[2].lower()
+def attention_role(path: str) -> str | None:
+    """Return what a projection is by the last word of its path: `"q"`, `"k"`, `"v"`, `"qkv"`, or None for another.
+
+    Example:
+        >>> attention_role("layer.0.attention.self.query"), attention_role("layers.0.self_attn.o_proj")
+        ('q', None)
+    """
+    word = path.rpartition(".")[2].lower()
     words = (("q", _QUERY), ("k", _KEY), ("v", _VALUE), ("qkv", _FUSED))
     return next((role for role, names in words if word in names), None)
 
@@ -324,8 +330,14 @@ def _projection(layer: WeightLayer) -> Projection:
     return Projection(layer, inputs, outputs)
 
 
-def _is_gate(part: Projection) -> bool:
-    word = part.path.rpartition(".")[2].lower()
+def is_gate(path: str) -> bool:
+    """Tell by the last word of its path whether a projection is the gate of a feed-forward network.
+
+    Example:
+        >>> is_gate("layers.0.mlp.gate_proj"), is_gate("layers.0.mlp.up_proj")
+        (True, False)
+    """
+    word = path.rpartition(".")[2].lower()
     return "gate" in word or word in {"wi_0", "w1"}
 
 
@@ -343,7 +355,8 @@ def _norms(module: nn.Module, prefix: str) -> list[str]:
     return found
 
 
-def _head_dim(model: PreTrainedModel, attention: str, inputs: int) -> int:
+def head_dim_of(model: PreTrainedModel, attention: str, inputs: int) -> int:
+    """Return the width of one head of the attention at a path whose output projection has so many `inputs`."""
     owners = _owners(model, attention)
     for candidate in (_first_int(_HEAD_DIM, owners[:2]), _first_int(("head_dim",), owners[-1:])):
         if candidate and inputs % candidate == 0:

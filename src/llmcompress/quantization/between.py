@@ -1,4 +1,4 @@
-"""What stands between the products of a quantized model, in the native kernels: activation functions and RMSNorms.
+"""What stands between the products of a quantized model, in the native kernels: activation functions and norms.
 
 Where products are fast, these are a tenth of the time and more: torch's GELU takes twice as long as it must, and a
 Llama's norm is seven operators. The modules here take the place of a model's own when it is quantized, and again when
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels.native import Gate, activate, native, rms_norm
+from .kernels.native import Gate, Native, activate, layer_norm, native, rms_norm
 from .modules import replace_modules
 
 # Where functions without parameters or state are found, which may be called in order to see what they are.
@@ -87,30 +87,54 @@ class Activation(Between):
         return self.plain(x) if kernels is None else activate(self.gate, x, kernels)
 
 
-class RMSNorm(Between):
-    """A root mean square norm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
+class Norm(Between):
+    """A norm of rows; its parameters are shared with the module whose place it takes.
 
     Args:
-        plain: the module whose place it takes; its weight is shared.
-        epsilon: added to the mean.
+        plain: that module.
+        epsilon: added to the mean of squares.
     """
 
     weight: nn.Parameter
 
     def __init__(self, plain: nn.Module, epsilon: float) -> None:
         super().__init__(plain)
-        self.weight = cast(nn.Parameter, plain.weight)
+        for name, parameter in plain._parameters.items():
+            self.register_parameter(name, parameter)
         self.epsilon = epsilon
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...] | None:
+        """The parameters as a kernel reads them, or None where it cannot."""
+        found: tuple[Any, ...] = tuple(self._parameters.values())
+        return found if all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in found) else None
+
     def _has_gradient(self, x: torch.Tensor) -> bool:
-        return x.requires_grad or cast(nn.Parameter, self._parameters["weight"]).requires_grad
+        return x.requires_grad or any(cast(nn.Parameter, p).requires_grad for p in self._parameters.values())
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        weight, kernels = cast(nn.Parameter, self._parameters["weight"]), native()
-        fits = weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()
-        if kernels is None or not fits or x.shape[-1:] != weight.shape:
+        tensors, kernels = self.tensors, native()
+        if kernels is None or tensors is None or x.shape[-1:] != tensors[0].shape:
             return cast(torch.Tensor, self.plain(x))
-        return rms_norm(x, weight, self.epsilon, kernels)
+        return self._normalize(x, tensors, kernels)
+
+    @abstractmethod
+    def _normalize(self, x: torch.Tensor, tensors: tuple[torch.Tensor, ...], kernels: Native) -> torch.Tensor:
+        """Call the kernel."""
+
+
+class RMSNorm(Norm):
+    """A root mean square norm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+
+    def _normalize(self, x: torch.Tensor, tensors: tuple[torch.Tensor, ...], kernels: Native) -> torch.Tensor:
+        return rms_norm(x, tensors[0], self.epsilon, kernels)
+
+
+class LayerNorm(Norm):
+    """A layer norm with a bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
+
+    def _normalize(self, x: torch.Tensor, tensors: tuple[torch.Tensor, ...], kernels: Native) -> torch.Tensor:
+        return layer_norm(x, tensors[0], tensors[1], self.epsilon, kernels)
 
 
 def use_native(model: nn.Module) -> None:
@@ -130,7 +154,7 @@ def use_native(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Between) or any(getattr(module, name) for name in _HOOKS):
             continue
-        found = _activation(module) or _rms_norm(module)
+        found = _activation(module) or _layer_norm(module) or _rms_norm(module)
         if found is not None:
             replacements[module] = found
     replace_modules(model, replacements)
@@ -170,6 +194,14 @@ def _activation(module: nn.Module) -> Activation | None:
         if y is not None and torch.allclose(y, known, rtol=0, atol=2e-6):
             return Activation(module, gate)
     return None
+
+
+def _layer_norm(module: nn.Module) -> LayerNorm | None:
+    if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1 or module._modules:
+        return None
+    tensors = list(module._parameters.values())
+    known = len(tensors) == 2 and all(t is not None and t.dtype is torch.float32 and t.is_cpu for t in tensors)
+    return LayerNorm(module, module.eps) if known else None
 
 
 def _rms_norm(module: nn.Module) -> RMSNorm | None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..anatomy.module_sizes import build, module_sizes, quantized_by, resize
 from ..errors import ConfigError, UnsupportedModelError
 from .between import use_plain
+from .fast_path import leave_fast_path
 from .hf import METHOD, mark
 from .modules import QuantizedModule, replace_modules
 
@@ -72,6 +73,7 @@ def dequantize(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedMo
     places = dict(floats.named_modules(remove_duplicate=False))
     shared: dict[int, nn.Parameter] = {}
     # One layer at a time: codes and floats of the whole model need not fit in memory together.
+    leave_fast_path(result)
     use_plain(result)
     for path, module in list(result.named_modules()):
         weights = _float_weights(module)

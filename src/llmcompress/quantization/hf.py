@@ -27,6 +27,7 @@ from ..anatomy.module_sizes import ModuleSizes, module_sizes, quantized_by, resi
 from ..anatomy.per_layer import per_layer_config
 from ..errors import CheckpointError, UnsupportedModelError
 from .between import use_native
+from .fast_path import use_fast_path
 from .modules import QuantizedModule, replace_modules
 from .schemes import SCHEMES
 from .whole_codes import keep_codes_whole
@@ -238,6 +239,7 @@ def _note(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     keep_codes_whole(model)
     if quantized:
         use_native(model)
+        use_fast_path(model)
         model.hf_quantizer = LLMCompressQuantizer(config, pre_quantized=True)
         model.is_quantized = True
         model.quantization_method = METHOD

@@ -259,17 +259,9 @@ class Int8Linear(Int8Module):
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, activations={self.activations!r}"
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() < 2:
-            return self._product(x.unsqueeze(0)).squeeze(0)
-        # Past `nn.Module.__getattr__`, and in few steps: Python takes as long as the smallest products.
-        weight, bias = cast(nn.Parameter, self._parameters["weight"]), self._parameters["bias"]
-        scale = self.scale if self._partner is not None else cast(torch.Tensor, self._buffers["scale"])
-        given = x.dtype
-        if given is not torch.float32:
-            if not given.is_floating_point:
-                raise no_float_input(self, given)
-            x = x.float()
+    def computed_by(self) -> tuple[kernels.PackedCopy | None, Activations | Stored]:
+        """Return the packed copy that computes the product, None where none does, and how it codes activations."""
+        weight, scale, bias = self._tensors()
         known = self._packed
         # Made anew whenever a tensor was replaced or written to.
         if known is None or known[0] != kernels.copy_state(weight, scale, bias, self.activations):
@@ -277,10 +269,27 @@ class Int8Linear(Int8Module):
             if kernels.takes_copy(weight):
                 # One assignment: another thread sees the old copy or the new one, whole.
                 known = self._packed = kernels.packed_copy(weight, scale, bias, self.activations)
-        if known is not None:
-            y = known[1](x, bias, self.activations)
+        return None if known is None else known[1], self.activations
+
+    def _tensors(self) -> tuple[nn.Parameter, torch.Tensor, nn.Parameter | None]:
+        # Past `nn.Module.__getattr__`, and in few steps: Python takes as long as the smallest products.
+        weight, bias = cast(nn.Parameter, self._parameters["weight"]), self._parameters["bias"]
+        return weight, self.scale if self._partner is not None else cast(torch.Tensor, self._buffers["scale"]), bias
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() < 2:
+            return self._product(x.unsqueeze(0)).squeeze(0)
+        given = x.dtype
+        if given is not torch.float32:
+            if not given.is_floating_point:
+                raise no_float_input(self, given)
+            x = x.float()
+        copy, activations = self.computed_by()
+        if copy is not None:
+            y = copy(x, self._parameters["bias"], activations)
         else:
-            y = kernels.unpacked_linear(x, weight, scale, bias, self.activations)
+            weight, scale, bias = self._tensors()
+            y = kernels.unpacked_linear(x, weight, scale, bias, activations)
         return y if given is torch.float32 else y.to(given)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:

@@ -198,6 +198,11 @@ class PackedLinear(PackedModule):
             raise no_float_input(self, x.dtype)
         if x.dim() < 2:
             return self._product(x.unsqueeze(0)).squeeze(0)
+        product, bias, matrix = self.computed_by()
+        return product(x, bias, matrix)
+
+    def computed_by(self) -> tuple[kernels.Product, nn.Parameter | None, PackedMatrix]:
+        """Return what computes the product, the bias, and the matrix."""
         # Past `nn.Module.__getattr__`, and in few steps: Python takes as long as the smallest products.
         weight, buffers = cast(nn.Parameter, self._parameters["weight"]), cast("dict[str, torch.Tensor]", self._buffers)
         if self._partner is None:
@@ -210,7 +215,7 @@ class PackedLinear(PackedModule):
             matrix = self.matrix()
             # One assignment: another thread sees the old product or the new one, whole.
             known = self._derived = (*kernels.product_of(matrix, self.compute), matrix)
-        return known[1](x, self._parameters["bias"], known[2])
+        return known[1], self._parameters["bias"], known[2]
 
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
         grid, zero = self.grid, self.zero if self.grid.has_zero else None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import kernels
-from .kernels import Stored
+from .kernels import Activations, Stored
 from .linear_form import LinearForm
 from .modules import Int8Linear, QuantizedModule, Spec
 
@@ -95,7 +95,8 @@ class Int8StaticLinear(Int8Linear):
             coding = f"(x / {float(self.input_scale):.4g} + {int(self.input_zero_point)})"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, inputs={coding}"
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
+    def computed_by(self) -> tuple[kernels.PackedCopy | None, Activations | Stored]:
+        """Return the packed copy that computes the product, None where none does, and how it codes activations."""
         buffers = cast("dict[str, torch.Tensor]", self._buffers)
         scale, zero = buffers["input_scale"], buffers["input_zero_point"]
         known = self._stored
@@ -106,7 +107,7 @@ class Int8StaticLinear(Int8Linear):
         # `nn.Module.__setattr__` takes as long as the smallest products.
         if self.activations is not known[1]:
             self.activations = known[1]
-        return super()._product(x)
+        return super().computed_by()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
         exact = self.input_scale

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import cast
 
 import torch
 
 from .int8 import Activations, Stored, activation_bits
-from .native import Native, expect
+from .native import Native, ProductStep, expect
 
 _GRAINS = {"tensor": 0, "token": 1}
 _STORED = 2
@@ -84,6 +85,13 @@ class Int8Weight:
         if failed:
             raise MemoryError(f"no memory for the codes of activations {tuple(x.shape)}")
         return y
+
+    def step(self, how: object) -> ProductStep:
+        """Return the product as a step of a chain; `how` tells how activations are coded, as for a call."""
+        option, levels, zero, unit = _coding(cast("Activations | Stored", how))
+        sizes = self._inputs, self._outputs
+        by_row = option != _GRAINS["tensor"]
+        return ProductStep(*sizes, self._handle, False, option, levels, zero, unit, by_row=by_row)
 
 
 def _coding(activations: Activations | Stored) -> tuple[int, int, int, float]:

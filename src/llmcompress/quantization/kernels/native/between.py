@@ -1,4 +1,4 @@
-"""What lies between the products: activation functions and RMSNorm, each in one pass over its input."""
+"""What lies between the products: activation functions, RMSNorm and LayerNorm, each in one pass over its input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .library import Native
 Gate = Literal["gelu", "gelu_tanh", "silu"]
 """GELU by the error function, GELU by its approximation with tanh, and SiLU."""
 
-_GATES: dict[Gate, int] = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+GATES: dict[Gate, int] = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+"""The numbers by which the kernels know them."""
+
 # For `torch.jit.trace`, which records operators of torch only, and of a kernel the memory of its answer.
 _TRACED: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
@@ -37,7 +39,7 @@ def activate(gate: Gate, x: torch.Tensor, kernels: Native) -> torch.Tensor:
         return _TRACED[gate](x)
     y = torch.empty_like(x)
     kernels.functions.llmc_activate(
-        kernels.table, _GATES[gate], x.data_ptr(), x.numel(), y.data_ptr(), torch.get_num_threads()
+        kernels.table, GATES[gate], x.data_ptr(), x.numel(), y.data_ptr(), torch.get_num_threads()
     )
     return y
 
@@ -61,6 +63,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Nat
         kernels.table,
         x.data_ptr(),
         weight.data_ptr(),
+        x.numel() // columns,
+        columns,
+        epsilon,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, kernels: Native
+) -> torch.Tensor:
+    """Return `(x - mean) / sqrt(variance + epsilon) * weight + bias`, those of each row (Ba et al. 2016).
+
+    Args:
+        x: float32 (..., columns), contiguous, on the CPU, not empty.
+        weight: float32 (columns,), contiguous, on the CPU.
+        bias: the same.
+        epsilon: added to the variance.
+        kernels: what computes.
+
+    Returns:
+        A new tensor of the shape of `x`.
+    """
+    if torch.jit.is_tracing():
+        return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+    y, columns = torch.empty_like(x), x.shape[-1]
+    kernels.functions.llmc_layer_norm(
+        kernels.table,
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
         x.numel() // columns,
         columns,
         epsilon,

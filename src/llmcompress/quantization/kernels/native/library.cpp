@@ -1,6 +1,7 @@
 // The plain C functions that the loader calls. A kernel takes the table of the instruction set that it shall run with.
 #include <cstring>
 
+#include "chain.hpp"
 #include "cpu.hpp"
 #include "export.hpp"
 #include "int8_weight.hpp"
@@ -87,6 +88,19 @@ LLMC_EXPORT void llmc_activate(const Table* table, int64_t gate, const float* x,
 LLMC_EXPORT void llmc_rms_norm(const Table* table, const float* x, const float* weight, int64_t rows, int64_t columns,
                                float epsilon, float* y, int64_t threads) {
   table->rms_norm(x, weight, rows, columns, epsilon, y, threads);
+}
+
+LLMC_EXPORT void llmc_layer_norm(const Table* table, const float* x, const float* weight, const float* bias,
+                                 int64_t rows, int64_t columns, float epsilon, float* y, int64_t threads) {
+  table->layer_norm(x, weight, bias, rows, columns, epsilon, y, threads);
+}
+
+// Returns 0, or 1 where memory is short.
+LLMC_EXPORT int32_t llmc_run_chain(const Table* table, const llmc::Step* steps, int64_t count, float* const* outside,
+                                   int64_t from_outside, const int64_t* widths, float* scratch, int64_t part,
+                                   int64_t rows, int64_t threads) {
+  const llmc::Buffers buffers{outside, from_outside, widths, scratch, part};
+  return status_of([&] { llmc::run_chain(*table, steps, count, buffers, rows, threads); });
 }
 
 // The largest code of an activation that the set's kernels multiply by codes of 8 bits.

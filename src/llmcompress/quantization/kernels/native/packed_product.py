@@ -11,6 +11,7 @@ import torch
 from ....errors import CompressionError
 from ...grid import LEVELS, Codebook, Grid
 from ...packing import packed_width
+from .chain import ProductStep
 from .expected import expect
 from .library import Native
 
@@ -104,6 +105,16 @@ class NativeProduct:
         if failed:
             raise MemoryError(f"no memory for the codes of activations {tuple(x.shape)}")
         return product if given is torch.float32 else product.to(given)
+
+    def step(self, how: object) -> ProductStep:
+        """Return the product as a step of a chain; `how` is the bias, float32, or None."""
+        bias = how if isinstance(how, torch.Tensor) else None
+        if bias is not None:
+            expect("the bias of a packed layer", bias.contiguous(), (self._outputs,), torch.float32)
+        address = None if bias is None else bias.data_ptr()
+        return ProductStep(
+            self._columns, self._outputs, self._address, packed=True, option=int(self._exact), bias=address
+        )
 
 
 def _check(matrix: PackedMatrix) -> None:

@@ -1,0 +1,61 @@
+#include "chain.hpp"
+
+#include "int8_weight.hpp"
+#include "packed_matrix.hpp"
+
+namespace llmc {
+namespace {
+
+float* at(const Buffers& buffers, int64_t number, int64_t row) {
+  if (number < buffers.from_outside) return buffers.outside[number] + row * buffers.widths[number];
+  int64_t before = 0;
+  for (int64_t i = buffers.from_outside; i < number; ++i) before += buffers.widths[i];
+  return buffers.scratch + before * buffers.part;
+}
+
+}  // namespace
+
+void run_chain(const Table& table, const Step* steps, int64_t count, const Buffers& buffers, int64_t rows,
+               int64_t threads) {
+  for (int64_t row = 0; row < rows; row += buffers.part) {
+    const int64_t own = rows - row < buffers.part ? rows - row : buffers.part;
+    for (const Step* step = steps; step < steps + count; ++step) {
+      const float* const from = at(buffers, step->from, row);
+      const float* const with = at(buffers, step->with, row);
+      float* const to = at(buffers, step->to, row);
+      const int64_t width = buffers.widths[step->from];
+      switch (static_cast<Op>(step->op)) {
+        case Op::int8: {
+          const Coding coding{static_cast<Grain>(step->option), static_cast<int32_t>(step->levels),
+                              static_cast<int32_t>(step->zero), step->unit};
+          table.multiply_int8(*static_cast<const Int8Weight*>(step->weight), from, own, to, coding, threads);
+          break;
+        }
+        case Op::packed:
+          table.multiply_packed(*static_cast<const PackedMatrix*>(step->weight), from, own, step->bias, to,
+                                step->option != 0, threads);
+          break;
+        case Op::activate:
+          table.activate(step->option, from, own * width, to, threads);
+          break;
+        case Op::add:
+        case Op::multiply:
+          table.combine(static_cast<Op>(step->op) == Op::multiply, from, with, own * width, to, threads);
+          break;
+        case Op::rms_norm:
+          table.rms_norm(from, static_cast<const float*>(step->weight), own * (width / step->option), step->option,
+                         step->unit, to, threads);
+          break;
+        case Op::layer_norm:
+          table.layer_norm(from, static_cast<const float*>(step->weight), step->bias, own * (width / step->option),
+                           step->option, step->unit, to, threads);
+          break;
+        case Op::rotate:
+          table.rotate(from, with, at(buffers, step->also, row), own, width / step->option, step->option, to, threads);
+          break;
+      }
+    }
+  }
+}
+
+}  // namespace llmc
