@@ -17,8 +17,10 @@ float* at(const Buffers& buffers, int64_t number, int64_t row) {
 
 void run_chain(const Table& table, const Step* steps, int64_t count, const Buffers& buffers, int64_t rows,
                int64_t threads) {
-  for (int64_t row = 0; row < rows; row += buffers.part) {
-    const int64_t own = rows - row < buffers.part ? rows - row : buffers.part;
+  // Parts as equal as may be: few rows that are left over would be multiplied in another way than the others.
+  const int64_t parts = rows ? (rows + buffers.part - 1) / buffers.part : 0;
+  for (int64_t number = 0; number < parts; ++number) {
+    const int64_t row = number * rows / parts, own = (number + 1) * rows / parts - row;
     for (const Step* step = steps; step < steps + count; ++step) {
       const float* const from = at(buffers, step->from, row);
       const float* const with = at(buffers, step->with, row);
