@@ -35,7 +35,7 @@ check: install
 sanitize: install
 	$(RUN) $(NATIVE)/build.py --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(RUN) -m pytest -p no:cacheprovider tests/test_native.py tests/test_int8_native.py; status=$$?; $(RUN) $(NATIVE)/build.py; exit $$status
+	  $(RUN) -m pytest -p no:cacheprovider tests/test_native.py tests/test_int8_native.py tests/test_chain.py tests/test_between.py; status=$$?; $(RUN) $(NATIVE)/build.py; exit $$status
 
 bench: install
 	$(RUN) benchmarks/int8_bert.py
