@@ -24,8 +24,7 @@ SWAPPED = {
     "bert": {("Activation", "GELUActivation"), ("LayerNorm", "LayerNorm")},
     "gpt2": {("Activation", "NewGELUActivation"), ("LayerNorm", "LayerNorm")},
     "llama": {("Activation", "SiLUActivation"), ("RMSNorm", "LlamaRMSNorm")},
-    # Its norm multiplies by 1 + weight, and stays.
-    "gemma": {("Activation", "GELUTanh")},
+    "gemma": {("Activation", "GELUTanh"), ("RMSNorm", "GemmaRMSNorm")},
 }
 
 
@@ -52,6 +51,8 @@ def test_rms_norm_is_the_formula(kernels, rows, columns, exponent, seed):
     exact = x.double()
     exact = exact * (exact.square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double()
     assert torch.allclose(native.rms_norm(x, weight, 1e-6, kernels).double(), exact, rtol=2e-6, atol=1e-12)
+    moved = native.rms_norm(x, weight - 1, 1e-6, kernels, offset=1.0).double()
+    assert torch.allclose(moved, exact, rtol=2e-6, atol=1e-6 * float(exact.abs().max() if exact.numel() else 0))
 
 
 @built

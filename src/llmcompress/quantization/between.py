@@ -48,11 +48,11 @@ class Between(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` to a new tensor of its shape."""
-        if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+        if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu:
             return cast(torch.Tensor, self.plain(x))
         if x.numel() == 0 or (torch.is_grad_enabled() and self._has_gradient(x)):
             return cast(torch.Tensor, self.plain(x))
-        return self._compute(x)
+        return self._compute(x.contiguous())
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the module."""
@@ -124,10 +124,20 @@ class Norm(Between):
 
 
 class RMSNorm(Norm):
-    """A root mean square norm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    """A root mean square norm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    Args:
+        plain: the module whose place it takes.
+        epsilon: added to the mean of squares.
+        offset: added to the weight: 1 in Gemma's.
+    """
+
+    def __init__(self, plain: nn.Module, epsilon: float, offset: float = 0.0) -> None:
+        super().__init__(plain, epsilon)
+        self.offset = offset
 
     def _normalize(self, x: torch.Tensor, tensors: tuple[torch.Tensor, ...], kernels: Native) -> torch.Tensor:
-        return rms_norm(x, tensors[0], self.epsilon, kernels)
+        return rms_norm(x, tensors[0], self.epsilon, kernels, self.offset)
 
 
 class LayerNorm(Norm):
@@ -215,5 +225,8 @@ def _rms_norm(module: nn.Module) -> RMSNorm | None:
     with torch.no_grad():
         # Small rows, of which the epsilon is a part.
         x[1] *= epsilon**0.5
-        y, expected = _tried(module, x), x * (x.square().mean(1, keepdim=True) + epsilon).rsqrt() * weight
-    return RMSNorm(module, epsilon) if y is not None and torch.allclose(y, expected, rtol=1e-5) else None
+        y, normed = _tried(module, x), x * (x.square().mean(1, keepdim=True) + epsilon).rsqrt()
+        for offset in (0.0, 1.0):
+            if y is not None and torch.allclose(y, normed * (weight + offset), rtol=1e-5):
+                return RMSNorm(module, epsilon, offset)
+    return None

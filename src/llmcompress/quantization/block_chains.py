@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .between import Activation, LayerNorm, Norm
+from .between import Activation, Norm, RMSNorm
 from .kernels import Int8Weight
 from .kernels.native import Chain, NativeProduct, RunningChain, native
 from .modules import Int8Linear
 from .packed_modules import PackedLinear
 
 if TYPE_CHECKING:
-    from .transformer_block import TransformerBlock
+    from .transformer_block import Norms, TransformerBlock
 
 # A tensor where it is registered: beside others, under its name, and what changes when it is written to or moved.
 _Mark = tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor | None, int, int]
@@ -56,51 +56,43 @@ class BlockChains:
         return None if None in copies else copies
 
 
+def may_chain(block: TransformerBlock) -> bool:
+    """Tell by the classes of its layers whether a block may have chains."""
+    linear = all(isinstance(layer, (Int8Linear, PackedLinear)) for layer in block.linear)
+    return linear and isinstance(block.activation, Activation) and all(isinstance(norm, Norm) for norm in block.norms)
+
+
 def block_chains(block: TransformerBlock) -> BlockChains | None:
-    """Return the chains of a block, or None where a layer of it is not computed by a native kernel."""
-    kernels = native()
-    linear = [layer for layer in (block.q, block.k, block.v, block.o, block.up, block.gate, block.down) if layer]
-    if kernels is None or not isinstance(block.activation, Activation) or not all(map(_is_native, linear)):
+    """Return the chains of a block that `may_chain`, or None where a layer is not computed by a native kernel now."""
+    kernels, linear, norms = native(), block.linear, cast("list[Norm]", block.norms)
+    if kernels is None or not all(map(_is_native, linear)) or any(norm.tensors is None for norm in norms):
         return None
-    if not all(isinstance(norm, Norm) and norm.tensors is not None for norm in block.norms):
-        return None
-    (first, second), heads = cast("tuple[Norm, Norm]", block.norms), cast("tuple[Norm, ...]", block.head_norms)
-    gate = block.activation.gate
     before = Chain(kernels)
-    x = before.given(_sizes(block.q)[0])
-    states = _norm(before, x, first) if block.norm_first else x
-    asked, keys, values = (_product(before, states, layer) for layer in (block.q, block.k, block.v))
+    x = before.given(_sizes(block.qkv[0])[0])
+    states = _norm(before, x, block.attention_norms.before)
+    projected = [_product(before, states, layer) for layer in block.qkv]
     if block.rotates_halves:
-        if not all(isinstance(norm, Norm) and norm.tensors is not None for norm in block.head_norms):
-            return None
-        if block.head_norms:
-            asked, keys = (_norm(before, *pair) for pair in zip((asked, keys), heads, strict=True))
+        for place, norm in enumerate(block.head_norms):
+            projected[place] = _norm(before, projected[place], norm)
         cosines, sines = before.given(block.head_dim), before.given(block.head_dim)
-        asked, keys = (before.rotate(vectors, cosines, sines) for vectors in (asked, keys))
-    running = before.finish(asked, keys, values)
+        projected[:2] = (before.rotate(vectors, cosines, sines) for vectors in projected[:2])
     behind = Chain(kernels)
-    inputs, outputs = _sizes(block.o)
-    attended, x = behind.given(inputs), behind.given(outputs)
-    attended = behind.add(_product(behind, attended, block.o), x)
-    if not block.norm_first:
-        attended = _norm(behind, attended, first)
-    states = _norm(behind, attended, second) if block.norm_first else attended
-    if block.gate is None:
-        inner = behind.activate(gate, _product(behind, states, block.up))
-    else:
-        inner = behind.activate(gate, _product(behind, states, block.gate))
+    heads, x = (behind.given(size) for size in _sizes(block.o))
+    attended = _sum(behind, _product(behind, heads, block.o), x, block.attention_norms)
+    states = _norm(behind, attended, block.network_norms.before)
+    inner = _product(behind, states, block.up if block.gate is None else block.gate)
+    inner = behind.activate(cast(Activation, block.activation).gate, inner)
+    if block.gate is not None:
         inner = behind.multiply(inner, _product(behind, states, block.up))
-    y = behind.add(_product(behind, inner, block.down), attended)
-    if not block.norm_first:
-        y = _norm(behind, y, second)
+    y = _sum(behind, _product(behind, inner, block.down), attended, block.network_norms)
     copies = tuple(weakref.ref(cast("Int8Linear | PackedLinear", layer).computed_by()[0]) for layer in linear)
     marks = tuple(
         (beside, name, tensor, _version(tensor), 0 if tensor is None else tensor.data_ptr())
-        for layer in (*linear, first, second, *heads)
+        for layer in (*linear, *norms)
         for beside in (layer._parameters, layer._buffers)
         for name, tensor in beside.items()
     )
-    return BlockChains(running, behind.finish(y), copies, marks)
+    return BlockChains(before.finish(*projected), behind.finish(y), copies, marks)
 
 
 def _version(tensor: torch.Tensor | None) -> int:
@@ -113,9 +105,7 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def _is_native(layer: nn.Module) -> bool:
-    if not isinstance(layer, (Int8Linear, PackedLinear)):
-        return False
-    computes, how, *_ = layer.computed_by()
+    computes, how, *_ = cast("Int8Linear | PackedLinear", layer).computed_by()
     if isinstance(how, torch.Tensor) and (how.dtype is not torch.float32 or not how.is_contiguous()):
         return False
     return isinstance(computes, (Int8Weight, NativeProduct))
@@ -126,8 +116,14 @@ def _product(chain: Chain, x: int, layer: nn.Module) -> int:
     return chain.product(x, cast("Int8Weight | NativeProduct", computes).step(how))
 
 
-def _norm(chain: Chain, x: int, norm: Norm) -> int:
+def _sum(chain: Chain, y: int, x: int, norms: Norms) -> int:
+    return _norm(chain, chain.add(_norm(chain, y, norms.after), x), norms.summed)
+
+
+def _norm(chain: Chain, x: int, norm: nn.Module | None) -> int:
+    if not isinstance(norm, Norm):
+        return x
     tensors = cast("tuple[torch.Tensor, ...]", norm.tensors)
-    if isinstance(norm, LayerNorm):
-        return chain.layer_norm(x, tensors[0], tensors[1], norm.epsilon)
-    return chain.rms_norm(x, tensors[0], norm.epsilon)
+    if isinstance(norm, RMSNorm):
+        return chain.rms_norm(x, tensors[0], norm.epsilon, norm.offset)
+    return chain.layer_norm(x, tensors[0], tensors[1], norm.epsilon)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..anatomy.find import attention_role, head_dim_of, is_gate
-from .block_chains import BlockChains, block_chains
+from .block_chains import BlockChains, block_chains, may_chain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,37 +53,50 @@ class Given:
         return None if self.mask is None else self.mask.dtype, rotary, self.cache is not None
 
 
+class Norms(NamedTuple):
+    """The norms of an attention or of a feed-forward network, each where there is one.
+
+    Attributes:
+        before: of what it is given.
+        after: of what it gives, before the residual is added.
+        summed: of the sum with the residual.
+    """
+
+    before: nn.Module | None = None
+    after: nn.Module | None = None
+    summed: nn.Module | None = None
+
+
 @dataclass
 class TransformerBlock:
     """The layers of a block, in the order in which they compute.
 
     Attributes:
         attention: the module that attends, with the settings that transformers' attention functions read there.
-        q, k, v, o: its projections.
+        qkv: the projections of queries, keys and values, or the one that is all of them in this order.
+        o: that of what was attended.
         up, down: those of the feed-forward network.
         gate: the third one there, or None.
         activation: what stands behind `gate`, or else `up`.
-        norms: of the attention and of the feed-forward network.
+        attention_norms: those around the attention.
+        network_norms: those around the feed-forward network.
         head_norms: of queries and keys, or nothing.
         head_dim: width of a head.
-        norm_first: whether a norm stands before what it belongs to, or behind the sum with the residual.
         rotates_halves: whether positions turn the halves of a head against one another, which a kernel does; else the
             model's own function is called.
     """
 
     attention: nn.Module
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
+    qkv: tuple[nn.Module, ...]
     o: nn.Module
     up: nn.Module
     down: nn.Module
     gate: nn.Module | None
     activation: nn.Module
-    norms: tuple[nn.Module, nn.Module]
+    attention_norms: Norms
+    network_norms: Norms
     head_norms: tuple[nn.Module, ...]
     head_dim: int
-    norm_first: bool
     rotates_halves: bool
     _chains: BlockChains | None = None
 
@@ -96,39 +109,56 @@ class TransformerBlock:
         config = self.attention.__dict__.get("config")
         return getattr(config, "_attn_implementation", None) == _ATTENTION
 
+    @cached_property
+    def _is_native(self) -> bool:
+        return may_chain(self)
+
+    @property
+    def linear(self) -> list[nn.Module]:
+        """All layers that multiply."""
+        return [layer for layer in (*self.qkv, self.o, self.up, self.gate, self.down) if layer is not None]
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """All norms."""
+        return [norm for norm in (*self.attention_norms, *self.network_norms, *self.head_norms) if norm is not None]
+
     def run(self, x: torch.Tensor, given: Given) -> torch.Tensor:
         """Map states `x` (batch, tokens, hidden) to new ones; without dropout, and without a backward pass."""
-        if x.dtype is torch.float32 and x.is_contiguous():
+        if self._is_native and x.dtype is torch.float32 and x.is_contiguous():
             chains = self._chains
             held = None if chains is None else chains.copies()
             if held is None:
                 chains = self._chains = block_chains(self)
                 held = None if chains is None else chains.copies()
             if chains is not None and held is not None:
-                q, k, v = chains.before(x, *(self._rotary_of(x, given) if self.rotates_halves else ()))
-                y = self._attend(*self._heads(q, k, v, given, ready=self.rotates_halves), given)
+                projected = chains.before(x, *(self._rotary_of(x, given) if self.rotates_halves else ()))
+                y = self._attend(*self._heads(projected, given, ready=self.rotates_halves), given)
                 return chains.behind(y, x)[0]
         return self._run_layers(x, given)
 
     def _run_layers(self, x: torch.Tensor, given: Given) -> torch.Tensor:
-        first, second = self.norms
-        states = first.forward(x) if self.norm_first else x
-        q, k, v = (layer.forward(states) for layer in (self.q, self.k, self.v))
-        attended = self.o.forward(self._attend(*self._heads(q, k, v, given), given)).add_(x)
-        if not self.norm_first:
-            attended = first.forward(attended)
-        states = second.forward(attended) if self.norm_first else attended
+        norms = self.attention_norms
+        states = _normed(norms.before, x)
+        y = self._attend(*self._heads([layer.forward(states) for layer in self.qkv], given), given)
+        attended = _normed(norms.summed, _normed(norms.after, self.o.forward(y)).add_(x))
+        norms = self.network_norms
+        states = _normed(norms.before, attended)
         if self.gate is None:
             inner = self.activation.forward(self.up.forward(states))
         else:
             inner = self.activation.forward(self.gate.forward(states)).mul_(self.up.forward(states))
-        y = self.down.forward(inner).add_(attended)
-        return cast(torch.Tensor, y if self.norm_first else second.forward(y))
+        return _normed(norms.summed, _normed(norms.after, self.down.forward(inner)).add_(attended))
 
     def _heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: Given, *, ready: bool = False
+        self, projected: Sequence[torch.Tensor], given: Given, *, ready: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return each as (batch, heads, tokens, head_dim); normalized and rotated, unless they are `ready`."""
+        if len(projected) == 1:
+            asked = cast(int, self.o.in_features)
+            rest = (projected[0].shape[-1] - asked) // 2
+            projected = projected[0].split((asked, rest, rest), dim=-1)
+        q, k, v = projected
         heads = (*q.shape[:2], -1, self.head_dim)
         q, k = q.view(heads), k.view(heads)
         if self.head_norms and not ready:
@@ -174,55 +204,67 @@ def find_parts(model: PreTrainedModel, path: str) -> Iterator[TransformerBlock]:
 
     Example:
         >>> from llmcompress.testing import tiny_model
-        >>> [(block.norm_first, block.head_dim) for block in find_parts(tiny_model("bert"), "bert.encoder.layer.0")]
-        [(True, 16), (True, 16), (False, 16), (False, 16)]
+        >>> next(find_parts(tiny_model("bert"), "bert.encoder.layer.0")).up
+        Linear(in_features=64, out_features=128, bias=True)
     """
     block = model.get_submodule(path)
-    owners = {
-        name: module
-        for name, module in block.named_modules()
-        if module._parameters or any(True for _ in module._buffers)
-    }
+    owners = {name: module for name, module in block.named_modules() if module._parameters or module._buffers}
     linear = {name: module for name, module in owners.items() if _is_linear(module)}
     norms = {name: module for name, module in owners.items() if _is_norm(module)}
-    roles: dict[str | None, list[str]] = {}
+    roles: dict[str, str] = {}
+    others = []
     for name in linear:
-        roles.setdefault(attention_role(name), []).append(name)
-    if len(linear) + len(norms) != len(owners) or set(roles) != {"q", "k", "v", None}:
+        role = attention_role(name)
+        if role in roles:
+            return
+        if role is None:
+            others.append(name)
+        else:
+            roles[role] = name
+    if len(linear) + len(norms) != len(owners) or set(roles) not in ({"q", "k", "v"}, {"qkv"}):
         return
-    others = roles.pop(None)
-    if any(len(names) > 1 for names in roles.values()) or len(others) not in (3, 4):
+    asks = [roles[role] for role in ("q", "k", "v", "qkv") if role in roles]
+    attention = asks[0].rpartition(".")[0]
+    functions = {module for module in block.modules() if _is_function(module)}
+    if len(others) not in (3, 4) or len(functions) != 1 or not attention:
         return
-    q, k, v = (roles[role][0] for role in ("q", "k", "v"))
-    o = max(others, key=lambda name: _shared(name, q))
+    activation = functions.pop()
+    o = max(others, key=lambda name: _shared(name, asks[0]))
     inner = [name for name in others if name != o]
     gates = [name for name in inner if is_gate(name)] if len(inner) == 3 else []
     left = [name for name in inner if name not in gates]
-    functions = {module for module in block.modules() if _is_function(module)}
-    attention = q.rpartition(".")[0]
     own = [name for name in norms if name.startswith(f"{attention}.")]
     outside = [module for name, module in norms.items() if name not in own]
-    if len(left) != 2 or len(functions) != 1 or len(outside) != 2 or len(own) not in (0, 2) or not attention:
+    if len(left) != 2 or linear[left[0]].out_features != linear[left[1]].in_features or len(own) not in (0, 2):
         return
-    inputs = int(cast(Any, linear[o]).in_features)
-    activation = functions.pop()
-    for norm_first, rotates_halves in itertools.product((True, False), repeat=2):
+    for (first, second), rotates_halves in itertools.product(_placed(outside), (True, False)):
         yield TransformerBlock(
             attention=block.get_submodule(attention),
-            q=linear[q],
-            k=linear[k],
-            v=linear[v],
+            qkv=tuple(linear[name] for name in asks),
             o=linear[o],
             up=linear[left[0]],
             down=linear[left[1]],
             gate=linear[gates[0]] if gates else None,
             activation=activation,
-            norms=(outside[0], outside[1]),
+            attention_norms=first,
+            network_norms=second,
             head_norms=tuple(norms[name] for name in sorted(own, reverse=True)),
-            head_dim=head_dim_of(model, f"{path}.{attention}", inputs),
-            norm_first=norm_first,
-            rotates_halves=rotates_halves,
+            head_dim=head_dim_of(model, f"{path}.{attention}", cast(int, linear[o].in_features)),
+            rotates_halves=rotates_halves and len(asks) == 3,
         )
+
+
+def _placed(norms: Sequence[nn.Module]) -> Iterator[tuple[Norms, Norms]]:
+    """Yield where the norms of a block, in the order of its modules, may stand."""
+    if len(norms) == 2:
+        for place in Norms._fields:
+            yield Norms(**{place: norms[0]}), Norms(**{place: norms[1]})
+    elif len(norms) == 4:
+        yield Norms(before=norms[0], after=norms[1]), Norms(before=norms[2], after=norms[3])
+
+
+def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else cast(torch.Tensor, norm.forward(x))
 
 
 def _is_linear(module: nn.Module) -> bool:

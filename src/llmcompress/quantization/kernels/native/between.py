@@ -44,25 +44,29 @@ def activate(gate: Gate, x: torch.Tensor, kernels: Native) -> torch.Tensor:
     return y
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Native) -> torch.Tensor:
-    """Return `x / sqrt(mean(x * x) + epsilon) * weight`, the mean that of each row (Zhang & Sennrich 2019).
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Native, offset: float = 0.0
+) -> torch.Tensor:
+    """Return `x / sqrt(mean(x * x) + epsilon) * (weight + offset)`, the mean of each row (Zhang & Sennrich 2019).
 
     Args:
         x: float32 (..., columns), contiguous, on the CPU, not empty.
         weight: float32 (columns,), contiguous, on the CPU.
         epsilon: added to the mean.
         kernels: what computes.
+        offset: added to the weight.
 
     Returns:
         A new tensor of the shape of `x`.
     """
     if torch.jit.is_tracing():
-        return F.rms_norm(x, weight.shape, weight, epsilon)
+        return F.rms_norm(x, weight.shape, weight + offset, epsilon)
     y, columns = torch.empty_like(x), x.shape[-1]
     kernels.functions.llmc_rms_norm(
         kernels.table,
         x.data_ptr(),
         weight.data_ptr(),
+        offset,
         x.numel() // columns,
         columns,
         epsilon,

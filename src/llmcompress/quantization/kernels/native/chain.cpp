@@ -45,8 +45,8 @@ void run_chain(const Table& table, const Step* steps, int64_t count, const Buffe
           table.combine(static_cast<Op>(step->op) == Op::multiply, from, with, own * width, to, threads);
           break;
         case Op::rms_norm:
-          table.rms_norm(from, static_cast<const float*>(step->weight), own * (width / step->option), step->option,
-                         step->unit, to, threads);
+          table.rms_norm(from, static_cast<const float*>(step->weight), step->offset, own * (width / step->option),
+                         step->option, step->unit, to, threads);
           break;
         case Op::layer_norm:
           table.layer_norm(from, static_cast<const float*>(step->weight), step->bias, own * (width / step->option),

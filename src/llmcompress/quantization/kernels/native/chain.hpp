@@ -22,6 +22,7 @@ struct Step {
                            // norms and rotations the columns of a head, of which a row has several
   int64_t levels, zero;    // of int8
   float unit;              // of int8; a norm's epsilon
+  float offset;            // of an RMSNorm: what is added to its weight
 };
 
 // Buffers of (rows, width) floats: those from outside first, then those that live for a part of the rows.

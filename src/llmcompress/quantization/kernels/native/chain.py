@@ -32,7 +32,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("op", "source", "other", "target", "third")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *((name, ctypes.c_int64) for name in ("option", "levels", "zero")),
-        ("unit", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("unit", "offset")),
     )
 
 
@@ -124,9 +124,9 @@ class Chain:
         """Return a product, number by number."""
         return self._elementwise(_MULTIPLY, a, b)
 
-    def rms_norm(self, x: int, weight: torch.Tensor, epsilon: float) -> int:
+    def rms_norm(self, x: int, weight: torch.Tensor, epsilon: float, offset: float = 0.0) -> int:
         """Normalize as `rms_norm` does: rows, or their heads where the weight is narrower."""
-        return self._norm(_RMS_NORM, x, weight, None, epsilon)
+        return self._norm(_RMS_NORM, x, weight, None, epsilon, offset)
 
     def layer_norm(self, x: int, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> int:
         """Normalize as `layer_norm` does."""
@@ -185,7 +185,9 @@ class Chain:
         self._steps.append(_Step(op, a, b, y, 0, None, None, option))
         return y
 
-    def _norm(self, op: int, x: int, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float) -> int:
+    def _norm(
+        self, op: int, x: int, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float, offset: float = 0.0
+    ) -> int:
         width, head = self._widths[x], len(weight)
         if not head or width % head:
             raise RuntimeError(f"rows of {width} cannot be normalized by a weight of {head}")
@@ -194,7 +196,7 @@ class Chain:
             expect("the bias of a norm", bias, (head,), torch.float32)
         y = self._new(width)
         addresses = weight.data_ptr(), None if bias is None else bias.data_ptr()
-        self._steps.append(_Step(op, x, 0, y, 0, *addresses, head, 0, 0, epsilon))
+        self._steps.append(_Step(op, x, 0, y, 0, *addresses, head, 0, 0, epsilon, offset))
         return y
 
 

@@ -85,9 +85,9 @@ LLMC_EXPORT void llmc_activate(const Table* table, int64_t gate, const float* x,
   table->activate(gate, x, count, y, threads);
 }
 
-LLMC_EXPORT void llmc_rms_norm(const Table* table, const float* x, const float* weight, int64_t rows, int64_t columns,
-                               float epsilon, float* y, int64_t threads) {
-  table->rms_norm(x, weight, rows, columns, epsilon, y, threads);
+LLMC_EXPORT void llmc_rms_norm(const Table* table, const float* x, const float* weight, float offset, int64_t rows,
+                               int64_t columns, float epsilon, float* y, int64_t threads) {
+  table->rms_norm(x, weight, offset, rows, columns, epsilon, y, threads);
 }
 
 LLMC_EXPORT void llmc_layer_norm(const Table* table, const float* x, const float* weight, const float* bias,

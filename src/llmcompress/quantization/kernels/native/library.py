@@ -33,7 +33,10 @@ _PROTOTYPES = {
         [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_bool, _SIZE],
     ),
     "llmc_activate": (None, [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE]),
-    "llmc_rms_norm": (None, [*[_POINTER] * 3, _SIZE, _SIZE, ctypes.c_float, _POINTER, _SIZE]),
+    "llmc_rms_norm": (
+        None,
+        [*[_POINTER] * 3, ctypes.c_float, _SIZE, _SIZE, ctypes.c_float, _POINTER, _SIZE],
+    ),
     "llmc_layer_norm": (None, [*[_POINTER] * 4, _SIZE, _SIZE, ctypes.c_float, _POINTER, _SIZE]),
     "llmc_run_chain": (
         ctypes.c_int32,

@@ -48,20 +48,22 @@ float sum_of_squares(const float* x, int64_t count, float center) {
   return sum;
 }
 
-// y (rows, columns) = x / sqrt(mean(x * x) + epsilon) * weight, row by row.
+// y (rows, columns) = x / sqrt(mean(x * x) + epsilon) * (weight + offset), row by row.
 template <class Set>
-void rms_norm(const float* x, const float* weight, int64_t rows, int64_t columns, float epsilon, float* y,
+void rms_norm(const float* x, const float* weight, float offset, int64_t rows, int64_t columns, float epsilon, float* y,
               int64_t threads) {
   parallel_for(rows, 1 + kFewFloats / columns, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* const from = x + row * columns;
       float* const to = y + row * columns;
       const float factor = 1 / sqrtf(sum_of_squares<Set>(from, columns, 0) / static_cast<float>(columns) + epsilon);
-      const auto all = Set::splat(factor);
+      const auto all = Set::splat(factor), one = Set::splat(1), more = Set::splat(offset);
       int64_t k = 0;
-      for (; k + Set::lanes <= columns; k += Set::lanes)
-        Set::store(to + k, Set::mul(Set::mul(Set::load(from + k), all), Set::load(weight + k)));
-      for (; k < columns; ++k) to[k] = from[k] * factor * weight[k];
+      for (; k + Set::lanes <= columns; k += Set::lanes) {
+        const auto own = Set::fma(Set::load(weight + k), one, more);
+        Set::store(to + k, Set::mul(Set::mul(Set::load(from + k), all), own));
+      }
+      for (; k < columns; ++k) to[k] = from[k] * factor * (weight[k] + offset);
     }
   });
 }

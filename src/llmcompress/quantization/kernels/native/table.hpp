@@ -22,8 +22,8 @@ struct Table {
                           int64_t threads);
   void (*activate)(int64_t gate, const float* x, int64_t count, float* y, int64_t threads);
   void (*combine)(bool product, const float* a, const float* b, int64_t count, float* y, int64_t threads);
-  void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t columns, float epsilon, float* y,
-                   int64_t threads);
+  void (*rms_norm)(const float* x, const float* weight, float offset, int64_t rows, int64_t columns, float epsilon,
+                   float* y, int64_t threads);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t rows, int64_t columns,
                      float epsilon, float* y, int64_t threads);
   void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t rows, int64_t heads,
