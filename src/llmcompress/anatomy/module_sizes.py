@@ -8,6 +8,7 @@ more memory than the model it names.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,8 +134,10 @@ def build(model: PreTrainedModel) -> PreTrainedModel:
     """
     from transformers import initialization
 
+    # transformers 5.0 has none: there, models that compute numbers while they are built are refused below.
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
     try:
-        with initialization.meta_device_safe_creation_ops():
+        with safe():
             return empty_model(model, model.config)
     except Exception as error:  # code of any model runs here
         raise _untold(model, f"the config builds none ({type(error).__name__}: {error})") from error

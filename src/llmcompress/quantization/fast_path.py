@@ -53,7 +53,7 @@ class Fast:
     @property
     def is_plain(self) -> bool:
         """Whether nobody listens to a module of the block, or put another in its place, or trains it."""
-        if torch_module._has_any_global_hook():
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
         for beside, name, module in self.places:
             if beside[name] is not module or module.training or module._forward_hooks or module._forward_pre_hooks:
