@@ -36,7 +36,7 @@ _X86: _Flags = {
 }
 _ARM: _Flags = {"neon_dot": (["-march=armv8.2-a+dotprod"], [])}
 _SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
-_PORTABLE = ("portable", "cpu", "parallel", "int8_weight", "chain")
+_PORTABLE = ("portable", "cpu", "parallel", "int8_weight", "chain", "kept")
 # Without the debug information that Python's own flags ask for: it makes the library ten times as large.
 _COMMON = (
     ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"],

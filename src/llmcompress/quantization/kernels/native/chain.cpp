@@ -1,16 +1,21 @@
 #include "chain.hpp"
 
 #include "int8_weight.hpp"
+#include "kept.hpp"
 #include "packed_matrix.hpp"
 
 namespace llmc {
 namespace {
 
-float* at(const Buffers& buffers, int64_t number, int64_t row) {
+int64_t width_of(const Buffers& buffers, int64_t begin, int64_t end) {
+  int64_t width = 0;
+  for (int64_t i = begin; i < end; ++i) width += buffers.widths[i];
+  return width;
+}
+
+float* at(const Buffers& buffers, float* inside, int64_t number, int64_t row) {
   if (number < buffers.from_outside) return buffers.outside[number] + row * buffers.widths[number];
-  int64_t before = 0;
-  for (int64_t i = buffers.from_outside; i < number; ++i) before += buffers.widths[i];
-  return buffers.scratch + before * buffers.part;
+  return inside + width_of(buffers, buffers.from_outside, number) * buffers.part;
 }
 
 }  // namespace
@@ -19,12 +24,15 @@ void run_chain(const Table& table, const Step* steps, int64_t count, const Buffe
                int64_t threads) {
   // Parts as equal as may be: few rows that are left over would be multiplied in another way than the others.
   const int64_t parts = rows ? (rows + buffers.part - 1) / buffers.part : 0;
+  const int64_t between = width_of(buffers, buffers.from_outside, buffers.count) * buffers.part;
+  auto* const inside =
+      static_cast<float*>(kept_memory(Kept::buffers, between * static_cast<int64_t>(sizeof(float))));
   for (int64_t number = 0; number < parts; ++number) {
     const int64_t row = number * rows / parts, own = (number + 1) * rows / parts - row;
     for (const Step* step = steps; step < steps + count; ++step) {
-      const float* const from = at(buffers, step->from, row);
-      const float* const with = at(buffers, step->with, row);
-      float* const to = at(buffers, step->to, row);
+      const float* const from = at(buffers, inside, step->from, row);
+      const float* const with = at(buffers, inside, step->with, row);
+      float* const to = at(buffers, inside, step->to, row);
       const int64_t width = buffers.widths[step->from];
       switch (static_cast<Op>(step->op)) {
         case Op::int8: {
@@ -53,7 +61,8 @@ void run_chain(const Table& table, const Step* steps, int64_t count, const Buffe
                            step->option, step->unit, to, threads);
           break;
         case Op::rotate:
-          table.rotate(from, with, at(buffers, step->also, row), own, width / step->option, step->option, to, threads);
+          table.rotate(from, with, at(buffers, inside, step->also, row), own, width / step->option, step->option, to,
+                       threads);
           break;
       }
     }

@@ -30,8 +30,8 @@ struct Buffers {
   float* const* outside;
   int64_t from_outside;
   const int64_t* widths;
-  float* scratch;  // `part` times the widths of the others
-  int64_t part;    // rows that all steps are run on before the next: what lies between them stays in the cache
+  int64_t count;
+  int64_t part;  // rows that all steps are run on before the next: what lies between them stays in the cache
 };
 
 // Throws NoMemory.

@@ -21,8 +21,8 @@ from .library import Native
 # Of `chain.hpp`.
 _INT8, _PACKED, _ACTIVATE, _ADD, _MULTIPLY, _RMS_NORM, _LAYER_NORM, _ROTATE = range(8)
 _IN_PLACE = (_ACTIVATE, _ADD, _MULTIPLY)
-# Rows that all steps run on before the next: what lies between the steps stays in the second-level cache.
-_PART = 256
+# Rows that all steps run on before the next, lest what lies between them goes out to memory and back.
+_PART = 512
 
 
 class _Step(ctypes.Structure):
@@ -219,7 +219,6 @@ class RunningChain:
         self._widths = (ctypes.c_int64 * len(widths))(*widths)
         self._inputs, self._results = tuple(widths[:given]), tuple(widths[given : given + results])
         self._outside = given + results
-        self._between = sum(widths[self._outside :])
         self._pointers = ctypes.c_void_p * self._outside
         self._part = _PART if by_row else None
         self._run, self._table = kernels.functions.llmc_run_chain, kernels.table
@@ -247,7 +246,6 @@ class RunningChain:
                 )
         results = [x.new_empty((*outer, width)) for width in self._results]
         part = rows if self._part is None or rows < self._part else self._part
-        scratch = x.new_empty(part * self._between)
         pointers = self._pointers(*[tensor.data_ptr() for tensor in (*given, *results)])
         failed = self._run(
             self._table,
@@ -255,7 +253,7 @@ class RunningChain:
             pointers,
             self._outside,
             self._sizes,
-            scratch.data_ptr(),
+            len(self._widths),
             part,
             rows,
             torch.get_num_threads(),

@@ -5,6 +5,7 @@
 
 #include "int8_codes.hpp"
 #include "int8_weight.hpp"
+#include "kept.hpp"
 
 #if defined(__clang__)
 #define LLMC_UNROLL _Pragma("unroll")
@@ -151,7 +152,7 @@ void multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   const int64_t most = kCodesBytes / stride > Set::rows ? kCodesBytes / stride : Set::rows;
   const int64_t chunk = rows < most ? rows : most;
   const int64_t units = chunk * static_cast<int64_t>(sizeof(float));
-  auto* const codes = static_cast<Code*>(int8_scratch((chunk + Set::beyond) * stride + units));
+  auto* const codes = static_cast<Code*>(kept_memory(Kept::codes, (chunk + Set::beyond) * stride + units));
   auto* const unit = reinterpret_cast<float*>(codes + (chunk + Set::beyond) * stride);
   for (int64_t done = 0; done < rows; done += chunk) {
     const int64_t count = rows - done < chunk ? rows - done : chunk;

@@ -44,7 +44,4 @@ struct Coding {
 // Frees all of it; null is nothing.
 void free_int8(Int8Weight* weight);
 
-// Memory of the calling thread that lasts until its next call, for the codes of activations. Throws NoMemory.
-void* int8_scratch(int64_t bytes);
-
 }  // namespace llmc

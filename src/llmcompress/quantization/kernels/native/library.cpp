@@ -97,10 +97,10 @@ LLMC_EXPORT void llmc_layer_norm(const Table* table, const float* x, const float
 
 // Returns 0, or 1 where memory is short.
 LLMC_EXPORT int32_t llmc_run_chain(const Table* table, const llmc::Step* steps, int64_t count, float* const* outside,
-                                   int64_t from_outside, const int64_t* widths, float* scratch, int64_t part,
+                                   int64_t from_outside, const int64_t* widths, int64_t buffers, int64_t part,
                                    int64_t rows, int64_t threads) {
-  const llmc::Buffers buffers{outside, from_outside, widths, scratch, part};
-  return status_of([&] { llmc::run_chain(*table, steps, count, buffers, rows, threads); });
+  const llmc::Buffers all{outside, from_outside, widths, buffers, part};
+  return status_of([&] { llmc::run_chain(*table, steps, count, all, rows, threads); });
 }
 
 // The largest code of an activation that the set's kernels multiply by codes of 8 bits.

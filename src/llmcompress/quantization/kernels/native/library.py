@@ -40,7 +40,7 @@ _PROTOTYPES = {
     "llmc_layer_norm": (None, [*[_POINTER] * 4, _SIZE, _SIZE, ctypes.c_float, _POINTER, _SIZE]),
     "llmc_run_chain": (
         ctypes.c_int32,
-        [_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE],
+        [_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE],
     ),
     "llmc_code_rows": (None, [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE]),
     "llmc_int8_pack": (_POINTER, [*[_POINTER] * 4, _SIZE, _SIZE, _SIZE]),
