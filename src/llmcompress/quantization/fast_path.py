@@ -84,7 +84,7 @@ class FastPath(nn.Module):
             return None
         if self.training or torch.is_autocast_enabled("cpu") or not fast.is_plain:
             return None
-        given = _given({**dict(zip(fast.names, args[1:], strict=False)), **kwargs})
+        given = _given({**dict(zip(fast.names, args[1:], strict=False)), **kwargs} if args[1:] else kwargs)
         if given is None or not fast.candidates[0].uses_sdpa:
             return None
         kind = x.dtype, *given.kind

@@ -107,7 +107,9 @@ class TransformerBlock:
     def uses_sdpa(self) -> bool:
         """Whether the model is set to attend by `torch.nn.functional.scaled_dot_product_attention`."""
         config = self.attention.__dict__.get("config")
-        return getattr(config, "_attn_implementation", None) == _ATTENTION
+        # What the property reads, which takes as long as a small product.
+        told = getattr(config, "__dict__", {}).get("_attn_implementation_internal")
+        return (told or getattr(config, "_attn_implementation", None)) == _ATTENTION
 
     @cached_property
     def _is_native(self) -> bool:

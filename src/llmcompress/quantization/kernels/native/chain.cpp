@@ -13,6 +13,14 @@ int64_t width_of(const Buffers& buffers, int64_t begin, int64_t end) {
   return width;
 }
 
+// Queries, keys and values.
+constexpr int64_t kTogether = 3;
+
+bool is_same_input(const Step& step, const Step& next) {
+  return next.op == step.op && next.from == step.from && next.option == step.option && next.levels == step.levels &&
+         next.zero == step.zero && next.unit == step.unit;
+}
+
 float* at(const Buffers& buffers, float* inside, int64_t number, int64_t row) {
   if (number < buffers.from_outside) return buffers.outside[number] + row * buffers.widths[number];
   return inside + width_of(buffers, buffers.from_outside, number) * buffers.part;
@@ -38,7 +46,13 @@ void run_chain(const Table& table, const Step* steps, int64_t count, const Buffe
         case Op::int8: {
           const Coding coding{static_cast<Grain>(step->option), static_cast<int32_t>(step->levels),
                               static_cast<int32_t>(step->zero), step->unit};
-          table.multiply_int8(*static_cast<const Int8Weight*>(step->weight), from, own, to, coding, threads);
+          // Products of the same numbers follow one another: these are coded once, and the threads are called once.
+          Int8Product products[kTogether];
+          int64_t together = 0;
+          do {
+            products[together++] = {static_cast<const Int8Weight*>(step->weight), at(buffers, inside, step->to, row)};
+          } while (together < kTogether && step + 1 < steps + count && is_same_input(*step, step[1]) && ++step);
+          table.multiply_int8(products, together, from, own, coding, threads);
           break;
         }
         case Op::packed:

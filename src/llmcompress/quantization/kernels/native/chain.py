@@ -7,7 +7,6 @@ its result, the way to C.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -234,15 +233,13 @@ class RunningChain:
         """
         x = given[0]
         outer = x.shape[:-1]
-        rows = math.prod(outer)
+        rows = outer.numel()
         for tensor, width in zip(given, self._inputs, strict=True):
-            if tensor.shape[-1] != width or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            fits = tensor.shape[-1] == width and tensor.numel() == rows * width and tensor.dtype is torch.float32
+            if not fits or not tensor.is_contiguous() or not tensor.is_cpu:
                 raise RuntimeError(
-                    f"a chain was given {tensor.dtype} {tuple(tensor.shape)}, not float32 (..., {width})"
-                )
-            if tensor.shape[:-1] != outer or not tensor.is_cpu:
-                raise RuntimeError(
-                    f"a chain was given {tuple(tensor.shape)} on {tensor.device} beside {tuple(x.shape)}"
+                    f"a chain was given {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not {rows} contiguous "
+                    f"rows of {width} float32 on the CPU"
                 )
         results = [x.new_empty((*outer, width)) for width in self._results]
         part = rows if self._part is None or rows < self._part else self._part

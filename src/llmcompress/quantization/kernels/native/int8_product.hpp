@@ -140,14 +140,18 @@ void multiply_panel(const Int8Weight& w, int64_t number, int32_t zero, Rows<Set>
   }
 }
 
-// y (rows, outputs) of float32 x (rows, inputs). Throws NoMemory.
+// The y (rows, outputs) of each product of float32 x (rows, inputs); all have the same inputs. Throws NoMemory.
 template <class Set>
-void multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, Coding coding, int64_t threads) {
+void multiply_int8(const Int8Product* products, int64_t count, const float* x, int64_t rows, Coding coding,
+                   int64_t threads) {
   using Code = typename Set::Code;
-  if (coding.grain == Grain::tensor) find_range<Set>(x, rows * w.inputs, threads, &coding);
+  const int64_t inputs = products[0].weight->inputs, fours = products[0].weight->fours;
+  int64_t panels = 0, outputs = 0;
+  for (int64_t p = 0; p < count; ++p) panels += products[p].weight->panels, outputs += products[p].weight->outputs;
+  if (coding.grain == Grain::tensor) find_range<Set>(x, rows * inputs, threads, &coding);
   if (coding.grain == Grain::token) coding.zero = (coding.levels + 1) / 2;
   // A stride in whole cache lines, but no multiple of 1024: rows of a tile would fall on the same places of the cache.
-  const int64_t lines = (w.fours * 4 + kCacheLine - 1) / kCacheLine;
+  const int64_t lines = (fours * 4 + kCacheLine - 1) / kCacheLine;
   const int64_t stride = kCacheLine * (lines % 16 ? lines : lines + 1);
   const int64_t most = kCodesBytes / stride > Set::rows ? kCodesBytes / stride : Set::rows;
   const int64_t chunk = rows < most ? rows : most;
@@ -155,22 +159,26 @@ void multiply_int8(const Int8Weight& w, const float* x, int64_t rows, float* y, 
   auto* const codes = static_cast<Code*>(kept_memory(Kept::codes, (chunk + Set::beyond) * stride + units));
   auto* const unit = reinterpret_cast<float*>(codes + (chunk + Set::beyond) * stride);
   for (int64_t done = 0; done < rows; done += chunk) {
-    const int64_t count = rows - done < chunk ? rows - done : chunk;
-    const float* const from = x + done * w.inputs;
-    parallel_for(count, 1 + kFewFloats / w.inputs, threads, [&](int64_t begin, int64_t end) {
+    const int64_t own_rows = rows - done < chunk ? rows - done : chunk;
+    const float* const from = x + done * inputs;
+    parallel_for(own_rows, 1 + kFewFloats / inputs, threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        unit[row] = code_int8_row<Set>(from + row * w.inputs, w.inputs, coding, codes + row * stride);
+        unit[row] = code_int8_row<Set>(from + row * inputs, inputs, coding, codes + row * stride);
     });
     // The codes of a block of rows stay in the second-level cache while all panels pass by.
     const int64_t fit = Set::block_bytes / stride > Set::rows ? Set::block_bytes / stride : Set::rows;
-    const int64_t blocks = (count + fit - 1) / fit, items = blocks * w.panels;
-    const int64_t parts = count * w.inputs * w.outputs < kFewProducts ? 1 : kParts * threads;
+    const int64_t blocks = (own_rows + fit - 1) / fit, items = blocks * panels;
+    const int64_t parts = own_rows * inputs * outputs < kFewProducts ? 1 : kParts * threads;
     parallel_for(items, (items + parts - 1) / parts, threads, [&](int64_t begin, int64_t end) {
       const typename Set::Session session;
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t block = item / w.panels, first = block * count / blocks, past = (block + 1) * count / blocks;
-        const Rows<Set> own{codes + first * stride, stride, unit + first, y + (done + first) * w.outputs};
-        multiply_panel<Set>(w, item % w.panels, coding.zero - Set::code_shift, own, past - first);
+        const int64_t block = item / panels, first = block * own_rows / blocks, past = (block + 1) * own_rows / blocks;
+        const Int8Product* product = products;
+        int64_t panel = item % panels;
+        for (; panel >= product->weight->panels; ++product) panel -= product->weight->panels;
+        const Int8Weight& w = *product->weight;
+        const Rows<Set> own{codes + first * stride, stride, unit + first, product->y + (done + first) * w.outputs};
+        multiply_panel<Set>(w, panel, coding.zero - Set::code_shift, own, past - first);
       }
     });
   }

@@ -41,6 +41,12 @@ struct Coding {
   float unit;      // what one step is worth, where all rows share it
 };
 
+// A weight that activations are multiplied by, and where the result goes.
+struct Int8Product {
+  const Int8Weight* weight;
+  float* y;
+};
+
 // Frees all of it; null is nothing.
 void free_int8(Int8Weight* weight);
 

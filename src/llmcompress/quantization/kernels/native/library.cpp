@@ -71,7 +71,8 @@ LLMC_EXPORT int32_t llmc_int8_linear(const Table* table, const llmc::Int8Weight*
                                      int64_t threads) {
   const llmc::Coding coding{static_cast<llmc::Grain>(grain), static_cast<int32_t>(levels), static_cast<int32_t>(zero),
                             unit};
-  return status_of([&] { table->multiply_int8(*weight, x, rows, y, coding, threads); });
+  const llmc::Int8Product product{weight, y};
+  return status_of([&] { table->multiply_int8(&product, 1, x, rows, coding, threads); });
 }
 
 // Returns 0, or 1 where memory is short.

@@ -7,6 +7,7 @@
 
 namespace llmc {
 
+struct Int8Product;
 struct Int8Weight;
 struct Coding;
 struct PackedMatrix;
@@ -16,7 +17,7 @@ struct Table {
                     int64_t threads);
   Int8Weight* (*pack_int8)(const int8_t* codes, const float* scale, const float* bias, int64_t outputs, int64_t inputs,
                            int64_t threads);
-  void (*multiply_int8)(const Int8Weight& weight, const float* x, int64_t rows, float* y, Coding coding,
+  void (*multiply_int8)(const Int8Product* products, int64_t count, const float* x, int64_t rows, Coding coding,
                         int64_t threads);
   void (*multiply_packed)(const PackedMatrix& a, const float* x, int64_t rows, const float* bias, float* y, bool exact,
                           int64_t threads);
