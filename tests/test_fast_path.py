@@ -327,3 +327,18 @@ def test_an_argument_that_is_not_known_goes_the_long_way():
         assert not proven
         assert torch.equal(block(x, None, use_cache=True, output_attentions=False), expected)
         assert len(proven) == 1
+
+
+def test_a_module_that_is_gone_is_missed_by_the_models_own_code():
+    block, x = quantized("bert").bert.encoder.layer[0], torch.randn(1, 4, 64)
+    with torch.no_grad():
+        expected = block(x)
+        dropout = block.output.dropout
+        del block.output.dropout
+        with pytest.raises(AttributeError, match="dropout"):
+            block(x)
+        block.output.dropout = dropout
+        assert torch.equal(block(x), expected)
+        del block.attention.self.query.scale
+        with pytest.raises((AttributeError, KeyError), match="scale"):
+            block(x)

@@ -48,7 +48,7 @@ class BlockChains:
         The chains do not hold it: a layer that is moved or dropped gives its memory back at once.
         """
         for beside, name, tensor, version, address in self._marks:
-            if beside[name] is not tensor:
+            if beside.get(name) is not tensor:
                 return None
             if tensor is not None and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
                 return None
@@ -105,6 +105,8 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def _is_native(layer: nn.Module) -> bool:
+    if cast("Int8Linear | PackedLinear", layer).is_tied:
+        return False  # its tensors are another's, and are not watched
     computes, how, *_ = cast("Int8Linear | PackedLinear", layer).computed_by()
     if isinstance(how, torch.Tensor) and (how.dtype is not torch.float32 or not how.is_contiguous()):
         return False

@@ -76,6 +76,11 @@ class QuantizedModule(nn.Module, ABC):
         # In a tuple, the partner does not become a submodule of this layer.
         self._partner = (partner,)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the weight is another module's."""
+        return self._partner is not None
+
     @abstractmethod
     def coded_weights(self) -> list[tuple[torch.Tensor, int]]:
         """Return each stored tensor with the number of weights it stands for."""

@@ -61,19 +61,7 @@ def rms_norm(
     """
     if torch.jit.is_tracing():
         return F.rms_norm(x, weight.shape, weight + offset, epsilon)
-    y, columns = torch.empty_like(x), x.shape[-1]
-    kernels.functions.llmc_rms_norm(
-        kernels.table,
-        x.data_ptr(),
-        weight.data_ptr(),
-        offset,
-        x.numel() // columns,
-        columns,
-        epsilon,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y
+    return _by_rows(kernels.functions.llmc_rms_norm, x, epsilon, kernels, weight.data_ptr(), offset)
 
 
 def layer_norm(
@@ -93,16 +81,13 @@ def layer_norm(
     """
     if torch.jit.is_tracing():
         return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+    return _by_rows(kernels.functions.llmc_layer_norm, x, epsilon, kernels, weight.data_ptr(), bias.data_ptr())
+
+
+def _by_rows(
+    norm: Callable[..., None], x: torch.Tensor, epsilon: float, kernels: Native, *weights: float
+) -> torch.Tensor:
     y, columns = torch.empty_like(x), x.shape[-1]
-    kernels.functions.llmc_layer_norm(
-        kernels.table,
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        x.numel() // columns,
-        columns,
-        epsilon,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
+    rows = x.numel() // columns
+    norm(kernels.table, x.data_ptr(), *weights, rows, columns, epsilon, y.data_ptr(), torch.get_num_threads())
     return y
