@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 # What transformers hands to blocks without need: it is in the rotary embeddings and in the cache already.
 _IDLE = ("position_ids", "use_cache", "cache_position")
-_ROWS, _TOKENS = 2, 5
+# Enough rows for the tiles of AMX.
+_ROWS, _TOKENS = 2, 9
 
 _CLASSES: dict[type[nn.Module], type[FastPath]] = {}
 
