@@ -17,6 +17,7 @@ from torch import nn
 from _workers import Maker, command_line, print_turns
 from llmcompress.quantization.fitting import quantize
 from llmcompress.quantization.grid import Grid
+from llmcompress.quantization.kernels.native import Chain, native
 from llmcompress.quantization.modules import Int8Linear
 from llmcompress.quantization.packed_modules import Compute, PackedLinear
 
@@ -50,6 +51,19 @@ def fbgemm_int8(threads: int) -> Engine:
 def packed(grid: Grid, compute: Compute, threads: int) -> Engine:
     coded = (PackedLinear.from_coded(layer, quantize(layer.weight, grid), grid, compute) for layer in stack())
     return nn.Sequential(*coded)
+
+
+def chained(grid: Grid, threads: int) -> Engine:
+    """Calls all layers at once, as the layers of a Transformer's block are called."""
+    layers = list(packed(grid, "int8", threads))
+    chain = Chain(native())
+    x = chain.given(WIDTH)
+    for layer in layers:
+        product, bias, _ = layer.computed_by()
+        x = chain.product(x, product.step(bias))
+    run = chain.finish(x)
+    # The chain reads the tensors of the layers, and keeps none of them.
+    return lambda given, layers=layers: run(given)
 
 
 def plain_read(threads: int) -> Engine:
@@ -149,6 +163,8 @@ ENGINES: dict[str, Maker] = {
     "llmcompress int4 (groups of 32)": partial(packed, Grid(4, 32), "int8"),
     "llmcompress int4 (groups of 128)": partial(packed, Grid(4, 128), "int8"),
     "llmcompress int4 (groups of 128; symmetric)": partial(packed, Grid(4, 128, symmetric=True), "int8"),
+    "llmcompress int4 (groups of 128; one call)": partial(chained, Grid(4, 128)),
+    "llmcompress int4 (groups of 128; symmetric; one call)": partial(chained, Grid(4, 128, symmetric=True)),
     "llmcompress nf4 (groups of 64)": partial(packed, Grid(4, 64, codebook="nf4"), "int8"),
     "llmcompress int3 (groups of 64)": partial(packed, Grid(3, 64), "int8"),
     "llmcompress int4 (groups of 64; compute='float')": partial(packed, Grid(4, 64), "float"),
