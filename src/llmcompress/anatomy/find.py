@@ -345,14 +345,19 @@ def _is_head_norm(name: str) -> bool:
     return name.rpartition(".")[2].lower().startswith(("q_", "k_", "query_", "key_"))
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether the only parameters of a module itself are a 1-D weight and perhaps a bias.
+
+    Example:
+        >>> is_norm(nn.LayerNorm(4)), is_norm(nn.Linear(4, 4))
+        (True, False)
+    """
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and own["weight"].dim() == 1 and set(own) <= {"weight", "bias"}
+
+
 def _norms(module: nn.Module, prefix: str) -> list[str]:
-    """Return the modules whose only parameters are a 1-D weight and perhaps a bias."""
-    found = []
-    for name, child in module.named_modules(prefix=prefix):
-        own = dict(child.named_parameters(recurse=False))
-        if "weight" in own and own["weight"].dim() == 1 and set(own) <= {"weight", "bias"}:
-            found.append(name)
-    return found
+    return [name for name, child in module.named_modules(prefix=prefix) if is_norm(child)]
 
 
 def head_dim_of(model: PreTrainedModel, attention: str, inputs: int) -> int:

@@ -175,6 +175,16 @@ def use_plain(model: nn.Module) -> None:
     replace_modules(model, {module: module.plain for module in model.modules() if isinstance(module, Between)})
 
 
+def is_function(module: nn.Module) -> bool:
+    """Tell whether a module of torch or transformers is a function of its input, such as an activation function.
+
+    Example:
+        >>> is_function(nn.GELU()), is_function(nn.PReLU()), is_function(nn.Dropout())
+        (True, False, False)
+    """
+    return type(module).__module__ in _FUNCTIONS and not (module._parameters or module._buffers or module._modules)
+
+
 def _tried(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Return what `module` makes of `x`, or None if it cannot take it, or may be given more."""
     taken = list(inspect.signature(module.forward).parameters.values())
@@ -190,7 +200,7 @@ def _tried(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _activation(module: nn.Module) -> Activation | None:
-    if type(module).__module__ not in _FUNCTIONS or module._parameters or module._buffers or module._modules:
+    if not is_function(module):
         return None
     x = torch.linspace(-6, 6, 49, device="cpu", dtype=torch.float32)
     with torch.no_grad():

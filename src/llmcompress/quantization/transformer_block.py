@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..anatomy.find import attention_role, head_dim_of, is_gate
+from ..anatomy.find import attention_role, head_dim_of, is_gate, is_norm
+from .between import Activation, is_function
 from .block_chains import BlockChains, block_chains, may_chain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where functions without parameters are found that may be the activation of a feed-forward network.
-_FUNCTIONS = ("transformers.activations", "torch.nn.modules.activation", "llmcompress.quantization.between")
 _ATTENTION = "sdpa"
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -212,7 +211,7 @@ def find_parts(model: PreTrainedModel, path: str) -> Iterator[TransformerBlock]:
     block = model.get_submodule(path)
     owners = {name: module for name, module in block.named_modules() if module._parameters or module._buffers}
     linear = {name: module for name, module in owners.items() if _is_linear(module)}
-    norms = {name: module for name, module in owners.items() if _is_norm(module)}
+    norms = {name: module for name, module in owners.items() if is_norm(module)}
     roles: dict[str, str] = {}
     others = []
     for name in linear:
@@ -227,7 +226,7 @@ def find_parts(model: PreTrainedModel, path: str) -> Iterator[TransformerBlock]:
         return
     asks = [roles[role] for role in ("q", "k", "v", "qkv") if role in roles]
     attention = asks[0].rpartition(".")[0]
-    functions = {module for module in block.modules() if _is_function(module)}
+    functions = {module for module in block.modules() if isinstance(module, Activation) or is_function(module)}
     if len(others) not in (3, 4) or len(functions) != 1 or not attention:
         return
     activation = functions.pop()
@@ -239,7 +238,9 @@ def find_parts(model: PreTrainedModel, path: str) -> Iterator[TransformerBlock]:
     outside = [module for name, module in norms.items() if name not in own]
     if len(left) != 2 or linear[left[0]].out_features != linear[left[1]].in_features or len(own) not in (0, 2):
         return
-    for (first, second), rotates_halves in itertools.product(_placed(outside), (True, False)):
+    # A fused projection gives no rows of queries and of keys alone, which the kernel rotates.
+    ways = (True, False) if len(asks) == 3 else (False,)
+    for (first, second), rotates_halves in itertools.product(_placed(outside), ways):
         yield TransformerBlock(
             attention=block.get_submodule(attention),
             qkv=tuple(linear[name] for name in asks),
@@ -252,7 +253,7 @@ def find_parts(model: PreTrainedModel, path: str) -> Iterator[TransformerBlock]:
             network_norms=second,
             head_norms=tuple(norms[name] for name in sorted(own, reverse=True)),
             head_dim=head_dim_of(model, f"{path}.{attention}", cast(int, linear[o].in_features)),
-            rotates_halves=rotates_halves and len(asks) == 3,
+            rotates_halves=rotates_halves,
         )
 
 
@@ -271,15 +272,6 @@ def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
 
 def _is_linear(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-
-
-def _is_function(module: nn.Module) -> bool:
-    return type(module).__module__ in _FUNCTIONS and not module._parameters
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 1 and set(module._parameters) <= {"weight", "bias"}
 
 
 def _shared(one: str, other: str) -> int:

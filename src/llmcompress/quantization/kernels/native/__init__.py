@@ -2,7 +2,7 @@
 
 from .activations import code_rows
 from .between import Gate, activate, layer_norm, rms_norm
-from .chain import Chain, Chained, ProductStep, RunningChain
+from .chain import Chain, ProductStep, RunningChain
 from .expected import expect
 from .library import SETS, Native, NotBuilt, load, native, why_absent
 from .packed_product import NativeProduct, activation_limit, codebook_steps
@@ -10,7 +10,6 @@ from .packed_product import NativeProduct, activation_limit, codebook_steps
 __all__ = [
     "SETS",
     "Chain",
-    "Chained",
     "Gate",
     "Native",
     "NativeProduct",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -59,13 +58,6 @@ class ProductStep:
     unit: float = 0.0
     bias: int | None = None
     by_row: bool = True
-
-
-class Chained(Protocol):
-    """What multiplies, and tells how it does in a chain."""
-
-    def step(self, how: object) -> ProductStep:
-        """Return the product as a step; `how` is what else a call of it is given."""
 
 
 @dataclass
@@ -214,14 +206,14 @@ class RunningChain:
     def __init__(
         self, kernels: Native, steps: Sequence[_Step], widths: Sequence[int], given: int, results: int, by_row: bool
     ) -> None:
-        self._steps, self._count = (_Step * len(steps))(*steps), len(steps)
+        self._steps = (_Step * len(steps))(*steps)
         self._widths = (ctypes.c_int64 * len(widths))(*widths)
         self._inputs, self._results = tuple(widths[:given]), tuple(widths[given : given + results])
         self._outside = given + results
         self._pointers = ctypes.c_void_p * self._outside
         self._part = _PART if by_row else None
         self._run, self._table = kernels.functions.llmc_run_chain, kernels.table
-        self._addresses = ctypes.addressof(self._steps), self._count
+        self._addresses = ctypes.addressof(self._steps), len(steps)
         self._sizes = ctypes.addressof(self._widths)
 
     def __call__(self, *given: torch.Tensor) -> list[torch.Tensor]:
